@@ -1,0 +1,165 @@
+"""Every default, once: what a run is told, as frozen dataclasses, and the presets that `train.py` offers.
+
+A field that is None is decided by BiT-HyperRule from the dataset (see `hyperrule.py`).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from bit_jax.errors import RequestError
+
+EMBEDDED = "embedded"  # --model's name for the small model under assets/
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = EMBEDDED
+    """A published name (`python -m bit_jax.zoo list`), the path of an .npz, or `embedded`. With `--init random`
+    also an architecture: R50x1, R152x4, R14x0.5."""
+    init: Literal["checkpoint", "random"] = "checkpoint"
+    """Start from the file's weights with a new head of zeros, or from scratch in the same architecture."""
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    """Of the products; parameters, statistics, loss and updates are float32 or wider in all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on."""
+
+    dataset: str = "digits"
+    """digits, idx:DIRECTORY (MNIST's file format), or a tfds name prepared as array_record."""
+    data_dir: Path | None = None
+    """Where tfds keeps its datasets."""
+    train_split: str = "train"
+    eval_split: str = "test"
+    examples_per_class: int | None = None
+    """Few-shot: train on this many examples of each class, chosen by the seed."""
+    resize: int | None = None
+    """Training images are resized to this square before cropping. None: BiT-HyperRule."""
+    crop: int | None = None
+    """Side of the square the model sees, in training and evaluation. None: BiT-HyperRule."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    global_batch: int = 512
+    """Training examples a step, over all devices of all hosts."""
+    batch_per_device: int | None = None
+    """Sets the global batch as this many a device; wins over --global-batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD, v = momentum v + gradient, p -= lr v; linear warm-up, then a tenth once each decay step is passed."""
+
+    base_lr: float = 0.003
+    momentum: float = 0.9
+    mixup: float | None = None
+    """Alpha of the Beta distribution; 0 turns mixup off. None: BiT-HyperRule."""
+    warmup_steps: int | None = None
+    """None: BiT-HyperRule, as with the two below."""
+    decay_steps: tuple[int, ...] | None = None
+    steps: int | None = None
+    """Train for this many steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where the results go, and when to look at them."""
+
+    workdir: Path
+    """Receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz. A run found here is continued."""
+    seed: int = 0
+    """Of example order, augmentation, mixup, few-shot choice and random initialization."""
+    eval_every: int | Literal["epoch"] | None = None
+    """Evaluate every so many steps, or after each epoch; always at the end."""
+    eval_at_start: bool = False
+    target_acc1: float | None = None
+    """Stop once an evaluation reaches this top-1 accuracy."""
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def __post_init__(self):
+        positive = {
+            "--global-batch": self.data.global_batch,
+            "--batch-per-device": self.data.batch_per_device,
+            "--examples-per-class": self.data.examples_per_class,
+            "--resize": self.data.resize,
+            "--crop": self.data.crop,
+            "--steps": self.optimizer.steps,
+            "--base-lr": self.optimizer.base_lr,
+            "--eval-every": None if self.run.eval_every == "epoch" else self.run.eval_every,
+            "--log-every": self.run.log_every,
+            "--checkpoint-every": self.run.checkpoint_every,
+            "--keep-checkpoints": self.run.keep_checkpoints,
+        }
+        for flag, value in positive.items():
+            if value is not None and value <= 0:
+                raise RequestError(f"{flag} {value} must be greater than 0")
+        for flag, value in {"--seed": self.run.seed, "--warmup-steps": self.optimizer.warmup_steps}.items():
+            if value is not None and value < 0:
+                raise RequestError(f"{flag} {value} must not be negative")
+        if not 0 <= self.optimizer.momentum < 1:
+            raise RequestError(f"--momentum {self.optimizer.momentum} must be at least 0 and below 1")
+        if self.optimizer.mixup is not None and self.optimizer.mixup < 0:
+            raise RequestError(f"--mixup {self.optimizer.mixup} must not be negative")
+
+
+# what changes nothing about the parameters a run ends with may differ when it is continued
+_FREE_TO_CHANGE = {
+    "data.data_dir",
+    "run.workdir",
+    "run.eval_every",
+    "run.eval_at_start",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+}
+
+
+def identity(cfg: Config) -> dict[str, object]:
+    """{"section.field": value} of everything that decides what the run computes, as JSON types."""
+    flat = {
+        f"{section.name}.{name}": value
+        for section in dataclasses.fields(cfg)
+        for name, value in dataclasses.asdict(getattr(cfg, section.name)).items()
+    }
+    kept = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+
+_UNSET = Path()  # the presets' workdir; the command line requires one
+
+DIGITS = Config(
+    ModelConfig(model=EMBEDDED),
+    DataConfig(dataset="digits", resize=36, crop=32, flip=False, global_batch=64),
+    OptimizerConfig(base_lr=0.01, mixup=0.0, warmup_steps=20, decay_steps=(200, 260), steps=300),
+    RunConfig(workdir=_UNSET, eval_every=100, log_every=20, checkpoint_every=100),
+)
+HYPERRULE = Config(
+    ModelConfig(model="BiT-M-R50x1"),
+    DataConfig(dataset="cifar10"),
+    OptimizerConfig(),
+    RunConfig(workdir=_UNSET),
+)
+FLAGPERF = Config(
+    ModelConfig(model="BiT-M-R152x2"),
+    DataConfig(dataset="imagenet2012", eval_split="validation", resize=512, crop=480, batch_per_device=16),
+    OptimizerConfig(mixup=0.1, warmup_steps=500, decay_steps=(3000, 6000, 9000, 10000), steps=40000),
+    RunConfig(workdir=_UNSET, eval_every="epoch", eval_at_start=True, target_acc1=0.83),
+)
+PRESETS = {
+    "digits": ("Fine-tune the embedded model on scikit-learn's scanned digits: two minutes on two cores.", DIGITS),
+    "hyperrule": ("BiT-HyperRule: schedule, resolution and mixup follow from the dataset. Batch 512.", HYPERRULE),
+    "flagperf": ("FlagPerf's bigtransfer case: BiT-M-R152x2 on ImageNet-1k, 16 a device, until acc1 0.83.", FLAGPERF),
+}

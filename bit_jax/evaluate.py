@@ -1,0 +1,44 @@
+"""A whole split, exactly once per example: sums on the devices, one division at the end."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    acc1: float
+    acc5: float
+    loss: float  # mean cross-entropy, nats
+    examples: int
+
+
+def evaluate(eval_step: Callable[[Any, Any], dict], params: Any, batches: Iterable[Any], expected: int) -> Accuracy:
+    """Runs `eval_step` over the batches of one split.
+
+    Args:
+        eval_step: (params, batch) -> sums of loss, correct1, correct5, seen.
+        batches: device batches with a mask.
+        expected: examples in the split.
+
+    Raises:
+        RuntimeError: the batches did not cover the split exactly, so an accuracy would be of something else.
+    """
+    totals = dict.fromkeys(("loss", "correct1", "correct5", "seen"), 0)
+    for sums in _one_behind(eval_step(params, batch) for batch in batches):
+        totals = {name: total + sums[name].item() for name, total in totals.items()}
+    seen = totals["seen"]
+    if seen != expected:
+        raise RuntimeError(f"evaluated {seen} examples of a split of {expected}")
+    return Accuracy(totals["correct1"] / seen, totals["correct5"] / seen, totals["loss"] / seen, seen)
+
+
+def _one_behind(results: Iterable[dict]) -> Iterator[dict]:
+    """Each result once the next is dispatched: the devices never idle, and never hold more than two batches."""
+    waiting = None
+    for result in results:
+        if waiting is not None:
+            yield waiting
+        waiting = result
+    if waiting is not None:
+        yield waiting

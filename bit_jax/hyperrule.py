@@ -1,0 +1,65 @@
+"""BiT-HyperRule: resolution, mixup and schedule from the dataset alone (BiT, section 3.3 and google-research/big_transfer)."""
+
+import dataclasses
+
+from bit_jax.config import Config
+
+SMALL_IMAGE = 96 * 96  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: linear from 0 to `base_lr` over `warmup_steps`, then divided by ten for each of
+    `decay_steps` that is below the step; training ends before step `steps`."""
+
+    base_lr: float
+    warmup_steps: int
+    decay_steps: tuple[int, ...]
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run's hyper-parameters with nothing left open."""
+
+    resize: int
+    crop: int
+    mixup: float
+    schedule: Schedule
+
+
+def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
+    """What the configuration says, and BiT-HyperRule where it says None.
+
+    Args:
+        train_examples: after few-shot selection.
+        native_area: pixels of an image before resizing.
+    """
+    numbers = _schedule(train_examples)
+    resize, crop = (160, 128) if native_area < SMALL_IMAGE else (512, 480)
+    mixup = 0.0 if train_examples < 20_000 else 0.1
+    data, optimizer = cfg.data, cfg.optimizer
+    if data.crop is not None and data.resize is None:
+        resize = max(data.crop, round(data.crop * resize / crop))  # HyperRule's proportion
+    steps = _or(optimizer.steps, numbers[-1])
+    # a run shorter than the rule's keeps the rule's proportions
+    scale = min(1.0, steps / numbers[-1])
+    schedule = Schedule(
+        base_lr=optimizer.base_lr,
+        warmup_steps=_or(optimizer.warmup_steps, round(numbers[0] * scale)),
+        decay_steps=_or(optimizer.decay_steps, tuple(round(number * scale) for number in numbers[1:-1])),
+        steps=steps,
+    )
+    return Recipe(_or(data.resize, resize), _or(data.crop, crop), _or(optimizer.mixup, mixup), schedule)
+
+
+def _schedule(train_examples: int) -> tuple[int, ...]:
+    if train_examples < 20_000:
+        return 100, 200, 300, 400, 500
+    if train_examples < 500_000:
+        return 500, 3000, 6000, 9000, 10_000
+    return 500, 6000, 12_000, 18_000, 20_000
+
+
+def _or(value, default):
+    return default if value is None else value

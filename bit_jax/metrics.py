@@ -1,0 +1,196 @@
+"""What a run reports: FlagPerf's figures, metrics.jsonl, TensorBoard events, the progress line, the result row."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+GIB = 2**30
+
+
+class Timeline:
+    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] = self[activity] + time.perf_counter() - start
+
+    def __getitem__(self, activity: str) -> float:
+        return self.seconds.get(activity, 0.0)
+
+    def waiting(self, activity: str, items: Iterable) -> Iterator:
+        """The items; the time until each arrives counts as `activity`."""
+        iterator = iter(items)
+        while True:
+            with self(activity):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """FlagPerf's three figures, images/s; None where nothing was trained.
+
+    p_whole: over training with its evaluations; p_train: without evaluations; p_core: also without waiting for input.
+    Compilation is in none of them.
+    """
+
+    p_whole: float | None
+    p_train: float | None
+    p_core: float | None
+
+    @classmethod
+    def of(cls, examples: int, *, whole: float, evaluation: float, input_wait: float) -> "Throughput":
+        if not examples:
+            return cls(None, None, None)
+        return cls(
+            examples / whole,
+            examples / (whole - evaluation),
+            examples / (whole - evaluation - input_wait),
+        )
+
+
+def seconds_since_process_start() -> float:
+    """By the operating system's record of when this process began, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def peak_memory() -> tuple[float, str]:
+    """(GiB, what it is): the fullest local device's peak, or this process's where devices keep no record (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if None not in peaks:
+        return max(peaks) / GIB, "device"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, "process"
+
+
+def versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically, so that a reader finds all of it or the version before."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(content, file, indent=2, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Log:
+    """metrics.jsonl, TensorBoard events and the progress bar of one run.
+
+    A continued run drops the lines of steps that will be trained again.
+    """
+
+    def __init__(self, workdir: Path, *, start: int, stop: int, global_batch: int):
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            self._path.write_text("".join(kept))
+        self._file = open(self._path, "a", buffering=1)
+        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._console = Console(stderr=True)
+        self._start, self._stop, self._global_batch = start, stop, global_batch
+        self._began = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("training", total=stop, completed=start, rate="")
+
+    def __enter__(self) -> "Log":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._progress.stop()
+        self._tensorboard.close()
+        self._file.close()
+
+    def advance(self, step: int) -> None:
+        """After `step` steps in all."""
+        self._progress.update(self._task, completed=step, rate=f"{self._rate(step):,.0f} images/s")
+
+    def write(self, step: int, **scalars: float) -> None:
+        """A line of metrics.jsonl, and the same scalars for TensorBoard and the console."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._progress.console.print(self._line(step, scalars), highlight=False)
+
+    def note(self, sentence: str) -> None:
+        self._progress.console.print(sentence, highlight=False)
+
+    def _rate(self, step: int) -> float:
+        return (step - self._start) * self._global_batch / (time.perf_counter() - self._began)
+
+    def _line(self, step: int, scalars: dict[str, float]) -> str:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        done = max(step - self._start, 1)
+        left = (time.perf_counter() - self._began) / done * (self._stop - step)
+        return f"step {step:>{len(str(self._stop))}}/{self._stop}  {shown}  {math.ceil(left)} s left"
+
+
+def flagperf_row(result: dict[str, Any]) -> Table:
+    """One row of FlagPerf's table, with compilation time apart."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    columns = {
+        "case": f"{result['hosts']}x{result['devices'] // result['hosts']}",
+        "precision": result["precision"],
+        "batch a device": f"{result['batch_per_device']:g}",
+        "e2e s": shown(result["e2e_time"], ".1f"),
+        "compile s": shown(result["compile_time"], ".1f"),
+        "p_whole": shown(result["p_whole"], ",.1f"),
+        "p_train": shown(result["p_train"], ",.1f"),
+        "p_core": shown(result["p_core"], ",.1f"),
+        "acc1": shown(result["final_acc1"], ".5f"),
+        "GiB": shown(result["mem_gib"], ".2f"),
+    }
+    table = Table(title=f"{result['model']} on {result['dataset']}")
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_row(*columns.values())
+    return table

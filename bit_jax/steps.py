@@ -1,0 +1,113 @@
+"""One training step and one evaluation step, as pure functions to be jitted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from bit_jax.resnetv2 import ResNetV2, param_dtype
+
+TOP_K = (1, 5)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) -> Float[Array, "batch height width 3"]:
+    """0..255 -> [-1, 1]."""
+    return (images.astype(dtype) - 127.5) / 127.5
+
+
+def mixup_weight(seed: int, step: Int[Array, ""], alpha: float) -> Float[Array, ""]:
+    """The step's share of each image itself, from Beta(alpha, alpha); one for the whole batch, as BiT's PyTorch code.
+
+    Drawn in float32 whatever the precision, so that all precisions mix alike.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+
+
+def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Float[Array, "batch ..."]:
+    """Each row mixed with its neighbour: 0 with 1, 2 with 3 and so on.
+
+    The loader's order is random, so a neighbour is as random a partner as any, and it lies on the same device however
+    an even number of rows a device is spread.
+    """
+    weight = weight.astype(rows.dtype)
+    pairs = rows.reshape(rows.shape[0] // 2, 2, *rows.shape[1:])
+    return (weight * pairs + (1 - weight) * pairs[:, ::-1]).reshape(rows.shape)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """Of each row, in nats."""
+    return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
+
+
+def make_train_step(
+    model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """(state, batch of uint8 images and labels) -> (next state, {"loss": mean cross-entropy of the batch})."""
+    dtype = param_dtype(model.dtype)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        images = normalize(batch["image"], dtype)
+        targets = jax.nn.one_hot(batch["label"], model.num_classes, dtype=dtype)
+        if mixup:
+            weight = mixup_weight(seed, state.step, mixup)
+            images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
+
+        def loss_of(params):
+            return cross_entropy(model.apply({"params": params}, images), targets).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), {"loss": loss}
+
+    return train_step
+
+
+def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
+    """(params, batch) -> sums over the rows whose mask is True: loss, correct1, correct5, seen."""
+    dtype = param_dtype(model.dtype)
+
+    def eval_step(params: Any, batch: dict) -> dict:
+        logits = model.apply({"params": params}, normalize(batch["image"], dtype))
+        targets = jax.nn.one_hot(batch["label"], model.num_classes, dtype=dtype)
+        losses = cross_entropy(logits, targets)
+        rank = label_rank(logits, batch["label"])
+        sums = {f"correct{k}": (batch["mask"] & (rank < k)).sum(dtype=jnp.int32) for k in TOP_K}
+        return sums | {
+            "loss": jnp.where(batch["mask"], losses, 0).sum(),
+            "seen": batch["mask"].sum(dtype=jnp.int32),
+        }
+
+    return eval_step
+
+
+def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    """How many classes are placed before the label: 0 where it is the prediction.
+
+    Ties go to the lower class, as `argmax` does, so that equal logits (a head of zeros) are not counted as correct;
+    a logit that is not finite puts the label last.
+    """
+    own = jnp.take_along_axis(logits, label[:, None], axis=1)
+    classes = jnp.arange(logits.shape[1])
+    before: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
+    finite = jnp.isfinite(logits).all(axis=1)
+    return jnp.where(finite, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)

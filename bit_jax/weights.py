@@ -1,0 +1,300 @@
+"""The official BiT `.npz` <-> the parameters of `ResNetV2`: one name table, strict both ways.
+
+A parameter's path, joined by "/" and put behind `resnet/`, is its key in the file; nothing else is translated.
+Files are read one array at a time (NumPy stores them uncompressed), so that loading takes one copy of the
+parameters and little more than the time to read the file.
+"""
+
+import dataclasses
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from bit_jax.errors import RequestError
+from bit_jax.resnetv2 import GROUPS, ResNetV2, architecture_name, param_dtype
+
+PREFIX = "resnet/"
+STAGES = 4
+ROOT_KERNEL = "resnet/root_block/standardized_conv2d/kernel"
+HEAD_KERNEL = "resnet/head/conv2d/kernel"
+HEAD_BIAS = "resnet/head/conv2d/bias"
+LISTED = 12  # names that an error message spells out of each kind; the exception's attributes hold all
+
+Params = dict[str, Any]
+
+
+class WeightsError(RequestError):
+    """The file or the parameters are not a BiT in the official layout.
+
+    Attributes:
+        missing, extra, misshapen: every offending key; misshapen ones with both shapes.
+    """
+
+    def __init__(self, message: str, missing=(), extra=(), misshapen=()):
+        super().__init__(message)
+        self.missing, self.extra, self.misshapen = list(missing), list(extra), list(misshapen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a weight file says about its model."""
+
+    units: tuple[int, ...]
+    width: float
+    num_classes: int
+
+    def __str__(self) -> str:
+        return f"{architecture_name(self.units, self.width)} with {self.num_classes:,} classes"
+
+    def model(self, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST) -> ResNetV2:
+        return ResNetV2(self.units, self.width, self.num_classes, jnp.dtype(dtype), precision)
+
+
+def layout(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every key of the official file and the shape of its array, kernels as HWIO."""
+    root = round(64 * architecture.width)
+    shapes: dict[str, tuple[int, ...]] = {ROOT_KERNEL: (7, 7, 3, root)}
+
+    def norm(key: str, channels: int) -> None:
+        shapes[f"{key}/gamma"] = shapes[f"{key}/beta"] = (channels,)
+
+    cin = root
+    for stage, units in enumerate(architecture.units, start=1):
+        mid = root * 2 ** (stage - 1)
+        for unit in range(1, units + 1):
+            key = f"resnet/block{stage}/unit{unit:02d}"
+            for part, size, fan_in, fan_out in (("a", 1, cin, mid), ("b", 3, mid, mid), ("c", 1, mid, 4 * mid)):
+                norm(f"{key}/{part}/group_norm", fan_in)
+                shapes[f"{key}/{part}/standardized_conv2d/kernel"] = (size, size, fan_in, fan_out)
+            if unit == 1:
+                shapes[f"{key}/a/proj/standardized_conv2d/kernel"] = (1, 1, cin, 4 * mid)
+            cin = 4 * mid
+    norm("resnet/group_norm", cin)
+    shapes[HEAD_KERNEL] = (1, 1, cin, architecture.num_classes)
+    shapes[HEAD_BIAS] = (architecture.num_classes,)
+    return shapes
+
+
+def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.float32) -> tuple[ResNetV2, Params]:
+    """Reads an official BiT `.npz`; depth, width and head are read off the file.
+
+    Args:
+        path: the file.
+        num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers.
+        dtype: of the computation. Parameters are float32, or float64 where `dtype` is (which needs x64).
+
+    Returns:
+        The model and its parameters, on JAX's default device: `model.apply({"params": params}, images)`.
+
+    Raises:
+        WeightsError: the file is missing, damaged, not a BiT, or holds values that are not finite.
+    """
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+        raise RequestError("float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True), before any array")
+    architecture, arrays = read(path, num_classes=num_classes)
+    kept = param_dtype(jnp.dtype(dtype))
+    flat = {key: jnp.asarray(array, kept) for key, array in arrays}
+    return architecture.model(dtype), unflatten(flat)
+
+
+def read(
+    path: str | os.PathLike, *, num_classes: int | None = None
+) -> tuple[Architecture, Iterator[tuple[str, np.ndarray]]]:
+    """The architecture of a file, checked whole, and its arrays one at a time, under their official keys.
+
+    The names and shapes are checked before this returns; contents (checksum, finite values) as they are read.
+    The arrays' order is the file's, a replaced head last.
+
+    Raises:
+        WeightsError: as `load`.
+    """
+    path = Path(path)
+    members = _members(path)
+    architecture = _architecture({key: member.shape for key, member in members.items()}, path)
+    if num_classes is None:
+        return architecture, _arrays(path, members)
+    architecture = dataclasses.replace(architecture, num_classes=num_classes)
+    body = {key: member for key, member in members.items() if key not in (HEAD_KERNEL, HEAD_BIAS)}
+    shapes = layout(architecture)
+
+    def with_new_head() -> Iterator[tuple[str, np.ndarray]]:
+        yield from _arrays(path, body)
+        yield from ((key, np.zeros(shapes[key], np.float32)) for key in (HEAD_KERNEL, HEAD_BIAS))
+
+    return architecture, with_new_head()
+
+
+def save(path: str | os.PathLike, params: Params) -> None:
+    """Writes parameters in the official layout, float32 (float64 stays float64), atomically.
+
+    The same parameters give the same bytes.
+
+    Raises:
+        WeightsError: the parameters are not those of a ResNetV2.
+    """
+    path = Path(path)
+    flat = flatten(params)
+    _architecture({key: array.shape for key, array in flat.items()}, "the parameters to save")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for key, array in flat.items():
+                    # force_zip64 as numpy.savez does: a member's size is not known when its header is written
+                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Parameter tree -> {official key: array}, sorted by key."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {PREFIX + key: flat[key] for key in sorted(flat)}
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """{official key: array} -> parameter tree."""
+    return traverse_util.unflatten_dict({key.removeprefix(PREFIX): array for key, array in flat.items()}, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """An array in the archive: where it is and what its header says."""
+
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int  # of the data within the member, in bytes
+
+
+def _members(path: Path) -> dict[str, _Member]:
+    """{official key: member} of the file; reads only headers."""
+    members: dict[str, _Member] = {}
+    problems = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            if not any(info.filename.endswith(".npy") for info in infos):
+                raise WeightsError(f"{path} is a zip file without .npy arrays, not BiT weights; fetch the .npz again")
+            for info in infos:
+                name = info.filename
+                try:
+                    member = _header(archive, info)
+                except ValueError as error:
+                    problems.append(f"{name} ({error})")
+                    continue
+                # some published files number their convolutions: standardized_conv2d_17
+                key = re.sub(r"standardized_conv2d_\d+(?=/)", "standardized_conv2d", name.removesuffix(".npy"))
+                if key in members:
+                    problems.append(f"{name} (a second array for {key})")
+                members[key] = member
+    except FileNotFoundError:
+        raise WeightsError(
+            f"weight file {path} does not exist; `python -m bit_jax.zoo list` names those that can be fetched"
+        ) from None
+    except IsADirectoryError:
+        raise WeightsError(f"{path} is a directory; name the .npz file in it") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise WeightsError(f"{path} is truncated or not an .npz file ({error}); fetch it again") from None
+    if problems:
+        raise WeightsError(f"{path} holds members that are not plain arrays: {_some(problems)}", extra=problems)
+    return members
+
+
+def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    """Raises ValueError where the member is not a plain array of floating-point numbers."""
+    if not info.filename.endswith(".npy"):
+        raise ValueError("not an .npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"npy format {version}")
+        shape, fortran_order, dtype = read_header(member)
+        if dtype.hasobject:
+            raise ValueError("pickled Python objects are refused")
+        if dtype.kind != "f":
+            raise ValueError(f"dtype {dtype}, not a float")
+        offset = member.tell()
+    if info.file_size != offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{info.file_size} bytes for shape {shape}")
+    return _Member(info, shape, dtype, fortran_order, offset)
+
+
+def _arrays(path: Path, members: dict[str, _Member]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array, read-only, one copy of its bytes in memory; the zip's CRC-32 is checked on the way."""
+    not_finite = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for key, member in members.items():
+                with archive.open(member.info) as file:
+                    file.read(member.offset)
+                    data = file.read()
+                order = "F" if member.fortran_order else "C"
+                array = np.ndarray(member.shape, member.dtype, buffer=data, order=order)
+                # a sum is not finite exactly if a term is not, or if it overflows, which float64 sums of weights cannot
+                if not np.isfinite(array.sum(dtype=np.float64)):
+                    not_finite.append(key)
+                yield key, array
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); fetch it again") from None
+    if not_finite:
+        raise WeightsError(f"{path} holds NaN or infinite values in {_some(not_finite)}; fetch it again")
+
+
+def _architecture(shapes: dict[str, tuple[int, ...]], where: str | Path) -> Architecture:
+    """Reads depth, width and head off the keys and shapes, then holds every key and shape against them."""
+    root, head = shapes.get(ROOT_KERNEL, ()), shapes.get(HEAD_KERNEL, ())
+    if len(root) != 4 or len(head) != 4:
+        absent = [key for key, shape in ((ROOT_KERNEL, root), (HEAD_KERNEL, head)) if len(shape) != 4]
+        raise WeightsError(
+            f"{where} is not a BiT in the official layout: no 4-dimensional {' and '.join(absent)} "
+            f"among its {len(shapes)} arrays ({_some(list(shapes))})",
+            missing=absent,
+        )
+    units = [0] * STAGES
+    for key in shapes:
+        match = re.match(rf"resnet/block([1-{STAGES}])/unit(\d\d+)/", key)
+        if match:
+            units[int(match[1]) - 1] = max(units[int(match[1]) - 1], int(match[2]))
+    if root[3] % GROUPS or not root[3]:
+        raise WeightsError(f"{where} has {root[3]} root channels; GroupNorm needs a multiple of {GROUPS}")
+    # a stage without units is no BiT: its first unit is then listed as missing
+    architecture = Architecture(tuple(max(count, 1) for count in units), root[3] / 64, head[3])
+    expected = layout(architecture)
+    missing = [key for key in expected if key not in shapes]
+    extra = [key for key in shapes if key not in expected]
+    misshapen = [
+        f"{key} is {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes.get(key, shape) != shape
+    ]
+    if missing or extra or misshapen:
+        raise WeightsError(
+            f"{where} does not hold a {architecture}: {len(missing)} missing ({_some(missing)}); "
+            f"{len(extra)} extra ({_some(extra)}); {len(misshapen)} misshapen ({_some(misshapen)})",
+            missing,
+            extra,
+            misshapen,
+        )
+    return architecture
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (", ".join(sorted(names)[:LISTED]) or "none") + rest

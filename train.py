@@ -1,0 +1,81 @@
+"""Fine-tunes a BiT model: `python train.py PRESET --workdir DIR`; see `--help` of each preset for its flags."""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+import input_pipeline
+from bit_jax import config, finetune, hyperrule, mesh, metrics, weights, zoo
+from bit_jax.errors import RequestError, exit_code
+from bit_jax.precision import choose
+from bit_jax.resnetv2 import is_architecture_name, parse_architecture
+from bit_jax.workdir import Workdir
+
+
+def main() -> None:
+    cfg = tyro.extras.overridable_config_cli(
+        config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    )
+    result = run(cfg)
+    Console(width=120).print(metrics.flagperf_row(result))
+    print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/")
+
+
+def run(cfg: config.Config) -> dict:
+    """One whole run, from configuration to the content of result.json."""
+    choose(cfg.model.precision)  # before any array is made
+    devices = mesh.make_mesh()
+    global_batch = mesh.global_batch_size(
+        devices, global_batch=cfg.data.global_batch, batch_per_device=cfg.data.batch_per_device
+    )
+    train = input_pipeline.open_source(cfg.data.dataset, cfg.data.train_split, cfg.data.data_dir)
+    validation = input_pipeline.open_source(cfg.data.dataset, cfg.data.eval_split, cfg.data.data_dir)
+    if cfg.data.examples_per_class is not None:
+        train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
+
+    native_area = input_pipeline.native_area(train[0]["image"])
+    recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+    if recipe.mixup and global_batch % 2:
+        raise RequestError(f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0")
+
+    architecture, initial_params = initial_model(cfg, num_classes=len(train.class_names))
+    workdir = Workdir(cfg.run.workdir)
+    workdir.claim(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
+    if result := workdir.finished():
+        print(f"{workdir.path} holds this run, finished; its result:", file=sys.stderr)
+        return result
+
+    def loader(source: input_pipeline.Source) -> finetune.Split:
+        views = input_pipeline.Views(recipe.resize, recipe.crop, cfg.data.flip)
+        batches = input_pipeline.Loader(
+            source, views, global_batch, cfg.run.seed, place=lambda batch: mesh.shard_batch(batch, devices)
+        )
+        return finetune.Split(source.name, len(source), batches)
+
+    return finetune.finetune(
+        cfg,
+        recipe,
+        architecture,
+        initial_params,
+        train=loader(train),
+        validation=loader(validation),
+        global_batch=global_batch,
+        mesh=devices,
+    )
+
+
+def initial_model(cfg: config.Config, *, num_classes: int):
+    """The architecture with a head for `num_classes`, and a function that gives the parameters to start from."""
+    name, seed = cfg.model.model, cfg.run.seed
+    if cfg.model.init == "random" and is_architecture_name(name):
+        architecture = weights.Architecture(*parse_architecture(name), num_classes)
+    else:
+        architecture, arrays = weights.read(zoo.find(name), num_classes=num_classes)
+    if cfg.model.init == "random":
+        return architecture, lambda: architecture.model().init_params(seed)
+    return architecture, lambda: weights.unflatten(dict(arrays))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, input_pipeline.DatasetError))

@@ -1,30 +1,27 @@
-"""Fine-tuning: evaluate, train, save, report. The loop at the end reads like its own summary."""
+"""Fine-tuning: restore or start, train with evaluations and checkpoints, save, report."""
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bit_jax import mesh as meshes
-from bit_jax import metrics, steps, weights
+from bit_jax import metrics, weights
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
 from bit_jax.errors import RunFailed
 from bit_jax.evaluate import Accuracy, evaluate
 from bit_jax.hyperrule import Recipe
-from bit_jax.optimizer import learning_rate, sgd
-from bit_jax.precision import choose
+from bit_jax.program import Program, compile_program
+from bit_jax.steps import TrainState
 from bit_jax.weights import Architecture, Params
 from bit_jax.workdir import Workdir
 
 
 class Batches(Protocol):
-    """What `finetune` asks of a loader; `place` has put its batches on the mesh."""
+    """What is asked of a loader: (number, batch) pairs whose rows lie on the mesh."""
 
     def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]: ...
     def evaluation(self) -> Iterator[tuple[int, Any]]: ...
@@ -32,7 +29,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A loader with what is said about it in the result."""
+    """A loader and what is said of it in the result."""
 
     name: str
     examples: int
@@ -50,14 +47,15 @@ def finetune(
     global_batch: int,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Trains to the recipe's end, continuing what the work directory holds, and writes final.npz and result.json.
+    """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json.
 
     Args:
-        cfg, recipe: what to do.
+        cfg, recipe: what to do; every None of `cfg` is settled in `recipe`.
         architecture: of the model, head included.
-        initial_params: called only by a run that starts from the beginning.
-        train, validation: their batches' rows lie on `mesh`.
-        global_batch: rows of a batch.
+        initial_params: called only where nothing is continued.
+        train, validation: the data.
+        global_batch: rows of their batches.
+        mesh: where they lie.
 
     Returns:
         The content of result.json.
@@ -66,83 +64,27 @@ def finetune(
         RunFailed: the loss is not finite.
         RequestError: a checkpoint or the work directory cannot be used.
     """
-    precision = choose(cfg.model.precision)
     workdir = Workdir(cfg.run.workdir)
     timeline = metrics.Timeline()
-    model = architecture.model(precision.dtype, precision.product)
-    optimizer = sgd(recipe.schedule, cfg.optimizer.momentum)
-    state_shape = abstract_state(architecture, precision.dtype, optimizer, mesh)
-
     with timeline("compilation"):
-        train_step = compile_train_step(
-            steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=cfg.run.seed),
-            state_shape,
-            abstract_batch(global_batch, recipe.crop, mesh),
-        )
-        eval_step = compile_eval_step(
-            steps.make_eval_step(model), state_shape.params, abstract_batch(global_batch, recipe.crop, mesh)
-        )
+        program = compile_program(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
 
     checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
     start = checkpoints.latest or 0
     if start:
-        state = checkpoints.restore(start, state_shape)
+        state = checkpoints.restore(start, program.state_shape)
     else:
-        state = place_state(initial_params(), optimizer, state_shape)
+        state = program.initial_state(initial_params())
 
-    def accuracy() -> Accuracy:
-        batches = (batch for _, batch in validation.batches.evaluation())
-        with timeline("evaluation"):
-            measured = evaluate(eval_step, state.params, batches, validation.examples)
-        log.write(step, val_acc1=measured.acc1, val_acc5=measured.acc5, val_loss=measured.loss)
-        return measured
+    with metrics.Log(workdir.path, start=start, stop=recipe.schedule.steps, global_batch=global_batch) as log:
+        loop = _Loop(cfg, recipe, program, train, validation, global_batch, checkpoints, timeline, log)
+        state, accuracy = loop.run(state, start)
+    stop = int(state.step)
+    if stop > start:
+        checkpoints.save(state)
+    checkpoints.close()
+    weights.save(workdir.final, state.params)
 
-    def reached(measured: Accuracy | None) -> bool:
-        target = cfg.run.target_acc1
-        return target is not None and measured is not None and measured.acc1 >= target
-
-    due = evaluation_due(cfg, train_examples=train.examples, global_batch=global_batch)
-    rate = learning_rate(recipe.schedule)
-    stop = recipe.schedule.steps
-    step, measured = start, None
-    with metrics.Log(cfg.run.workdir, start=start, stop=stop, global_batch=global_batch) as log:
-        if start:
-            log.note(f"continuing {cfg.run.workdir} from step {start}")
-        began = time.perf_counter()
-        if (cfg.run.eval_at_start and not start) or (cfg.run.target_acc1 is not None and due(start)):
-            measured = accuracy()
-
-        batches = iter(()) if reached(measured) else train.batches.train(start, stop)
-        for step_index, batch in timeline.waiting("input", batches):
-            state, sums = train_step(state, batch)
-            loss = float(jax.block_until_ready((state, sums))[1]["loss"])
-            step, measured = step_index + 1, None
-            log.advance(step)
-            if not math.isfinite(loss):
-                raise RunFailed(
-                    f"the loss of step {step} is {loss}; lower --base-lr {cfg.optimizer.base_lr} or use --precision fp32"
-                )
-            if step % cfg.run.log_every == 0:
-                log.write(step, loss=loss, learning_rate=float(rate(step_index)), **_speed(timeline, began, step - start, global_batch))
-            if due(step):
-                measured = accuracy()
-            if reached(measured):
-                break
-            if step % cfg.run.checkpoint_every == 0 and step < stop:
-                checkpoints.save(state)
-
-        measured = measured or accuracy()
-        whole = time.perf_counter() - began
-        trained = (step - start) * global_batch
-        if step > start:
-            checkpoints.save(state)
-        checkpoints.close()
-        weights.save(workdir.final, state.params)
-
-    memory, memory_of = metrics.peak_memory()
-    throughput = metrics.Throughput.of(
-        trained, whole=whole, evaluation=timeline["evaluation"], input_wait=timeline["input"]
-    )
     result = {
         "model": cfg.model.model,
         "architecture": str(architecture),
@@ -155,76 +97,96 @@ def finetune(
         "hosts": jax.process_count(),
         "batch_per_device": global_batch / mesh.size,
         "global_batch": global_batch,
-        "steps": step,
+        "steps": stop,
         "resumed_from_step": start,
         "seed": cfg.run.seed,
-        "e2e_time": metrics.seconds_since_process_start(),
-        "compile_time": timeline["compilation"],
-        **dataclasses.asdict(throughput),
-        "train_examples_seen": trained,
-        "train_seconds": whole - timeline["evaluation"],
-        "evaluation_seconds": timeline["evaluation"],
-        "input_wait_seconds": timeline["input"],
-        "final_acc1": measured.acc1,
-        "final_acc5": measured.acc5,
-        "final_loss": measured.loss,
-        "eval_examples": measured.examples,
-        "mem_gib": memory,
-        "mem_of": memory_of,
+        **metrics.figures(timeline, trained=(stop - start) * global_batch),
+        "final_acc1": accuracy.acc1,
+        "final_acc5": accuracy.acc5,
+        "final_loss": accuracy.loss,
+        "eval_examples": accuracy.examples,
         "versions": metrics.versions(),
     }
     metrics.write_json(workdir.result, result)
     return result
 
 
-def abstract_state(architecture: Architecture, dtype, optimizer, mesh: Mesh) -> steps.TrainState:
-    """Shapes, dtypes and shardings of the training state, without an array."""
-    kept = steps.param_dtype(dtype)
-    flat = {key: jax.ShapeDtypeStruct(shape, kept) for key, shape in weights.layout(architecture).items()}
-    shapes = jax.eval_shape(lambda params: steps.init_state(params, optimizer), weights.unflatten(flat))
-    sharding = meshes.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    cfg: Config
+    recipe: Recipe
+    program: Program
+    train: Split
+    validation: Split
+    global_batch: int
+    checkpoints: Checkpoints
+    timeline: metrics.Timeline
+    log: metrics.Log
 
+    def run(self, state: TrainState, start: int) -> tuple[TrainState, Accuracy]:
+        """From step `start` to the end: the last state and its accuracy."""
+        with self.timeline("whole"):
+            accuracy = self.evaluate(state, start) if self.evaluates_before(start) else None
+            if not self.reached(accuracy):
+                state, accuracy = self.train_from(state, start, accuracy)
+            return state, accuracy or self.evaluate(state, int(state.step))
 
-def abstract_batch(global_batch: int, crop: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a device batch."""
-    sharding = meshes.batch_sharding(mesh)
-    fields = {
-        "image": ((global_batch, crop, crop, 3), jnp.uint8),
-        "label": ((global_batch,), jnp.int32),
-        "mask": ((global_batch,), jnp.bool_),
-        "index": ((global_batch,), jnp.int32),
-    }
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in fields.items()}
+    def train_from(self, state: TrainState, start: int, accuracy: Accuracy | None) -> tuple[TrainState, Accuracy | None]:
+        """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
+        run, steps = self.cfg.run, self.recipe.schedule.steps
+        for index, batch in self.timeline.waiting("input", self.train.batches.train(start, steps)):
+            step = index + 1
+            with self.timeline("steps"):
+                state, sums = jax.block_until_ready(self.program.train_step(state, batch))
+            self.check(loss := float(sums["loss"]), step)
+            self.log.advance(step)
+            if step % run.log_every == 0:
+                self.log.write(step, loss=loss, **self.speed(step - start))
+            accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
+            if self.reached(accuracy):
+                self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
+                break
+            if step % run.checkpoint_every == 0 and step < steps:
+                self.checkpoints.save(state)
+        return state, accuracy
 
+    def evaluate(self, state: TrainState, step: int) -> Accuracy:
+        with self.timeline("evaluation"):
+            batches = (batch for _, batch in self.validation.batches.evaluation())
+            accuracy = evaluate(self.program.eval_step, state.params, batches, self.validation.examples)
+        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
+        return accuracy
 
-def compile_train_step(train_step: Callable, state: steps.TrainState, batch: dict) -> Callable:
-    """Ahead of time, the state donated: the step updates it in place."""
-    return jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+    def evaluates_before(self, start: int) -> bool:
+        # a run that was stopped between reaching its target and saying so must not train past it
+        stopped_here = self.cfg.run.target_acc1 is not None and self.evaluates_after(start)
+        return stopped_here or (start == 0 and self.cfg.run.eval_at_start)
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after that many steps; "epoch" means whenever one has just been completed."""
+        every = self.cfg.run.eval_every
+        if every is None or step == 0:
+            return False
+        if every == "epoch":
+            epochs, before = (s * self.global_batch // self.train.examples for s in (step, step - 1))
+            return epochs > before
+        return step % every == 0
 
-def compile_eval_step(eval_step: Callable, params: Any, batch: dict) -> Callable:
-    return jax.jit(eval_step).lower(params, batch).compile()
+    def reached(self, accuracy: Accuracy | None) -> bool:
+        target = self.cfg.run.target_acc1
+        return target is not None and accuracy is not None and accuracy.acc1 >= target
 
+    def check(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the loss of step {step} is {loss}; lower --base-lr {self.cfg.optimizer.base_lr} "
+                f"in a new --workdir, or use a wider precision than {self.cfg.model.precision}"
+            )
 
-def place_state(params: Params, optimizer, state_shape: steps.TrainState) -> steps.TrainState:
-    """The state at step 0, laid out as `state_shape` says."""
-    params = jax.tree.map(lambda leaf, like: jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding), params, state_shape.params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
-    return jax.jit(lambda params: steps.init_state(params, optimizer), out_shardings=shardings)(params)
-
-
-def evaluation_due(cfg: Config, *, train_examples: int, global_batch: int) -> Callable[[int], bool]:
-    """step -> whether to evaluate after that many steps: each so many, or whenever an epoch has just been completed."""
-    every = cfg.run.eval_every
-    if every is None:
-        return lambda step: False
-    if every == "epoch":
-        return lambda step: step > 0 and step * global_batch // train_examples > (step - 1) * global_batch // train_examples
-    return lambda step: step > 0 and step % every == 0
-
-
-def _speed(timeline: metrics.Timeline, began: float, steps_done: int, global_batch: int) -> dict[str, float]:
-    """Since the start of training; the share of the time without evaluations that was spent waiting for input."""
-    training = time.perf_counter() - began - timeline["evaluation"]
-    return {"images_per_s": steps_done * global_batch / training, "input_wait": timeline["input"] / training}
+    def speed(self, steps_done: int) -> dict[str, float]:
+        """Since training began here: images/s over steps and input, and the share of that time spent waiting for input."""
+        training = self.timeline["steps"] + self.timeline["input"]
+        return {
+            "images_per_s": steps_done * self.global_batch / training,
+            "input_wait": self.timeline["input"] / training,
+        }

@@ -36,7 +36,7 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
         native_area: pixels of an image before resizing.
     """
     numbers = _schedule(train_examples)
-    resize, crop = (160, 128) if native_area < SMALL_IMAGE else (512, 480)
+    resize, crop = resolution(native_area)
     mixup = 0.0 if train_examples < 20_000 else 0.1
     data, optimizer = cfg.data, cfg.optimizer
     if data.crop is not None and data.resize is None:
@@ -51,6 +51,11 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
         steps=steps,
     )
     return Recipe(_or(data.resize, resize), _or(data.crop, crop), _or(optimizer.mixup, mixup), schedule)
+
+
+def resolution(native_area: int) -> tuple[int, int]:
+    """(resize, crop), sides of squares, for images of that many pixels."""
+    return (160, 128) if native_area < SMALL_IMAGE else (512, 480)
 
 
 def _schedule(train_examples: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """What a run reports: FlagPerf's figures, metrics.jsonl, TensorBoard events, the progress line, the result row."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -53,27 +52,31 @@ class Timeline:
             yield item
 
 
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """FlagPerf's three figures, images/s; None where nothing was trained.
+def figures(timeline: Timeline, *, trained: int) -> dict[str, Any]:
+    """FlagPerf's figures from the activities `whole`, `evaluation`, `input` and `compilation`.
 
-    p_whole: over training with its evaluations; p_train: without evaluations; p_core: also without waiting for input.
-    Compilation is in none of them.
+    p_whole: images/s of training with its evaluations; p_train: without evaluations; p_core: also without waiting for
+    input. Compilation is in none of them; e2e_time includes everything. None where nothing was trained.
+
+    Args:
+        timeline: of this process alone.
+        trained: examples that this process trained on.
     """
-
-    p_whole: float | None
-    p_train: float | None
-    p_core: float | None
-
-    @classmethod
-    def of(cls, examples: int, *, whole: float, evaluation: float, input_wait: float) -> "Throughput":
-        if not examples:
-            return cls(None, None, None)
-        return cls(
-            examples / whole,
-            examples / (whole - evaluation),
-            examples / (whole - evaluation - input_wait),
-        )
+    training = timeline["whole"] - timeline["evaluation"]
+    memory, memory_of = peak_memory()
+    return {
+        "e2e_time": seconds_since_process_start(),
+        "p_whole": trained / timeline["whole"] if trained else None,
+        "p_train": trained / training if trained else None,
+        "p_core": trained / (training - timeline["input"]) if trained else None,
+        "compile_time": timeline["compilation"],
+        "train_seconds": training,
+        "evaluation_seconds": timeline["evaluation"],
+        "input_wait_seconds": timeline["input"],
+        "trained_examples": trained,
+        "mem_gib": memory,
+        "mem_of": memory_of,
+    }
 
 
 def seconds_since_process_start() -> float:
@@ -156,10 +159,10 @@ class Log:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
-        self._progress.console.print(self._line(step, scalars), highlight=False)
+        self._progress.console.print(self._line(step, scalars), highlight=False, soft_wrap=True)
 
     def note(self, sentence: str) -> None:
-        self._progress.console.print(sentence, highlight=False)
+        self._progress.console.print(sentence, highlight=False, soft_wrap=True)
 
     def _rate(self, step: int) -> float:
         return (step - self._start) * self._global_batch / (time.perf_counter() - self._began)

@@ -194,7 +194,7 @@ def _members(path: Path) -> dict[str, _Member]:
                 name = info.filename
                 try:
                     member = _header(archive, info)
-                except ValueError as error:
+                except Exception as error:  # damaged headers make zipfile and NumPy raise many kinds
                     problems.append(f"{name} ({error})")
                     continue
                 # some published files number their convolutions: standardized_conv2d_17
@@ -202,13 +202,15 @@ def _members(path: Path) -> dict[str, _Member]:
                 if key in members:
                     problems.append(f"{name} (a second array for {key})")
                 members[key] = member
+    except WeightsError:
+        raise
     except FileNotFoundError:
         raise WeightsError(
             f"weight file {path} does not exist; `python -m bit_jax.zoo list` names those that can be fetched"
         ) from None
     except IsADirectoryError:
         raise WeightsError(f"{path} is a directory; name the .npz file in it") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or not an .npz file ({error}); fetch it again") from None
     if problems:
         raise WeightsError(f"{path} holds members that are not plain arrays: {_some(problems)}", extra=problems)
@@ -241,20 +243,20 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
 def _arrays(path: Path, members: dict[str, _Member]) -> Iterator[tuple[str, np.ndarray]]:
     """Every array, read-only, one copy of its bytes in memory; the zip's CRC-32 is checked on the way."""
     not_finite = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for key, member in members.items():
+    with zipfile.ZipFile(path) as archive:
+        for key, member in members.items():
+            try:
                 with archive.open(member.info) as file:
                     file.read(member.offset)
                     data = file.read()
                 order = "F" if member.fortran_order else "C"
                 array = np.ndarray(member.shape, member.dtype, buffer=data, order=order)
-                # a sum is not finite exactly if a term is not, or if it overflows, which float64 sums of weights cannot
-                if not np.isfinite(array.sum(dtype=np.float64)):
-                    not_finite.append(key)
-                yield key, array
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise WeightsError(f"{path} is damaged ({error}); fetch it again") from None
+            except Exception as error:  # damaged contents make zipfile, zlib and NumPy raise many kinds
+                raise WeightsError(f"{path} is damaged at {key} ({error}); fetch it again") from None
+            # a sum is not finite exactly if a term is not: in float64 sums of weights cannot overflow
+            if not np.isfinite(array.sum(dtype=np.float64)):
+                not_finite.append(key)
+            yield key, array
     if not_finite:
         raise WeightsError(f"{path} holds NaN or infinite values in {_some(not_finite)}; fetch it again")
 

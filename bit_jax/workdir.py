@@ -41,7 +41,7 @@ class Workdir:
         Raises:
             RequestError: the folder cannot be written, or holds another configuration's run.
         """
-        wanted = json.loads(json.dumps({"config": identity(cfg), **derived}, default=str))
+        wanted = json.loads(json.dumps({"config": identity(cfg), **derived}, default=_plain))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.config.exists():
@@ -69,6 +69,11 @@ class Workdir:
         if self.result.exists() and self.final.exists():
             return json.loads(self.result.read_text())
         return None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: dataclasses as objects, anything else as text."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:

@@ -176,6 +176,7 @@ def _download(url: str, target: Path) -> None:
             announced = _receive(url, part)
             break
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code < 500 or attempt == ATTEMPTS:
                 raise FetchError(
                     f"{url} answers {error.code} {error.reason}; see whether a mirror (BIT_JAX_MIRROR) has it, "
@@ -219,6 +220,7 @@ def _receive(url: str, part: Path) -> _Announced:
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
+        error.close()
         part.unlink()  # longer than the file, or all of it without our knowing: start over
         return _receive(url, part)
     with response:

@@ -53,5 +53,8 @@ def native_area(image: np.ndarray | bytes) -> int:
     """Pixels of the image as it is stored; of a file only the header is read."""
     if isinstance(image, np.ndarray):
         return image.shape[0] * image.shape[1]
-    width, height = Image.open(io.BytesIO(image)).size
+    try:
+        width, height = Image.open(io.BytesIO(image)).size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"not a readable image ({error})") from None
     return width * height

@@ -179,10 +179,11 @@ def _read_idx(directory: Path, stem: str, magic: int, dimensions: int) -> np.nda
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise DatasetError(f"{path} cannot be read ({error}); fetch it again") from None
-    header = np.frombuffer(data[: 4 * (1 + dimensions)], ">i4")
-    if len(header) != 1 + dimensions or header[0] != magic:
+    size = 4 * (1 + dimensions)
+    header = np.frombuffer(data.ljust(size, b"\0"), ">i4", count=1 + dimensions)
+    if header[0] != magic or len(data) < size:
         raise DatasetError(f"{path} is not an idx file of {dimensions} dimensions; fetch it again")
-    content = np.frombuffer(data, np.uint8, offset=header.nbytes)
+    content = np.frombuffer(data, np.uint8, offset=size)
     if content.size != np.prod(header[1:], dtype=np.int64):
         raise DatasetError(f"{path} is truncated: {content.size} bytes for shape {tuple(header[1:])}; fetch it again")
     return content.reshape(header[1:])

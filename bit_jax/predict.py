@@ -1,0 +1,107 @@
+"""Top-5 predictions for image files: `python -m bit_jax.predict --weights final.npz IMAGE...`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from bit_jax import hyperrule, steps, weights, zoo
+from bit_jax.errors import RequestError, exit_code
+from input_pipeline import DatasetError, Views
+from input_pipeline.preprocess import decode, native_area
+
+TOP = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One of the likeliest classes of an image."""
+
+    name: str
+    label: int
+    probability: float
+
+
+def main() -> None:
+    tyro.cli(predict_files, description=__doc__)
+
+
+def predict_files(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    weights: Annotated[str, tyro.conf.arg(metavar="NPZ|NAME")],
+    size: int | None = None,
+) -> None:
+    """Prints the five likeliest classes of each image.
+
+    Args:
+        images: image files.
+        weights: an .npz in the official layout, or a published name.
+        size: side of the square the images are resized to. None: what the weights were fine-tuned at, where their
+            config.json says so, else BiT-HyperRule's size for the image.
+    """
+    if not images:
+        raise RequestError("no image to predict; name at least one image file")
+    if size is not None and size <= 0:
+        raise RequestError(f"--size {size} must be greater than 0")
+    path = zoo.find(weights)
+    for image, predictions in predict(path, images, size=size):
+        print(image)
+        for prediction in predictions:
+            print(f"  {prediction.probability:7.2%}  {prediction.name}  ({prediction.label})")
+
+
+def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = None):
+    """Yields (path, the likeliest five as `Prediction`s, likeliest first) for each image file.
+
+    Raises:
+        RequestError, DatasetError: the weights or an image cannot be read.
+    """
+    model, params = weights.load(weight_file)
+    names = class_names(weight_file, model.num_classes)
+    size = size or _fine_tuned_size(weight_file)
+    apply = jax.jit(lambda params, image: jax.nn.softmax(model.apply({"params": params}, image)[0]))
+    for path in images:
+        try:
+            encoded = path.read_bytes()
+            side = size or hyperrule.resolution(native_area(encoded))[1]
+            pixels = Views(side, side, flip=False).evaluation(decode(encoded))
+        except DatasetError as error:
+            raise DatasetError(f"{path} is {error}") from None
+        except OSError as error:
+            raise RequestError(f"cannot read image {path}: {error.strerror}") from None
+        probabilities = np.asarray(apply(params, steps.normalize(pixels[None], jnp.dtype(jnp.float32))))
+        likeliest = np.argsort(-probabilities, kind="stable")[:TOP]
+        yield path, [Prediction(names[label], int(label), float(probabilities[label])) for label in likeliest]
+
+
+def class_names(weight_file: Path, num_classes: int) -> Sequence[str]:
+    """Names of a head's classes: from the config.json that training left beside the file, ImageNet-1k's for 1,000 classes,
+    else `class N`."""
+    names = _config_beside(weight_file).get("class_names", [])
+    if len(names) == num_classes:
+        return names
+    if num_classes == 1000:
+        table = resources.files("bit_jax").joinpath("imagenet1k_classes.txt").read_text()
+        return [line.split(" ", 1)[1] for line in table.splitlines() if not line.startswith("#")]
+    return [f"class {label}" for label in range(num_classes)]
+
+
+def _fine_tuned_size(weight_file: Path) -> int | None:
+    return _config_beside(weight_file).get("recipe", {}).get("crop")
+
+
+def _config_beside(weight_file: Path) -> dict:
+    path = weight_file.parent / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, DatasetError))

@@ -1,0 +1,1 @@
+"""The same BiT in PyTorch, and the comparison."""

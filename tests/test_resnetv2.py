@@ -1,0 +1,169 @@
+"""The model against what the original PyTorch code computes in float64, and against float64 in float32."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import golden_inputs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bit_jax
+from bit_jax import resnetv2, steps, weights
+from bit_jax.errors import RequestError
+
+GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
+# The same mathematics in float64 differs by rounding only, seen at 1e-13; the mildest wrong epsilon moves a logit by 1e-6.
+TOLERANCE = 1e-9
+LABELS = np.array([3, 141, 592, 653])
+
+
+def load(tmp_path, depth, classes, seed, dtype):
+    path = tmp_path / "golden.npz"
+    np.savez(path, **golden_inputs.weights(depth, 1, classes, seed))
+    return bit_jax.load(path, dtype=dtype)
+
+
+def logits_of(model, params, images):
+    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(images, resnetv2.param_dtype(model.dtype))))
+
+
+@pytest.fixture(scope="module")
+def r50x1(tmp_path_factory):
+    with jax.enable_x64(True):
+        return load(tmp_path_factory.mktemp("r50x1"), 50, 1000, 11, jnp.float64)
+
+
+@pytest.mark.parametrize(("size", "which"), [("128x128", 0), ("97x131", 1)])
+def test_r50x1_logits(x64, r50x1, size, which):
+    logits = logits_of(*r50x1, golden_inputs.images(11)[which])
+    np.testing.assert_allclose(logits, GOLDEN[f"R50x1-1000-{size}"], rtol=0, atol=TOLERANCE)
+
+
+def test_r101x1_logits_with_21843_classes(x64, tmp_path):
+    model, params = load(tmp_path, 101, 21843, 13, jnp.float64)
+    for images, size in zip(golden_inputs.images(13), ("128x128", "97x131"), strict=False):
+        logits = logits_of(model, params, images)
+        assert logits.shape == (2, 21843)
+        np.testing.assert_allclose(logits[:, :1000], GOLDEN[f"R101x1-21843-{size}"], rtol=0, atol=TOLERANCE)
+
+
+def torch_name(key: str) -> str:
+    """The original PyTorch code's name of a parameter."""
+    parts = key.removeprefix("resnet/").split("/")
+    if parts[0] == "root_block":
+        return "root.conv.weight"
+    if parts[0] == "group_norm":
+        return f"head.gn.{'weight' if parts[1] == 'gamma' else 'bias'}"
+    if parts[0] == "head":
+        return f"head.conv.{'weight' if parts[2] == 'kernel' else 'bias'}"
+    number = "abc".index(parts[2]) + 1
+    name = {"gamma": f"gn{number}.weight", "beta": f"gn{number}.bias", "kernel": f"conv{number}.weight"}[parts[-1]]
+    return f"body.{parts[0]}.{parts[1]}.{'downsample.weight' if parts[3] == 'proj' else name}"
+
+
+def test_r50x1_gradients(x64, r50x1):
+    model, params = r50x1
+    images = jnp.asarray(golden_inputs.images(11)[2], jnp.float64)
+    targets = jax.nn.one_hot(LABELS, 1000, dtype=jnp.float64)
+
+    def loss_of(params):
+        return steps.cross_entropy(model.apply({"params": params}, images), targets).mean()
+
+    loss, gradients = jax.jit(jax.value_and_grad(loss_of))(params)
+    np.testing.assert_allclose(loss, GOLDEN["grad/loss"], rtol=TOLERANCE)
+    flat = {torch_name(key): np.asarray(array) for key, array in weights.flatten(gradients).items()}
+    assert {f"grad/{name}" for name in flat} | {"grad/loss"} == {key for key in GOLDEN.files if key.startswith("grad/")}
+    for name, gradient in flat.items():
+        norm, total = GOLDEN[f"grad/{name}"]
+        np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=TOLERANCE, err_msg=name)
+        # a sum cancels: its rounding is relative to the norm
+        np.testing.assert_allclose(gradient.sum(), total, rtol=0, atol=TOLERANCE * max(norm, 1), err_msg=name)
+
+
+
+def sample_variance(kernel):
+    centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
+    count = int(np.prod(kernel.shape[:3]))
+    return centred / jnp.sqrt((centred**2).sum(axis=(0, 1, 2), keepdims=True) / (count - 1) + 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("fault", "replacement"),
+    [
+        ("NORM_EPS", 1e-6),
+        ("STANDARDIZE_EPS", 1e-8),
+        ("standardize", sample_variance),
+        ("GROUPS", 16),
+    ],
+)
+def test_golden_logits_notice_a_wrong_constant(x64, r50x1, monkeypatch, fault, replacement):
+    monkeypatch.setattr(resnetv2, fault, replacement)
+    difference = np.abs(logits_of(*r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
+    assert difference > 100 * TOLERANCE
+
+
+def test_golden_logits_notice_a_pool_padded_with_minus_infinity(x64, r50x1, monkeypatch):
+    pool = nn.max_pool
+    monkeypatch.setattr(
+        resnetv2.nn,
+        "max_pool",
+        lambda x, window, strides, padding: pool(x[:, 1:-1, 1:-1], window, strides, ((1, 1), (1, 1))),
+    )
+    difference = np.abs(logits_of(*r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
+    assert difference > 1e-4
+
+
+def test_float32_errs_no_more_than_its_rounding_explains(r50x1, tmp_path):
+    """float64 is the oracle: it also says what relative perturbations of float32's size in weights and image do.
+
+    A forward pass rounds after every one of its 50 layers, not once; the bound allows for the square root of that many
+    independent roundings, times two.
+    """
+    image = golden_inputs.images(11)[0]
+    with jax.enable_x64(True):
+        model, params = r50x1
+        exact = logits_of(model, params, image)
+        rng = np.random.default_rng(0)
+
+        def perturbed(leaf):
+            leaf = np.asarray(leaf, np.float64)
+            return jnp.asarray(leaf * (1 + np.finfo(np.float32).eps * rng.uniform(-1, 1, leaf.shape)))
+
+        moved = logits_of(model, jax.tree.map(perturbed, params), perturbed(image))
+    single = logits_of(*load(tmp_path, 50, 1000, 11, jnp.float32), image)
+    assert single.dtype == np.float32
+
+    def rmse(logits):
+        return np.sqrt(np.mean((logits - exact) ** 2))
+
+    assert 0 < rmse(single) < 2 * np.sqrt(50) * rmse(moved)
+
+
+def test_bfloat16_multiplies_narrow_and_keeps_parameters_and_logits_wide(small_npz):
+    model, params = bit_jax.load(small_npz, dtype=jnp.bfloat16)
+    image = jnp.asarray(golden_inputs.images(1)[2])
+    apply = jax.jit(model.apply)
+    assert apply({"params": params}, image).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    convolutions = [line for line in apply.lower({"params": params}, image).as_text().splitlines() if "convolution" in line]
+    assert convolutions
+    assert all("bf16" in line for line in convolutions)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 65), (8, 8)])
+def test_any_image_size(small_npz, height, width):
+    model, params = bit_jax.load(small_npz)
+    logits = model.apply({"params": params}, jnp.zeros((2, height, width, 3)))
+    assert logits.shape == (2, 10)
+    assert np.isfinite(logits).all()
+
+
+def test_architecture_names():
+    assert resnetv2.parse_architecture("R152x4") == ((3, 8, 36, 3), 4)
+    assert resnetv2.architecture_name((1, 1, 1, 1), 0.5) == "R14x0.5"
+    assert resnetv2.architecture_name((1, 2, 3, 1), 1) == "R(1,2,3,1)x1"
+    for wrong in ("R51x1", "50x1", "R50x0.3", "R50x0"):
+        with pytest.raises(RequestError):
+            resnetv2.parse_architecture(wrong)

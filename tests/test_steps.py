@@ -1,0 +1,73 @@
+"""Mixup, loss and counting, and one run on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bit_jax import steps
+from bit_jax.evaluate import evaluate
+
+
+def test_neighbours_are_mixed():
+    rows = jnp.array([[1.0], [3.0], [10.0], [20.0]])
+    np.testing.assert_allclose(steps.mix_pairs(rows, jnp.float32(0.75)), [[1.5], [2.5], [12.5], [17.5]])
+
+
+def test_mixing_images_and_targets_alike_keeps_the_mean():
+    rows = jax.random.normal(jax.random.key(0), (6, 4, 4, 3))
+    mixed = steps.mix_pairs(rows, jnp.float32(0.3))
+    np.testing.assert_allclose(mixed.mean(axis=0), rows.mean(axis=0), atol=1e-6)
+    np.testing.assert_array_equal(steps.mix_pairs(rows, jnp.float32(1.0)), rows)
+
+
+def test_mixup_weight_follows_from_seed_and_step_whatever_the_precision():
+    weights = [float(steps.mixup_weight(3, jnp.int32(step), 0.1)) for step in range(200)]
+    assert len(set(weights)) > 100
+    assert all(0 <= weight <= 1 for weight in weights)
+    assert np.mean([min(weight, 1 - weight) < 0.05 for weight in weights]) > 0.5  # Beta(0.1, 0.1) lives at the ends
+    with jax.enable_x64(True):
+        assert float(steps.mixup_weight(3, jnp.int32(7), 0.1)) == weights[7]
+    assert float(steps.mixup_weight(4, jnp.int32(7), 0.1)) != weights[7]
+
+
+def test_loss_with_mixed_targets_is_the_mixture_of_losses():
+    logits = jax.random.normal(jax.random.key(0), (2, 5))
+    targets = jax.nn.one_hot(jnp.array([1, 3]), 5)
+    mixed = steps.cross_entropy(logits, 0.3 * targets + 0.7 * targets[::-1])
+    expected = 0.3 * steps.cross_entropy(logits, targets) + 0.7 * steps.cross_entropy(logits, targets[::-1])
+    np.testing.assert_allclose(mixed, expected, rtol=1e-6)
+
+
+def test_pixels():
+    pixels = np.array([0, 255, 127, 128], np.uint8).reshape(1, 2, 2, 1)
+    np.testing.assert_allclose(steps.normalize(pixels, jnp.dtype(jnp.float32)).ravel(), [-1, 1, -1 / 255, 1 / 255], rtol=1e-6)
+
+
+def test_rank_counts_ties_as_argmax_does():
+    logits = jnp.array([[0.0, 0, 0, 0], [0, 0, 0, 0], [1, 3, 2, 3], [1, 3, 2, 3], [1, 3, 2, 0]])
+    labels = jnp.array([0, 2, 1, 3, 3])
+    np.testing.assert_array_equal(steps.label_rank(logits, labels), [0, 2, 0, 1, 3])
+    np.testing.assert_array_equal(steps.label_rank(logits, labels) == 0, logits.argmax(axis=1) == labels)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_logit_that_is_not_finite_is_never_correct(broken):
+    logits = jnp.array([[0.0, 5, 1], [0, 5, 1]]).at[0, 0].set(broken)
+    assert steps.label_rank(logits, jnp.array([1, 1]))[0] >= 5
+    assert steps.label_rank(logits, jnp.array([0, 1]))[0] >= 5
+
+
+def fake_eval_step(params, batch):
+    return {name: jnp.int32(value) for name, value in batch.items()} | {"loss": jnp.float32(batch["seen"])}
+
+
+def test_accuracy_is_a_ratio_of_sums():
+    batches = [{"seen": 8, "correct1": 2, "correct5": 6}, {"seen": 2, "correct1": 2, "correct5": 2}]
+    accuracy = evaluate(fake_eval_step, None, batches, expected=10)
+    assert (accuracy.acc1, accuracy.acc5, accuracy.loss, accuracy.examples) == (0.4, 0.8, 1.0, 10)
+
+
+def test_an_incomplete_evaluation_is_no_result():
+    with pytest.raises(RuntimeError, match="8 examples of a split of 10"):
+        evaluate(fake_eval_step, None, [{"seen": 8, "correct1": 2, "correct5": 6}], expected=10)

@@ -39,6 +39,7 @@ def run(cfg: config.Config) -> dict:
     if recipe.mixup and global_batch % 2:
         raise RequestError(f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0")
 
+    views = input_pipeline.Views(recipe.resize, recipe.crop, cfg.data.flip)
     architecture, initial_params = initial_model(cfg, num_classes=len(train.class_names))
     workdir = Workdir(cfg.run.workdir)
     workdir.claim(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
@@ -47,7 +48,6 @@ def run(cfg: config.Config) -> dict:
         return result
 
     def loader(source: input_pipeline.Source) -> finetune.Split:
-        views = input_pipeline.Views(recipe.resize, recipe.crop, cfg.data.flip)
         batches = input_pipeline.Loader(
             source, views, global_batch, cfg.run.seed, place=lambda batch: mesh.shard_batch(batch, devices)
         )

@@ -1,14 +1,25 @@
 """Save and restore the training state, atomically and in the background. The only file that knows Orbax."""
 
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from orbax.checkpoint import v1 as orbax
 
+from bit_jax import metrics
 from bit_jax.errors import RequestError
+
+MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
+
+# Where one write fails Orbax logs pages about each of the others before it raises. What it raises says all of it, and
+# CheckpointError says that in a sentence.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class CheckpointError(RequestError):
@@ -18,97 +29,104 @@ class CheckpointError(RequestError):
 class Checkpoints:
     """The newest few training states of a run, by step.
 
-    Saving copies the state off the devices and returns; writing goes on behind. A checkpoint appears under its name
-    only when it is whole, so a run killed at any moment finds its last whole one.
+    Saving copies the state off the devices and returns; writing goes on behind. A run killed at any moment finds its
+    last whole checkpoint; what it was writing is cleared away.
     """
 
     def __init__(self, directory: Path, *, keep: int):
         self._directory = directory
-        try:
-            self._checkpointer = orbax.training.Checkpointer(
-                directory.absolute(),
-                preservation_policy=orbax.training.preservation_policies.LatestN(n=keep),
-                cleanup_tmp_directories=True,
+        self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        with self._writing():
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.iterdir():
+                if path.is_dir() and not (path / MANIFEST).exists():
+                    shutil.rmtree(path)
+            self._orbax = orbax.training.Checkpointer(
+                directory.absolute(), preservation_policy=orbax.training.preservation_policies.LatestN(n=keep)
             )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot use {directory} for checkpoints: {_cause(error)}") from None
-        self._fingerprint = jax.jit(fingerprint)
 
     @property
     def latest(self) -> int | None:
         """Step of the newest checkpoint."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return max((int(path.parent.name) for path in self._directory.glob(f"*/{MANIFEST}")), default=None)
 
     def save(self, state: Any) -> None:
-        """Starts saving; waits for the save before, and raises CheckpointError if that one failed."""
+        """Starts saving `state` under `state.step`; waits for the save before, and raises if that one failed."""
         self.wait()
-        metadata = {"fingerprint": jax.device_get(self._fingerprint(state)).tolist()}
-        with _writing(self._directory):
-            self._checkpointer.save_async(int(state.step), state, force=True, custom_metadata=metadata)
+        step = int(state.step)
+        with self._writing():
+            response = self._orbax.save_async(step, state, force=True)
+        assert response is not None  # None is for a save that a policy declined; force leaves none to decline
+        self._pending = self._behind.submit(self._finish, step, response)
 
     def wait(self) -> None:
-        """Returns once everything is written."""
-        with _writing(self._directory):
-            self._checkpointer.wait()
+        """Returns once everything is written; raises CheckpointError if it was not."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._writing():
+                pending.result()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of that step, laid out as `abstract_state` says (shapes, dtypes and shardings).
 
         Raises:
-            CheckpointError: it cannot be read, or differs in a single bit from what was saved.
+            CheckpointError: a file of it is missing or differs from what was written, or it is of another model.
         """
         path = self._directory / str(step)
         remedy = "delete that folder to continue from the checkpoint before it, or from the start"
         try:
-            state = self._checkpointer.load(step, abstract_state)
-            saved = self._checkpointer.checkpointables_metadata(step).custom_metadata["fingerprint"]
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise CheckpointError(f"checkpoint {path} is damaged ({_cause(error)}); {remedy}") from None
-        if jax.device_get(self._fingerprint(state)).tolist() != saved:
-            raise CheckpointError(f"checkpoint {path} is not what was saved (fingerprints differ); {remedy}")
-        return state
+            written = json.loads((path / MANIFEST).read_text())
+            found = _digests(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} is damaged ({error}); {remedy}") from None
+        differing = sorted(name for name in written | found if written.get(name) != found.get(name))
+        if differing:
+            raise CheckpointError(f"checkpoint {path} is damaged: {differing[0]} is not as written; {remedy}")
+        try:
+            return self._orbax.load(step, abstract_state)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(f"checkpoint {path} does not fit this run ({_cause(error)}); {remedy}") from None
 
     def close(self) -> None:
-        with _writing(self._directory):
-            self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._behind.shutdown()
+            with self._writing():
+                self._orbax.close()
 
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        path = self._directory / str(step)
+        metrics.write_json(path / MANIFEST, _digests(path))
 
-def fingerprint(tree: Any) -> jax.Array:
-    """uint32 [leaves]: a position-weighted sum of each leaf's 32-bit words, modulo 2**32.
-
-    Whole-number sums do not depend on order, so every mesh computes the same; the weights are odd, so that no change of
-    a single word goes unseen.
-    """
-
-    def of_leaf(leaf: jax.Array) -> jax.Array:
-        words = lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
-        weights = lax.iota(jnp.uint32, words.size) * jnp.uint32(2) + jnp.uint32(1)
-        return (words * weights).sum(dtype=jnp.uint32)
-
-    return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-class _writing:
-    """Turns whatever Orbax and TensorStore raise while writing into a CheckpointError."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception):
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever Orbax and TensorStore raise while writing into a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._directory}: {_cause(error)}; free space or mend the folder, "
                 "then start again to continue from the last whole one"
             ) from None
 
 
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """{relative path: SHA-256} of every file but the manifest."""
+    digests = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with open(path, "rb") as file:
+                digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def _cause(error: Exception) -> str:
-    """The last clause of the innermost error's first line: TensorStore puts the operating system's word there."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    """What the innermost error says, without TensorStore's chain of wrappers and its specification in brackets."""
+    while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    clauses = lines[0].split(" [")[0].split(": ")
+    return ": ".join(clauses if len(clauses) <= 3 else [clauses[0], *clauses[-2:]])

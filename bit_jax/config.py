@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from bit_jax.errors import RequestError
 
 EMBEDDED = "embedded"  # --model's name for the small model under assets/
@@ -80,6 +82,7 @@ class RunConfig:
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    """At least 2: one is whole while another is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,6 @@ class Config:
             "--eval-every": None if self.run.eval_every == "epoch" else self.run.eval_every,
             "--log-every": self.run.log_every,
             "--checkpoint-every": self.run.checkpoint_every,
-            "--keep-checkpoints": self.run.keep_checkpoints,
         }
         for flag, value in positive.items():
             if value is not None and value <= 0:
@@ -109,6 +111,8 @@ class Config:
         for flag, value in {"--seed": self.run.seed, "--warmup-steps": self.optimizer.warmup_steps}.items():
             if value is not None and value < 0:
                 raise RequestError(f"{flag} {value} must not be negative")
+        if self.run.keep_checkpoints < 2:
+            raise RequestError(f"--keep-checkpoints {self.run.keep_checkpoints} must be at least 2")
         if not 0 <= self.optimizer.momentum < 1:
             raise RequestError(f"--momentum {self.optimizer.momentum} must be at least 0 and below 1")
         if self.optimizer.mixup is not None and self.optimizer.mixup < 0:
@@ -138,7 +142,7 @@ def identity(cfg: Config) -> dict[str, object]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
-_UNSET = Path()  # the presets' workdir; the command line requires one
+_UNSET: Path = tyro.MISSING  # the command line requires a workdir
 
 DIGITS = Config(
     ModelConfig(model=EMBEDDED),

@@ -77,6 +77,8 @@ def finetune(
         state = program.initial_state(initial_params())
 
     with metrics.Log(workdir.path, start=start, stop=recipe.schedule.steps, global_batch=global_batch) as log:
+        if start:
+            log.note(f"continuing {workdir.path} from step {start}")
         loop = _Loop(cfg, recipe, program, train, validation, global_batch, checkpoints, timeline, log)
         state, accuracy = loop.run(state, start)
     stop = int(state.step)

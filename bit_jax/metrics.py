@@ -146,7 +146,8 @@ class Log:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
         self._tensorboard.close()
         self._file.close()
 

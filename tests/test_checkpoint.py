@@ -1,0 +1,106 @@
+"""Checkpoints: bit-equal on any mesh, whole or not there, and no damage goes unseen."""
+
+import jax
+import numpy as np
+import pytest
+
+from bit_jax import mesh
+from bit_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from bit_jax.steps import TrainState
+
+
+def state_on(devices, step=3) -> TrainState:
+    rng = np.random.default_rng(0)
+    state = TrainState(
+        np.int32(step),
+        {"kernel": rng.standard_normal((64, 32)).astype(np.float32)},
+        ({"kernel": rng.standard_normal((64, 32)).astype(np.float32)}, ()),
+    )
+    return jax.device_put(state, mesh.replicated(mesh.make_mesh(devices)))
+
+
+def shape_of(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with checkpoints of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (0, 1, 2):
+        checkpoints.save(state_on(jax.devices(), step))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restored(directory, step, wanted):
+    checkpoints = Checkpoints(directory, keep=2)
+    try:
+        return checkpoints.restore(step, shape_of(wanted))
+    finally:
+        checkpoints.close()
+
+
+def test_restored_onto_another_mesh(saved):
+    wanted = state_on(jax.devices()[:1], 2)
+    state = restored(saved, 2, wanted)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    assert state.params["kernel"].sharding == wanted.params["kernel"].sharding
+
+
+def test_only_the_newest_are_kept(saved):
+    assert {path.name for path in saved.iterdir()} == {"1", "2"}
+
+
+@pytest.mark.parametrize("left", ["3.orbax-checkpoint-tmp", "3"])
+def test_what_a_killed_save_leaves_is_cleared_away(saved, left):
+    (saved / left / "state").mkdir(parents=True)
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.latest == 2
+    checkpoints.save(state_on(jax.devices(), 3))
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored(saved, 3, state_on(jax.devices())), state_on(jax.devices()))
+
+
+def flip_a_bit(data: bytes, rng) -> bytes:
+    damaged = bytearray(data)
+    damaged[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    return bytes(damaged)
+
+
+def truncate(data: bytes, rng) -> bytes:
+    return data[: rng.integers(len(data))]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_damage_is_noticed_wherever_it_strikes(saved, damage):
+    rng = np.random.default_rng(0)
+    paths = [path for path in (saved / "2").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(paths) > 5
+    for path in paths:
+        original = path.read_bytes()
+        path.write_bytes(damage(original, rng))
+        with pytest.raises(CheckpointError, match=r"damaged[^\n]*delete that folder[^\n]*$"):
+            restored(saved, 2, state_on(jax.devices(), 2))
+        path.write_bytes(original)
+    restored(saved, 2, state_on(jax.devices(), 2))
+
+
+def test_a_missing_file_is_noticed(saved):
+    next(path for path in (saved / "2").rglob("*") if path.is_file() and path.name != MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="not as written"):
+        restored(saved, 2, state_on(jax.devices(), 2))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads
+def test_another_models_checkpoint(saved):
+    other = state_on(jax.devices()).replace(params={"other": np.zeros(3, np.float32)})
+    other = jax.device_put(other, mesh.replicated(mesh.make_mesh()))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        restored(saved, 2, other)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        Checkpoints(tmp_path / "file" / "checkpoints", keep=1)

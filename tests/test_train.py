@@ -1,0 +1,284 @@
+"""train.py as its users run it: a real process, real digits, killed and continued, refused where it should be."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from bit_jax.errors import exit_code
+from input_pipeline import DatasetError
+
+REPOSITORY = Path(__file__).parent.parent
+SHORT = "--global-batch 16 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2 --eval-every 4 --checkpoint-every 2"
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture
+def command(small_npz, compilation_cache):
+    """(flags, devices) -> what `subprocess` needs to train the smallest BiT for six steps."""
+
+    def of(*flags, devices=1) -> dict:
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        }
+        arguments = ["train.py", "digits", "--model", small_npz, *SHORT.split(), *flags]
+        return {"args": [sys.executable, *map(str, arguments)], "cwd": REPOSITORY, "env": environment}
+
+    return of
+
+
+def finish(command: dict) -> subprocess.CompletedProcess:
+    done = subprocess.run(**command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(workdir / "final.npz"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A finished run: (its folder, what it printed)."""
+    return tmp_path_factory.mktemp("undisturbed") / "run"
+
+
+@pytest.fixture
+def finished(command, undisturbed):
+    """The folder of an undisturbed run."""
+    if not undisturbed.exists():
+        done = finish(command("--workdir", undisturbed))
+        (undisturbed / "stdout").write_text(done.stdout)
+    return undisturbed
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert result["steps"] == 6
+    assert result["eval_examples"] == 359
+    assert (result["devices"], result["hosts"], result["batch_per_device"], result["global_batch"]) == (1, 1, 16, 16)
+    assert 0 < result["p_whole"] < result["p_train"] <= result["p_core"]
+    assert result["e2e_time"] > result["compile_time"] + result["train_seconds"] + result["evaluation_seconds"]
+    assert result["trained_examples"] == 96
+    assert result["p_train"] == pytest.approx(96 / result["train_seconds"])
+    assert result["mem_gib"] > 0.1
+    assert result["versions"]["jax"]
+    assert set(arrays_of(finished)) == set(np.load(finished / "final.npz").files)
+    assert len(list((finished / "tensorboard").iterdir())) == 1
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"4", "6"}
+    lines = lines_of(finished)
+    assert [(line["step"], "loss" in line, "val_acc1" in line) for line in lines] == [
+        (2, True, False),
+        (4, True, False),
+        (4, False, True),
+        (6, True, False),
+        (6, False, True),
+    ]
+    assert lines[-1]["val_acc1"] == result["final_acc1"]
+    for shown in ("p_whole", "p_train", "p_core", "1x1", f"{result['final_acc1']:.5f}"):
+        assert shown in (finished / "stdout").read_text()
+
+
+def test_final_weights_give_the_reported_accuracy(finished):
+    """The accuracy in result.json again, from final.npz alone, an image at a time through another route."""
+    import bit_jax
+    from bit_jax import steps
+    from input_pipeline import Views, open_source
+    from input_pipeline.preprocess import decode
+
+    model, params = bit_jax.load(finished / "final.npz")
+    source = open_source("digits", "test")
+    views = Views(36, 32, flip=False)
+    pixels = np.stack([views.evaluation(decode(source[i]["image"])) for i in range(len(source))])
+    logits = model.apply({"params": params}, steps.normalize(pixels, np.dtype(np.float32)))
+    assert np.mean(np.argmax(logits, axis=1) == source.labels) == json.loads((finished / "result.json").read_text())["final_acc1"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(command, finished, tmp_path):
+    finish(command("--workdir", tmp_path / "again"))
+    assert (tmp_path / "again" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
+    finish(command("--workdir", tmp_path / "other", "--seed", 1))
+    assert (tmp_path / "other" / "final.npz").read_bytes() != (finished / "final.npz").read_bytes()
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_killed_and_started_again_it_ends_the_same(command, finished, tmp_path, after):
+    """SIGKILL as soon as a step's line is written, mid-way through whatever the process is doing then."""
+    flags = ("--workdir", tmp_path / "run", "--log-every", 1)
+    process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("loss") > after):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "final.npz").exists()
+    done = finish(command(*flags))
+    assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["resumed_from_step"] in range(0, after + 2, 2)
+    assert ("continuing" in done.stderr) == (result["resumed_from_step"] > 0)
+    steps = [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, 7))
+
+
+def test_eight_devices_compute_the_run_of_one(command, tmp_path):
+    """float64, mixup on: 1e-10 leaves room for another order of summation, and for nothing else."""
+    flags = ("--precision", "fp64", "--mixup", "0.3", "--base-lr", "0.05", "--log-every", "1")
+    for devices in (1, 8):
+        finish(command(*flags, "--workdir", tmp_path / str(devices), devices=devices))
+    one, eight = (json.loads((tmp_path / name / "result.json").read_text()) for name in "18")
+    assert (one["devices"], eight["devices"], eight["batch_per_device"]) == (1, 8, 2)
+    losses = [[line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in "18"]
+    np.testing.assert_allclose(*losses, rtol=1e-10)
+    assert one["final_acc1"] == eight["final_acc1"]
+    first, second = (arrays_of(tmp_path / name) for name in "18")
+    for key, array in first.items():
+        assert array.dtype == np.float64
+        np.testing.assert_allclose(array, second[key], rtol=0, atol=1e-10, err_msg=key)
+
+
+def test_a_finished_run_is_shown_and_left_alone(command, finished):
+    before = (finished / "final.npz").stat().st_mtime_ns
+    done = finish(command("--workdir", finished))
+    assert "finished" in done.stderr
+    assert "p_core" in done.stdout
+    assert (finished / "final.npz").stat().st_mtime_ns == before
+
+
+def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path):
+    flags = "--init random --examples-per-class 2 --eval-every 1 --eval-at-start True --target-acc1 0.01".split()
+    done = finish(command(*flags, "--workdir", tmp_path / "run"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 0  # the zero head calls everything class 0, a tenth of which is right
+    assert result["p_core"] is None
+    assert "2 a class" in result["dataset"]
+    assert (tmp_path / "run" / "final.npz").exists()
+    assert "p_core" in done.stdout
+
+
+# Wrong requests: one sentence, exit code 2, nothing half written.
+
+
+def refused(capsys, monkeypatch, small_npz, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", [str(flag) for flag in ("train.py", "digits", "--model", small_npz, *SHORT.split(), *flags)])
+    assert exit_code(train.main, DatasetError) == 2
+    sentence = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", sentence), sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model BiT-M-R152x3", "BiT-M-R152x2"),
+        ("--model nowhere/w.npz", "does not exist"),
+        ("--model R51x1 --init random", "architecture"),
+        ("--global-batch 12", "not divisible by 8 devices; use 8 or 16"),
+        ("--global-batch 4", "use 8"),
+        ("--dataset digitz", "near it: digits"),
+        ("--dataset idx:nowhere", "neither"),
+        ("--eval-split validation", "train and test"),
+        ("--examples-per-class 1000", "at most"),
+        ("--crop 64", "does not fit"),
+        ("--workdir /dev/null/run", "/dev/null/run"),
+    ],
+)
+def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
+    assert said in refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", *flags.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--no-such-flag 1", "--steps many", "--steps 0", "--init magic"])
+def test_malformed_flags(monkeypatch, capsys, tmp_path, flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--workdir", str(tmp_path / "run"), *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_is_required(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+def test_a_broken_weight_file(capsys, monkeypatch, small_npz, tmp_path):
+    (tmp_path / "w.npz").write_bytes(small_npz.read_bytes()[:5000])
+    assert "w.npz" in refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz")
+
+
+def test_weights_that_are_not_finite(capsys, monkeypatch, small_npz, tmp_path):
+    arrays = dict(np.load(small_npz))
+    arrays["resnet/group_norm/gamma"][3] = np.nan
+    np.savez(tmp_path / "w.npz", **arrays)
+    sentence = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz")
+    assert "resnet/group_norm/gamma" in sentence
+
+
+def test_another_configurations_workdir(capsys, monkeypatch, small_npz, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    sentence = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--base-lr", "0.5", "--seed", "3")
+    assert "optimizer.base_lr: 0.01 there, 0.5 here" in sentence
+    assert "run.seed: 0 there, 3 here" in sentence
+
+
+def test_a_folder_with_someone_elses_results(capsys, monkeypatch, small_npz, tmp_path):
+    (tmp_path / "final.npz").write_bytes(b"precious")
+    assert "choose another" in refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path)
+    assert (tmp_path / "final.npz").read_bytes() == b"precious"
+
+
+def test_a_damaged_checkpoint(command, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "final.npz").unlink()
+    for path in (tmp_path / "run" / "checkpoints" / "6").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = subprocess.run(**command("--workdir", tmp_path / "run"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: checkpoint .*/6 is damaged: .* delete that folder [^\n]+\n", done.stderr), done.stderr
+    assert not (tmp_path / "run" / "final.npz").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # as it says
+    finish(command("--workdir", tmp_path / "run"))
+    assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
+
+
+def test_a_full_disk(command, finished, tmp_path):
+    """A real file system with room for one of the two files: the error says so, and the run continues with more room."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = subprocess.run(**command("--workdir", tmp_path / "run"), capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        errors = [line for line in done.stderr.splitlines() if not line.startswith(("step", "continuing"))]
+        assert len(errors) == 1, done.stderr
+        assert re.match(r"error: .*(space|No space)", errors[0])
+        assert not (tmp_path / "run" / "final.npz").exists()
+        subprocess.run(["mount", "-o", "remount,size=200m", tmp_path], check=True)
+        finish(command("--workdir", tmp_path / "run"))
+        assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test lint format clean
 
 demo: .venv/main.stamp
-	$(BIN)/python -m bit_jax.demo
+	$(BIN)/python examples/demo.py
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest

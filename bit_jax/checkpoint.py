@@ -42,9 +42,8 @@ class Checkpoints:
             for path in directory.iterdir():
                 if path.is_dir() and not (path / MANIFEST).exists():
                     shutil.rmtree(path)
-            self._orbax = orbax.training.Checkpointer(
-                directory.absolute(), preservation_policy=orbax.training.preservation_policies.LatestN(n=keep)
-            )
+            keep_newest: Any = orbax.training.preservation_policies.LatestN(n=keep)
+            self._orbax = orbax.training.Checkpointer(str(directory.absolute()), preservation_policy=keep_newest)
 
     @property
     def latest(self) -> int | None:

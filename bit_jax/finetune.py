@@ -133,7 +133,9 @@ class _Loop:
                 state, accuracy = self.train_from(state, start, accuracy)
             return state, accuracy or self.evaluate(state, int(state.step))
 
-    def train_from(self, state: TrainState, start: int, accuracy: Accuracy | None) -> tuple[TrainState, Accuracy | None]:
+    def train_from(
+        self, state: TrainState, start: int, accuracy: Accuracy | None
+    ) -> tuple[TrainState, Accuracy | None]:
         """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
         run, steps = self.cfg.run, self.recipe.schedule.steps
         for index, batch in self.timeline.waiting("input", self.train.batches.train(start, steps)):
@@ -186,7 +188,7 @@ class _Loop:
             )
 
     def speed(self, steps_done: int) -> dict[str, float]:
-        """Since training began here: images/s over steps and input, and the share of that time spent waiting for input."""
+        """Since training began here: images/s over steps and input, and the share of that time that was input."""
         training = self.timeline["steps"] + self.timeline["input"]
         return {
             "images_per_s": steps_done * self.global_batch / training,

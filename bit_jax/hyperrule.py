@@ -1,4 +1,4 @@
-"""BiT-HyperRule: resolution, mixup and schedule from the dataset alone (BiT, section 3.3 and google-research/big_transfer)."""
+"""BiT-HyperRule: resolution, mixup and schedule from the dataset alone (arXiv:1912.11370, section 3.3)."""
 
 import dataclasses
 

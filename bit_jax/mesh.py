@@ -12,7 +12,7 @@ from bit_jax.errors import RequestError
 DATA = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A one-dimensional mesh over the given devices, or over all of all hosts."""
     return Mesh(np.array(jax.devices() if devices is None else devices), (DATA,))
 

@@ -88,7 +88,7 @@ def peak_memory() -> tuple[float, str]:
     """(GiB, what it is): the fullest local device's peak, or this process's where devices keep no record (CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     if None not in peaks:
-        return max(peaks) / GIB, "device"
+        return max(peak for peak in peaks if peak is not None) / GIB, "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, "process"
 
 
@@ -123,7 +123,7 @@ class Log:
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             self._path.write_text("".join(kept))
-        self._file = open(self._path, "a", buffering=1)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)
         self._start, self._stop, self._global_batch = start, stop, global_batch

@@ -77,14 +77,14 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
             raise DatasetError(f"{path} is {error}") from None
         except OSError as error:
             raise RequestError(f"cannot read image {path}: {error.strerror}") from None
-        probabilities = np.asarray(apply(params, steps.normalize(pixels[None], jnp.dtype(jnp.float32))))
+        image = steps.normalize(jnp.asarray(pixels[None]), jnp.dtype(jnp.float32))
+        probabilities = np.asarray(apply(params, image))
         likeliest = np.argsort(-probabilities, kind="stable")[:TOP]
         yield path, [Prediction(names[label], int(label), float(probabilities[label])) for label in likeliest]
 
 
-def class_names(weight_file: Path, num_classes: int) -> Sequence[str]:
-    """Names of a head's classes: from the config.json that training left beside the file, ImageNet-1k's for 1,000 classes,
-    else `class N`."""
+def class_names(weight_file: Path, num_classes: int) -> list[str]:
+    """Of a head: from the config.json that training left beside the file, ImageNet-1k's for 1,000, else numbers."""
     names = _config_beside(weight_file).get("class_names", [])
     if len(names) == num_classes:
         return names

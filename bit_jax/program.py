@@ -46,7 +46,9 @@ class Program:
         return jax.jit(lambda params: steps.init_state(params, self.optimizer), out_shardings=shardings)(placed)
 
 
-def compile_program(cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh) -> Program:
+def compile_program(
+    cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh
+) -> Program:
     """Compiles both steps ahead of time, so that no training step pays for it."""
     precision = choose(cfg.model.precision)
     model = architecture.model(precision.dtype, precision.product)

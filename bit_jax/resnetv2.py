@@ -37,7 +37,9 @@ def parse_architecture(name: str) -> tuple[tuple[int, ...], float]:
         raise RequestError(f"unknown architecture {name!r}; write R<depth>x<width> with a depth of {sorted(UNITS)}")
     width = float(match[2])
     if width <= 0 or 64 * width % GROUPS:
-        raise RequestError(f"width {match[2]} gives {64 * width:g} root channels; GroupNorm needs a multiple of {GROUPS}")
+        raise RequestError(
+            f"width {match[2]} gives {64 * width:g} root channels; GroupNorm needs a multiple of {GROUPS}"
+        )
     return UNITS[int(match[1])], width
 
 
@@ -141,9 +143,7 @@ class PreActivationConv(nn.Module):
         if self.project_to is not None:
             proj = Projection(self.project_to, self.project_stride, self.dtype, self.precision, name="proj")
             shortcut = proj(active)
-        conv = StdConv(
-            self.features, self.size, self.stride, self.dtype, self.precision, name="standardized_conv2d"
-        )
+        conv = StdConv(self.features, self.size, self.stride, self.dtype, self.precision, name="standardized_conv2d")
         return conv(active), shortcut
 
 

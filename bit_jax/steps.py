@@ -58,6 +58,14 @@ def cross_entropy(
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 
 
+def apply_model(
+    model: ResNetV2, params: Any, images: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch classes"]:
+    logits = model.apply({"params": params}, images)
+    assert isinstance(logits, jax.Array)  # a tuple is for models with mutable variables
+    return logits
+
+
 def make_train_step(
     model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -72,7 +80,7 @@ def make_train_step(
             images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
 
         def loss_of(params):
-            return cross_entropy(model.apply({"params": params}, images), targets).mean()
+            return cross_entropy(apply_model(model, params, images), targets).mean()
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -87,7 +95,7 @@ def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
     dtype = param_dtype(model.dtype)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        logits = model.apply({"params": params}, normalize(batch["image"], dtype))
+        logits = apply_model(model, params, normalize(batch["image"], dtype))
         targets = jax.nn.one_hot(batch["label"], model.num_classes, dtype=dtype)
         losses = cross_entropy(logits, targets)
         rank = label_rank(logits, batch["label"])

@@ -8,6 +8,7 @@ from typing import Any
 from bit_jax import metrics
 from bit_jax.config import Config, identity
 from bit_jax.errors import RequestError
+from bit_jax.hyperrule import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Workdir:
                 return
             found = json.loads(self.config.read_text())
         except OSError as error:
-            raise RequestError(f"cannot use work directory {self.path}: {error.strerror}; choose another --workdir") from None
+            raise RequestError(
+                f"cannot use work directory {self.path}: {error.strerror}; choose another --workdir"
+            ) from None
         except json.JSONDecodeError as error:
             raise RequestError(f"{self.config} is damaged ({error}); choose another --workdir") from None
         differing = _differences(found, wanted)
@@ -72,8 +75,8 @@ class Workdir:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: dataclasses as objects, anything else as text."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    """What JSON has no form for: the recipe as an object, paths as text."""
+    return dataclasses.asdict(value) if isinstance(value, Recipe) else str(value)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Every published BiT file, and how it comes here: found in the cache, or fetched, resumed, verified and kept.
 
-    python -m bit_jax.zoo list [TEXT]    the files whose name contains TEXT
-    python -m bit_jax.zoo fetch NAME     into the cache; prints the path
+python -m bit_jax.zoo list [TEXT]    the files whose name contains TEXT
+python -m bit_jax.zoo fetch NAME     into the cache; prints the path
 """
 
 import base64
@@ -156,7 +156,7 @@ def fetch(published: Published) -> Path:
         ) from None
     except OSError as error:
         raise FetchError(
-            f"cannot write {error.filename or target} ({error.strerror}); free space or set BIT_JAX_CACHE to another folder"
+            f"cannot write {error.filename or target} ({error.strerror}); free space or set BIT_JAX_CACHE elsewhere"
         ) from None
     return target
 
@@ -193,7 +193,9 @@ def _download(url: str, target: Path) -> None:
         os.fsync(file.fileno())
     if announced.md5 not in (None, md5):
         part.unlink()  # nothing in it can be trusted, so nothing of it can be resumed
-        raise FetchError(f"{url} arrived with MD5 {md5}, not {announced.md5} as announced; it was deleted: fetch it again")
+        raise FetchError(
+            f"{url} arrived with MD5 {md5}, not {announced.md5} as announced; it was deleted: fetch it again"
+        )
     target.with_name(target.name + ".md5").write_text(f"{md5}  {target.name}\n")
     os.replace(part, target)
 
@@ -271,7 +273,8 @@ def _list(text: Annotated[str, tyro.conf.Positional] = "") -> None:
     for published in ZOO.values():
         if text in published.name:
             kept = "  (in the cache)" if (cache_dir() / published.path).exists() else ""
-            print(f"{published.name:44} {published.architecture:7} {published.num_classes:>6} classes  {published.url}{kept}")
+            size = f"{published.architecture:7} {published.num_classes:>6} classes"
+            print(f"{published.name:44} {size}  {published.url}{kept}")
 
 
 def _fetch(name: Annotated[str, tyro.conf.Positional]) -> None:

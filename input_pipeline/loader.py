@@ -52,11 +52,11 @@ class Loader:
             raise DatasetError(f"global batch {self.global_batch} is not divisible by {self.hosts} hosts")
 
     def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(step, placed batch) for start <= step < stop. Epochs follow each other within a batch; none is ever short."""
-        order = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        """(step, placed batch) for start <= step < stop. An epoch may end within a batch; none is ever short."""
+        order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
         def row(position: int) -> dict:
-            index = int(order[position])
+            index = order[position]
             epoch = position // len(self.source)
             rng = np.random.default_rng((self.seed, epoch, index))
             return self._row(index, lambda image: self.views.train(image, rng))
@@ -97,4 +97,6 @@ class Loader:
             .batch(rows)
             .map(self.place)
         )
-        yield from enumerate(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=READ_AHEAD), start)
+        yield from enumerate(
+            grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=READ_AHEAD), start
+        )

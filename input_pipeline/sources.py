@@ -4,13 +4,12 @@ A source knows nothing of order, batches or hosts; `loader.py` decides those.
 """
 
 import difflib
-import functools
 import gzip
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -40,9 +39,10 @@ class Source(Protocol):
         labels: int32 [len(source)], known without decoding an image.
     """
 
-    name: str
-    class_names: Sequence[str]
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
     @property
     def labels(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
@@ -65,16 +65,19 @@ class ArraySource:
 
 
 class TfdsSource:
-    """A split that tfds has prepared as array_record: read by random access, without TensorFlow; images stay encoded."""
+    """A split that tfds has prepared as array_record, read by random access; images stay encoded."""
 
     def __init__(self, name: str, split: str, records, info):
         self.name = f"{name}/{split}"
         self.class_names = info.features["label"].names
         self._records = records
+        self._labels: np.ndarray | None = None
 
-    @functools.cached_property
+    @property
     def labels(self) -> np.ndarray:
-        return np.array([record["label"] for record in self._records], np.int32)
+        if self._labels is None:
+            self._labels = np.array([record["label"] for record in self._records], np.int32)
+        return self._labels
 
     def __len__(self) -> int:
         return len(self._records)
@@ -148,12 +151,12 @@ def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:
 
 
 def _digits(split: str) -> ArraySource:
-    """1,797 scanned digits of 8x8 pixels and 17 grey levels, part of the UCI set "Optical Recognition of Handwritten Digits"."""
+    """1,797 scanned digits of 8x8 pixels and 17 grey levels, from UCI's "Optical Recognition of Handwritten Digits"."""
     from sklearn.datasets import load_digits  # a second of imports that other datasets need not pay
 
     if split not in ("train", "test"):
         raise DatasetError(f"digits has no split {split!r}; it has train and test")
-    digits = load_digits()
+    digits: Any = load_digits()
     held_out = np.arange(len(digits.target)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
     chosen = held_out if split == "test" else ~held_out
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -174,7 +177,9 @@ def _idx(directory: Path, split: str) -> ArraySource:
 def _read_idx(directory: Path, stem: str, magic: int, dimensions: int) -> np.ndarray:
     path = next((path for path in (directory / stem, directory / f"{stem}.gz") if path.exists()), None)
     if path is None:
-        raise DatasetError(f"{directory} has neither {stem} nor {stem}.gz; idx:DIRECTORY names the folder that holds them")
+        raise DatasetError(
+            f"{directory} has neither {stem} nor {stem}.gz; idx:DIRECTORY names the folder that holds them"
+        )
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
@@ -198,14 +203,15 @@ def _tfds(dataset: str, split: str, data_dir: str | os.PathLike | None) -> TfdsS
         raise DatasetError(
             f"unknown dataset {dataset!r}; near it: {', '.join(nearest)} (or idx:DIRECTORY, or any tfds name)"
         )
-    builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-    if not {"image", "label"} <= set(builder.info.features):
-        raise DatasetError(f"{dataset} is not an image classification dataset: its features are {list(builder.info.features)}")
+    builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+    features = list(builder.info.features or ())
+    if not {"image", "label"} <= set(features):
+        raise DatasetError(f"{dataset} is not an image classification dataset: its features are {features}")
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError):
         if not builder.info.splits:
-            where = data_dir or tfds.core.constants.DATA_DIR
+            where = builder.data_dir
             raise DatasetError(
                 f"{dataset} is not prepared as array_record under {where}; prepare it with tfds first"
             ) from None

@@ -30,7 +30,9 @@ def rows_of(batches) -> dict[str, np.ndarray]:
 
 def by_hosts(source, global_batch, hosts, read) -> dict[str, np.ndarray]:
     """What all hosts read together, in global order."""
-    shares = [[b for _, b in read(Loader(source, VIEWS, global_batch, 5, host=host, hosts=hosts))] for host in range(hosts)]
+    shares = [
+        [b for _, b in read(Loader(source, VIEWS, global_batch, 5, host=host, hosts=hosts))] for host in range(hosts)
+    ]
     assert len({len(share) for share in shares}) == 1
     return rows_of((0, batch) for step in zip(*shares, strict=True) for batch in step)
 
@@ -82,7 +84,9 @@ def test_broken_idx(tmp_path):
         open_source(f"idx:{tmp_path}", "test")
 
 
-@pytest.mark.parametrize(("dataset", "said"), [("digitz", "near it: digits"), ("cifar1", "cifar10"), ("cifar10", "not prepared")])
+@pytest.mark.parametrize(
+    ("dataset", "said"), [("digitz", "near it: digits"), ("cifar1", "cifar10"), ("cifar10", "not prepared")]
+)
 def test_unknown_and_unprepared_datasets(tmp_path, dataset, said):
     with pytest.raises(DatasetError, match=said):
         open_source(dataset, "train", tmp_path)
@@ -154,7 +158,9 @@ def test_augmentation_differs_between_epochs_and_flips_half():
         assert np.array_equal(image, original) or np.array_equal(image, original[:, ::-1])
         flipped.append(not np.array_equal(image, original))
     assert 0.4 < np.mean(flipped) < 0.6  # 400 fair coins: six standard deviations are 0.15
-    first, second = (dict(zip(rows["index"][part], flipped[part], strict=True)) for part in (slice(200), slice(200, 400)))
+    first, second = (
+        dict(zip(rows["index"][part], flipped[part], strict=True)) for part in (slice(200), slice(200, 400))
+    )
     assert first != second
 
 

@@ -14,7 +14,7 @@ from bit_jax import resnetv2, steps, weights
 from bit_jax.errors import RequestError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
-# The same mathematics in float64 differs by rounding only, seen at 1e-13; the mildest wrong epsilon moves a logit by 1e-6.
+# The same mathematics in float64 differs by rounding only, seen at 1e-13; a wrong epsilon moves a logit by 1e-6.
 TOLERANCE = 1e-9
 LABELS = np.array([3, 141, 592, 653])
 
@@ -82,7 +82,6 @@ def test_r50x1_gradients(x64, r50x1):
         np.testing.assert_allclose(gradient.sum(), total, rtol=0, atol=TOLERANCE * max(norm, 1), err_msg=name)
 
 
-
 def sample_variance(kernel):
     centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
     count = int(np.prod(kernel.shape[:3]))
@@ -147,7 +146,9 @@ def test_bfloat16_multiplies_narrow_and_keeps_parameters_and_logits_wide(small_n
     apply = jax.jit(model.apply)
     assert apply({"params": params}, image).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    convolutions = [line for line in apply.lower({"params": params}, image).as_text().splitlines() if "convolution" in line]
+    convolutions = [
+        line for line in apply.lower({"params": params}, image).as_text().splitlines() if "convolution" in line
+    ]
     assert convolutions
     assert all("bf16" in line for line in convolutions)
 

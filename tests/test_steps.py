@@ -41,7 +41,9 @@ def test_loss_with_mixed_targets_is_the_mixture_of_losses():
 
 def test_pixels():
     pixels = np.array([0, 255, 127, 128], np.uint8).reshape(1, 2, 2, 1)
-    np.testing.assert_allclose(steps.normalize(pixels, jnp.dtype(jnp.float32)).ravel(), [-1, 1, -1 / 255, 1 / 255], rtol=1e-6)
+    np.testing.assert_allclose(
+        steps.normalize(pixels, jnp.dtype(jnp.float32)).ravel(), [-1, 1, -1 / 255, 1 / 255], rtol=1e-6
+    )
 
 
 def test_rank_counts_ties_as_argmax_does():

@@ -18,7 +18,10 @@ from bit_jax.errors import exit_code
 from input_pipeline import DatasetError
 
 REPOSITORY = Path(__file__).parent.parent
-SHORT = "--global-batch 16 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2 --eval-every 4 --checkpoint-every 2"
+SHORT = (
+    "--global-batch 16 --resize 36 --crop 32 --steps 6 --warmup-steps 2 --decay-steps 4 "
+    "--log-every 2 --eval-every 4 --checkpoint-every 2"
+)
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +112,10 @@ def test_final_weights_give_the_reported_accuracy(finished):
     views = Views(36, 32, flip=False)
     pixels = np.stack([views.evaluation(decode(source[i]["image"])) for i in range(len(source))])
     logits = model.apply({"params": params}, steps.normalize(pixels, np.dtype(np.float32)))
-    assert np.mean(np.argmax(logits, axis=1) == source.labels) == json.loads((finished / "result.json").read_text())["final_acc1"]
+    assert (
+        np.mean(np.argmax(logits, axis=1) == source.labels)
+        == json.loads((finished / "result.json").read_text())["final_acc1"]
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(command, finished, tmp_path):
@@ -179,7 +185,9 @@ def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path
 
 
 def refused(capsys, monkeypatch, small_npz, *flags) -> str:
-    monkeypatch.setattr(sys, "argv", [str(flag) for flag in ("train.py", "digits", "--model", small_npz, *SHORT.split(), *flags)])
+    monkeypatch.setattr(
+        sys, "argv", [str(flag) for flag in ("train.py", "digits", "--model", small_npz, *SHORT.split(), *flags)]
+    )
     assert exit_code(train.main, DatasetError) == 2
     sentence = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", sentence), sentence
@@ -226,7 +234,9 @@ def test_a_workdir_is_required(monkeypatch, capsys):
 
 def test_a_broken_weight_file(capsys, monkeypatch, small_npz, tmp_path):
     (tmp_path / "w.npz").write_bytes(small_npz.read_bytes()[:5000])
-    assert "w.npz" in refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz")
+    assert "w.npz" in refused(
+        capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz"
+    )
 
 
 def test_weights_that_are_not_finite(capsys, monkeypatch, small_npz, tmp_path):
@@ -266,7 +276,7 @@ def test_a_damaged_checkpoint(command, finished, tmp_path):
 
 
 def test_a_full_disk(command, finished, tmp_path):
-    """A real file system with room for one of the two files: the error says so, and the run continues with more room."""
+    """A real file system that is too small: the error says so, and the run continues when there is more room."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")

@@ -56,7 +56,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         server = self.server
         wanted = self.headers["Range"]
         server.seen.append(wanted)

@@ -1,0 +1,112 @@
+"""Time and memory of `bit_jax.load` beside a plain read of the same file.
+
+    python benchmarks/load_weights.py --json benchmarks/results/load_weights.json
+
+Writes random weights in the official layout for each architecture to a temporary folder, then measures in fresh processes,
+read (the whole file into one new `bytes`) and load in turn, from the page cache. Memory is how far the process's resident
+size rises at most above what it was with everything imported and JAX started (Linux's VmHWM, reset there).
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bit_jax import weights, zoo
+from bit_jax.resnetv2 import parse_architecture
+
+MEASURE = """
+import sys, time
+import jax, jax.numpy as jnp
+import bit_jax
+jax.block_until_ready(jnp.zeros(1))
+what, path = sys.argv[1:]
+
+def resident_kib():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = resident_kib()
+start = time.perf_counter()
+if what == "load":
+    kept = jax.block_until_ready(bit_jax.load(path))
+else:
+    with open(path, "rb") as file:
+        kept = file.read()
+print(time.perf_counter() - start, (resident_kib() - before) * 1024)
+"""
+
+
+def main(architectures: tuple[str, ...] = zoo.ARCHITECTURES, rounds: int = 5, json_path: Path | None = None) -> None:
+    """Measures and prints the table.
+
+    Args:
+        architectures: which.
+        rounds: of read and load, in turn.
+        json_path: also write the figures here.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in architectures:
+            path = Path(folder) / f"{name}.npz"
+            write(path, name)
+            measured = {"read": [], "load": []}
+            for _ in range(rounds):
+                for what, values in measured.items():
+                    values.append(measure(what, path))
+            rows.append({"architecture": name, "bytes": path.stat().st_size} | summary(measured))
+            path.unlink()
+    show(rows)
+    if json_path:
+        json_path.write_text(json.dumps({"rounds": rounds, "rows": rows}, indent=2) + "\n")
+
+
+def write(path: Path, name: str) -> None:
+    rng = np.random.default_rng(0)
+    architecture = weights.Architecture(*parse_architecture(name), 1000)
+    flat = {key: rng.standard_normal(shape, np.float32) for key, shape in weights.layout(architecture).items()}
+    weights.save(path, weights.unflatten(flat))
+
+
+def measure(what: str, path: Path) -> tuple[float, float]:
+    """(seconds, bytes) of one fresh process."""
+    done = subprocess.run([sys.executable, "-c", MEASURE, what, path], capture_output=True, text=True, check=True)
+    seconds, grown = done.stdout.split()
+    return float(seconds), float(grown)
+
+
+def summary(measured: dict[str, list[tuple[float, float]]]) -> dict:
+    seconds = {what: sorted(second for second, _ in values) for what, values in measured.items()}
+    return {
+        "read_s": statistics.median(seconds["read"]),
+        "read_s_range": [seconds["read"][0], seconds["read"][-1]],
+        "load_s": statistics.median(seconds["load"]),
+        "load_s_range": [seconds["load"][0], seconds["load"][-1]],
+        "load_peak_bytes": statistics.median(grown for _, grown in measured["load"]),
+    }
+
+
+def show(rows: list[dict]) -> None:
+    table = Table("architecture", "MB", "read s", "load s", "load / read", "peak memory / file size")
+    for row in rows:
+        table.add_row(
+            row["architecture"],
+            f"{row['bytes'] / 1e6:,.0f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(row["read_s"], *row["read_s_range"]),
+            "{:.2f} ({:.2f} to {:.2f})".format(row["load_s"], *row["load_s_range"]),
+            f"{row['load_s'] / row['read_s']:.1f}",
+            f"{row['load_peak_bytes'] / row['bytes']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,10 +1,10 @@
 """Time and memory of `bit_jax.load` beside a plain read of the same file.
 
-    python benchmarks/load_weights.py --json benchmarks/results/load_weights.json
+    python benchmarks/load_weights.py --json-path benchmarks/results/load_weights.json
 
-Writes random weights in the official layout for each architecture to a temporary folder, then measures in fresh processes,
-read (the whole file into one new `bytes`) and load in turn, from the page cache. Memory is how far the process's resident
-size rises at most above what it was with everything imported and JAX started (Linux's VmHWM, reset there).
+Writes random weights in the official layout for each architecture to a temporary folder, then measures in fresh
+processes, read (the whole file into one new `bytes`) and load in turn, from the page cache. Memory is how far the
+process's resident size rises at most above what it was with everything imported and JAX started (Linux's VmHWM).
 """
 
 import json

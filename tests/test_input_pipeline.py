@@ -2,6 +2,9 @@
 
 import gzip
 import io
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +198,36 @@ def test_a_damaged_image_is_named():
 def test_crop_larger_than_resize():
     with pytest.raises(DatasetError, match="crop 9"):
         Views(resize=8, crop=9, flip=False)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """A data directory in which tfds's own builder prepared nine training and five validation images."""
+    with tarfile.open(Path(__file__).parent / "data" / "imagenet2012_tiny.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_tfds_imagenet_without_tensorflow(tiny_imagenet):
+    train = open_source("imagenet2012", "train", tiny_imagenet)
+    assert (len(train), len(train.class_names)) == (9, 1000)
+    np.testing.assert_array_equal(np.bincount(train.labels, minlength=1000)[[0, 1, 999]], [3, 2, 4])
+    for index in range(9):
+        example = train[index]
+        assert example["label"] == train.labels[index]
+        assert example["id"].startswith(train.class_names[example["label"]])
+        assert example["image"].startswith(b"\xff\xd8")  # still a JPEG
+    rows = rows_of(Loader(train, VIEWS, 4).evaluation())
+    np.testing.assert_array_equal(rows["label"][rows["mask"]], train.labels)
+    assert rows["image"][rows["mask"]].std() > 10
+    assert len(open_source("imagenet2012", "train[:4]", tiny_imagenet)) == 4
+    assert len(open_source("imagenet2012", "validation", tiny_imagenet)) == 5
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_splits_that_are_not_there(tiny_imagenet):
+    for split in ("test", "train[:"):
+        with pytest.raises(DatasetError, match="train, validation"):
+            open_source("imagenet2012", split, tiny_imagenet)
+    with pytest.raises(DatasetError, match=r"has 3 examples of class|has 0 examples of class|has 2 examples of class"):
+        few_shot(open_source("imagenet2012", "train", tiny_imagenet), 4, seed=0)

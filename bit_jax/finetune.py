@@ -87,30 +87,37 @@ def finetune(
     checkpoints.close()
     weights.save(workdir.final, state.params)
 
-    result = {
+    measured = metrics.figures(timeline, trained=(stop - start) * global_batch)
+    result = _description(cfg, architecture, mesh, global_batch) | {
+        "dataset": train.name,
+        "eval_dataset": validation.name,
+        "steps": stop,
+        "resumed_from_step": start,
+        **measured,
+        "final_acc1": accuracy.acc1,
+        "final_acc5": accuracy.acc5,
+        "final_loss": accuracy.loss,
+        "eval_examples": accuracy.examples,
+    }
+    metrics.write_json(workdir.result, result)
+    return result
+
+
+def _description(cfg: Config, architecture: Architecture, mesh: Mesh, global_batch: int) -> dict[str, Any]:
+    """What result.json says of the run before it is run."""
+    return {
         "model": cfg.model.model,
         "architecture": str(architecture),
         "init": cfg.model.init,
-        "dataset": train.name,
-        "eval_dataset": validation.name,
         "precision": cfg.model.precision,
         "device_kind": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "hosts": jax.process_count(),
         "batch_per_device": global_batch / mesh.size,
         "global_batch": global_batch,
-        "steps": stop,
-        "resumed_from_step": start,
         "seed": cfg.run.seed,
-        **metrics.figures(timeline, trained=(stop - start) * global_batch),
-        "final_acc1": accuracy.acc1,
-        "final_acc5": accuracy.acc5,
-        "final_loss": accuracy.loss,
-        "eval_examples": accuracy.examples,
         "versions": metrics.versions(),
     }
-    metrics.write_json(workdir.result, result)
-    return result
 
 
 @dataclasses.dataclass(frozen=True)

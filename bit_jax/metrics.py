@@ -4,10 +4,8 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from bit_jax.files import replacing
 
 GIB = 2**30
 
@@ -98,17 +98,9 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomically, so that a reader finds all of it or the version before."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=2, default=str)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Atomically; what JSON has no form for, such as a path, as text."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 class Log:
@@ -122,7 +114,8 @@ class Log:
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            self._path.write_text("".join(kept))
+            with replacing(self._path) as file:
+                file.write("".join(kept).encode())
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)

@@ -17,7 +17,7 @@ TOP_K = (1, 5)
 class TrainState(flax.struct.PyTreeNode):
     """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed."""
 
-    step: Int[Array, ""]
+    step: Any  # int32 [], an array or its shape: how many steps were taken
     params: Any
     opt_state: Any
 

@@ -8,7 +8,6 @@ parameters and little more than the time to read the file.
 import dataclasses
 import os
 import re
-import secrets
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from bit_jax.errors import RequestError
+from bit_jax.files import replacing
 from bit_jax.resnetv2 import GROUPS, ResNetV2, architecture_name, param_dtype
 
 PREFIX = "resnet/"
@@ -143,22 +143,13 @@ def save(path: str | os.PathLike, params: Params) -> None:
     Raises:
         WeightsError: the parameters are not those of a ResNetV2.
     """
-    path = Path(path)
     flat = flatten(params)
     _architecture({key: array.shape for key, array in flat.items()}, "the parameters to save")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for key, array in flat.items():
-                    # force_zip64 as numpy.savez does: a member's size is not known when its header is written
-                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for key, array in flat.items():
+            # force_zip64 as numpy.savez does: a member's size is not known when its header is written
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -213,7 +204,7 @@ def _members(path: Path) -> dict[str, _Member]:
     except IsADirectoryError:
         raise WeightsError(f"{path} is a directory; name the .npz file in it") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        raise WeightsError(f"{path} is truncated or not an .npz file ({error}); fetch it again") from None
+        raise WeightsError(f"{path} is truncated or not an .npz file ({error}); delete it and fetch it again") from None
     if problems:
         raise WeightsError(f"{path} holds members that are not plain arrays: {_some(problems)}", extra=problems)
     return members
@@ -258,12 +249,12 @@ def _arrays(path: Path, members: dict[str, _Member]) -> Iterator[tuple[str, np.n
                 order = "F" if member.fortran_order else "C"
                 array = np.ndarray(member.shape, member.dtype, buffer=data, order=order)
             except Exception as error:  # damaged contents make zipfile, zlib and NumPy raise many kinds
-                raise WeightsError(f"{path} is damaged at {key} ({error}); fetch it again") from None
+                raise WeightsError(f"{path} is damaged at {key} ({error}); delete it and fetch it again") from None
             if not _finite(array):
                 not_finite.append(key)
             yield key, array
     if not_finite:
-        raise WeightsError(f"{path} holds NaN or infinite values in {_some(not_finite)}; fetch it again")
+        raise WeightsError(f"{path} holds NaN or infinite values in {_some(not_finite)}; delete it and fetch it again")
 
 
 def _aligned_bytes(count: int) -> np.ndarray:

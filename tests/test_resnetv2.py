@@ -164,7 +164,7 @@ def test_any_image_size(small_npz, height, width):
 def test_architecture_names():
     assert resnetv2.parse_architecture("R152x4") == ((3, 8, 36, 3), 4)
     assert resnetv2.architecture_name((1, 1, 1, 1), 0.5) == "R14x0.5"
-    assert resnetv2.architecture_name((1, 2, 3, 1), 1) == "R(1,2,3,1)x1"
+    assert resnetv2.architecture_name((1, 2, 3, 1), 1.0) == "R(1,2,3,1)x1"
     for wrong in ("R51x1", "50x1", "R50x0.3", "R50x0"):
         with pytest.raises(RequestError):
             resnetv2.parse_architecture(wrong)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -111,7 +112,7 @@ def test_final_weights_give_the_reported_accuracy(finished):
     source = open_source("digits", "test")
     views = Views(36, 32, flip=False)
     pixels = np.stack([views.evaluation(decode(source[i]["image"])) for i in range(len(source))])
-    logits = model.apply({"params": params}, steps.normalize(pixels, np.dtype(np.float32)))
+    logits = model.apply({"params": params}, steps.normalize(jnp.asarray(pixels), np.dtype(np.float32)))
     assert (
         np.mean(np.argmax(logits, axis=1) == source.labels)
         == json.loads((finished / "result.json").read_text())["final_acc1"]
@@ -179,6 +180,14 @@ def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path
     assert "2 a class" in result["dataset"]
     assert (tmp_path / "run" / "final.npz").exists()
     assert "p_core" in done.stdout
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(command, tmp_path):
+    flags = ("--base-lr", "1e30", "--workdir", tmp_path / "run")
+    done = subprocess.run(**command(*flags), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"\nerror: the loss of step \d is (nan|inf); lower --base-lr [^\n]+\n$", done.stderr), done.stderr
+    assert not (tmp_path / "run" / "final.npz").exists()
 
 
 # Wrong requests: one sentence, exit code 2, nothing half written.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bit_jax import steps
+from bit_jax import mesh, steps
 from bit_jax.evaluate import evaluate
 
 
@@ -73,3 +73,14 @@ def test_accuracy_is_a_ratio_of_sums():
 def test_an_incomplete_evaluation_is_no_result():
     with pytest.raises(RuntimeError, match="8 examples of a split of 10"):
         evaluate(fake_eval_step, None, [{"seen": 8, "correct1": 2, "correct5": 6}], expected=10)
+
+
+@pytest.mark.parametrize(("rows_a_device", "moves"), [(2, False), (4, False), (1, True)])
+def test_mixing_moves_nothing_between_devices_where_their_rows_are_even(rows_a_device, moves):
+    devices = mesh.make_mesh()
+    sharding = mesh.batch_sharding(devices)
+    rows = jax.ShapeDtypeStruct((rows_a_device * devices.size, 8, 8, 3), jnp.float32, sharding=sharding)
+    mix = jax.jit(steps.mix_pairs, out_shardings=sharding)
+    program = mix.lower(rows, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
+    collectives = ("all-gather", "all-to-all", "all-reduce", "collective-permute")
+    assert any(name in program for name in collectives) == moves

@@ -100,7 +100,10 @@ def _fine_tuned_size(weight_file: Path) -> int | None:
 
 def _config_beside(weight_file: Path) -> dict:
     path = weight_file.parent / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise RequestError(f"{path} is damaged ({error}); delete it to predict with numbered classes") from None
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ class Workdir:
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that came to its end here."""
         if self.result.exists() and self.final.exists():
-            return json.loads(self.result.read_text())
+            try:
+                return json.loads(self.result.read_text())
+            except ValueError as error:
+                raise RequestError(f"{self.result} is damaged ({error}); delete it to have it written again") from None
         return None
 
 

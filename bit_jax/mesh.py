@@ -1,4 +1,4 @@
-"""The device mesh and what lies where: parameters on every device, batches split over the `data` axis."""
+"""The device mesh and what lies where: batches split over all devices, parameters over the `fsdp` axis alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bit_jax.errors import RequestError
 
-DATA = "data"
+DATA, FSDP = "data", "fsdp"
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A one-dimensional mesh over the given devices, or over all of all hosts."""
-    return Mesh(np.array(jax.devices() if devices is None else devices), (DATA,))
+def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh `data` x `fsdp` over the given devices, or over all of all hosts.
+
+    Raises:
+        RequestError: `fsdp` does not divide the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise RequestError(f"fsdp={fsdp} does not divide {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(-1, fsdp), (DATA, FSDP))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def param_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """An array of parameters or momentum: its longest axis that `fsdp` divides is split over it, if there is one."""
+    fsdp = mesh.shape[FSDP]
+    divisible = [axis for axis, size in enumerate(shape) if fsdp > 1 and size and size % fsdp == 0]
+    if not divisible:
+        return NamedSharding(mesh, PartitionSpec())
+    split = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(FSDP if axis == split else None for axis in range(split + 1))))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the mesh, in device order."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -70,8 +70,11 @@ def abstract_state(
     """Shapes, dtypes and shardings of the training state."""
     flat = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in weights.layout(architecture).items()}
     shapes = jax.eval_shape(lambda params: steps.init_state(params, optimizer), weights.unflatten(flat))
-    sharding = meshes.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.param_sharding(mesh, leaf.shape))
+
+    return jax.tree.map(placed, shapes)
 
 
 def abstract_batch(global_batch: int, crop: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -51,6 +51,18 @@ def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Floa
     return (weight * pairs + (1 - weight) * pairs[:, ::-1]).reshape(rows.shape)
 
 
+def prepare(
+    batch: dict, num_classes: int, dtype: jnp.dtype, weight: Float[Array, ""] | None
+) -> tuple[Float[Array, "batch height width 3"], Float[Array, "batch classes"]]:
+    """uint8 images and labels -> what the model is given and the distribution it should give, mixed unless `weight`
+    (see `mix_pairs`) is None."""
+    images = normalize(batch["image"], dtype)
+    targets = jax.nn.one_hot(batch["label"], num_classes, dtype=dtype)
+    if weight is None:
+        return images, targets
+    return mix_pairs(images, weight), mix_pairs(targets, weight)
+
+
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
 ) -> Float[Array, " batch"]:
@@ -66,6 +78,38 @@ def apply_model(
     return logits
 
 
+def loss_and_gradients(
+    model: ResNetV2,
+    params: Any,
+    images: Float[Array, "batch height width 3"],
+    targets: Float[Array, "batch classes"],
+    microbatches: int = 1,
+) -> tuple[Float[Array, ""], Any]:
+    """The batch's mean cross-entropy and its gradient; with `microbatches`, a divisor of the batch, that many passes
+    one after the other, each over an equal share of every device's rows."""
+
+    def loss_of(params, images, targets):
+        return cross_entropy(apply_model(model, params, images), targets).mean()
+
+    if microbatches == 1:
+        return jax.value_and_grad(loss_of)(params, images, targets)
+
+    def shares(rows):  # every microbatches-th row: a contiguous share would lie on few devices
+        return rows.reshape(rows.shape[0] // microbatches, microbatches, *rows.shape[1:]).swapaxes(0, 1)
+
+    def accumulate(sums, share):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, *share)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), targets.dtype), params))
+    sums, _ = jax.lax.scan(accumulate, zeros, (shares(images), shares(targets)))
+    return jax.tree.map(lambda total: total / microbatches, sums)
+
+
+def update(state: TrainState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+
 def make_train_step(
     model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -73,19 +117,10 @@ def make_train_step(
     dtype = param_dtype(model.dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        images = normalize(batch["image"], dtype)
-        targets = jax.nn.one_hot(batch["label"], model.num_classes, dtype=dtype)
-        if mixup:
-            weight = mixup_weight(seed, state.step, mixup)
-            images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
-
-        def loss_of(params):
-            return cross_entropy(apply_model(model, params, images), targets).mean()
-
-        loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {"loss": loss}
+        weight = mixup_weight(seed, state.step, mixup) if mixup else None
+        images, targets = prepare(batch, model.num_classes, dtype, weight)
+        loss, gradients = loss_and_gradients(model, state.params, images, targets)
+        return update(state, gradients, optimizer), {"loss": loss}
 
     return train_step
 
@@ -95,17 +130,21 @@ def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
     dtype = param_dtype(model.dtype)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        logits = apply_model(model, params, normalize(batch["image"], dtype))
-        targets = jax.nn.one_hot(batch["label"], model.num_classes, dtype=dtype)
-        losses = cross_entropy(logits, targets)
-        rank = label_rank(logits, batch["label"])
-        sums = {f"correct{k}": (batch["mask"] & (rank < k)).sum(dtype=jnp.int32) for k in TOP_K}
-        return sums | {
-            "loss": jnp.where(batch["mask"], losses, 0).sum(),
-            "seen": batch["mask"].sum(dtype=jnp.int32),
-        }
+        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch)
 
     return eval_step
+
+
+def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
+    """Over the rows whose mask is True: loss, correct1, correct5, seen."""
+    targets = jax.nn.one_hot(batch["label"], logits.shape[1], dtype=logits.dtype)
+    losses = cross_entropy(logits, targets)
+    rank = label_rank(logits, batch["label"])
+    sums = {f"correct{k}": (batch["mask"] & (rank < k)).sum(dtype=jnp.int32) for k in TOP_K}
+    return sums | {
+        "loss": jnp.where(batch["mask"], losses, 0).sum(),
+        "seen": batch["mask"].sum(dtype=jnp.int32),
+    }
 
 
 def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:

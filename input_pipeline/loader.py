@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
-import grain
 import numpy as np
 
 from input_pipeline.preprocess import Views, decode
@@ -53,6 +52,8 @@ class Loader:
 
     def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """(step, placed batch) for start <= step < stop. An epoch may end within a batch; none is ever short."""
+        import grain  # here, because it brings JAX, which those who read only `sources.py` do without
+
         order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
         def row(position: int) -> dict:
@@ -83,6 +84,8 @@ class Loader:
         return {"image": image, "label": np.int32(example["label"]), "mask": True, "index": np.int32(index)}
 
     def _batches(self, row: Callable[[int], dict], start: int, stop: int) -> Iterator[tuple[int, Any]]:
+        import grain
+
         rows = self.global_batch // self.hosts
 
         def position(local: int) -> int:

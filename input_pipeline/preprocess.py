@@ -23,16 +23,25 @@ class Views:
             raise DatasetError(f"crop {self.crop} does not fit into resize {self.resize}; crop at most that")
 
     def train(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [crop, crop, 3]; consumes the same three draws whatever the flags, so that they do not shift others."""
+        """uint8 [crop, crop, 3]."""
+        top, left, mirrored = self.draw(rng)
+        view = np.asarray(resize(image, self.resize))[top : top + self.crop, left : left + self.crop]
+        return np.ascontiguousarray(view[:, ::-1] if mirrored else view)
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
+        """A training view's (top, left, mirrored); consumes three draws whatever the flags, so that none shift others."""
         top, left = rng.integers(self.resize - self.crop + 1, size=2)
         mirrored = rng.random() < 0.5
-        resized = image.resize((self.resize, self.resize), Image.Resampling.BILINEAR)
-        view = np.asarray(resized)[top : top + self.crop, left : left + self.crop]
-        return np.ascontiguousarray(view[:, ::-1] if self.flip and mirrored else view)
+        return int(top), int(left), bool(self.flip and mirrored)
 
     def evaluation(self, image: Image.Image) -> np.ndarray:
         """uint8 [crop, crop, 3]."""
-        return np.asarray(image.resize((self.crop, self.crop), Image.Resampling.BILINEAR))
+        return np.asarray(resize(image, self.crop))
+
+
+def resize(image: Image.Image, side: int) -> Image.Image:
+    """To a square: bilinear with antialiasing, half-pixel centres."""
+    return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def decode(image: np.ndarray | bytes) -> Image.Image:

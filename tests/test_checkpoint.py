@@ -16,7 +16,7 @@ def state_on(devices, step=3) -> TrainState:
         {"kernel": rng.standard_normal((64, 32)).astype(np.float32)},
         ({"kernel": rng.standard_normal((64, 32)).astype(np.float32)}, ()),
     )
-    return jax.device_put(state, mesh.replicated(mesh.make_mesh(devices)))
+    return jax.device_put(state, mesh.param_sharding(mesh.make_mesh(devices), ()))
 
 
 def shape_of(state):
@@ -95,7 +95,7 @@ def test_a_missing_file_is_noticed(saved):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads
 def test_another_models_checkpoint(saved):
     other = state_on(jax.devices()).replace(params={"other": np.zeros(3, np.float32)})
-    other = jax.device_put(other, mesh.replicated(mesh.make_mesh()))
+    other = jax.device_put(other, mesh.param_sharding(mesh.make_mesh(), ()))
     with pytest.raises(CheckpointError, match="does not fit"):
         restored(saved, 2, other)
 

@@ -1,0 +1,166 @@
+"""The verdict on one array: equal, rounding or bug.
+
+Two questions, in this order. In float64, do both compute the same function? There rounding is so small that every
+wrong constant stands out of it. Then, in the precision asked for, is either further from the float64 result than the
+other, or than rounding of that size can bring it?
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Verdict = Literal["equal", "rounding", "bug"]
+
+GATE = 1e-9
+GATE_REASON = (
+    "float64 rounding (1.1e-16) grown over a network of 150 layers and its gradient is seen below 1e-11; "
+    "the smallest wrong constant known, an epsilon, moves an output by 1e-6"
+)
+MULTIPLE = 4.0
+MULTIPLE_REASON = (
+    "two correct float32 implementations are seen within a factor 2 of each other on every array; "
+    "products in TF32 err about 1,000 times more than in float32"
+)
+HIGH = 0.999  # the percentile beside the RMSE: few wrong values in a large array hide in a mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The verdict on one array.
+
+    Attributes:
+        rung, name, precision: which array.
+        verdict: equal is bit for bit; rounding is within the limit.
+        difference: the largest, relative to the reference's RMS.
+        limit: of `difference` in float64; elsewhere of the larger error, relative to the same.
+        reference_error, candidate_error: RMSE against float64, relative to its RMS; None in float64.
+        expected_error: what disturbances of rounding's size do to this array in float64; None in float64.
+        note: one sentence, where there is more to say.
+    """
+
+    rung: str
+    name: str
+    precision: str
+    verdict: Verdict
+    difference: float
+    limit: float
+    reference_error: float | None = None
+    candidate_error: float | None = None
+    expected_error: float | None = None
+    note: str = ""
+
+
+def exact(rung: str, name: str, precision: str, reference: np.ndarray, candidate: np.ndarray) -> Line:
+    """For what nobody computes: any difference is a bug."""
+    if shapes := _shapes(reference, candidate):
+        return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
+    same = np.array_equal(reference, candidate)
+    difference = 0.0 if same else relative_difference(reference, candidate)
+    return Line(rung, name, precision, "equal" if same else "bug", difference, 0.0)
+
+
+def gate(
+    rung: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, limit: float = GATE, note: str = ""
+) -> Line:
+    """In float64."""
+    if shapes := _shapes(reference, candidate):
+        return Line(rung, name, "fp64", "bug", np.inf, limit, note=shapes)
+    difference = relative_difference(reference, candidate)
+    verdict: Verdict = "equal" if np.array_equal(reference, candidate) else "rounding" if difference <= limit else "bug"
+    return Line(rung, name, "fp64", verdict, difference, limit, note=note)
+
+
+def calibrated(
+    rung: str,
+    name: str,
+    precision: str,
+    oracle: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    candidate: Sequence[np.ndarray],
+    disturbed: Sequence[Sequence[np.ndarray]],
+) -> Line:
+    """In any other precision.
+
+    The smallest error over the batches counts: a ReLU whose input is within rounding of zero opens in one framework
+    and stays shut in the other, which changes gradients by far more than rounding, in that batch.
+
+    Args:
+        oracle: the float64 result of each batch.
+        reference, candidate: the two results of each batch.
+        disturbed: for each of some disturbances, the float64 result of each batch.
+    """
+    if shapes := _shapes(reference[0], candidate[0]):
+        return Line(rung, name, precision, "bug", np.inf, MULTIPLE, note=shapes)
+    difference = max(relative_difference(a, b) for a, b in zip(reference, candidate, strict=True))
+    if all(np.array_equal(a, b) for a, b in zip(reference, candidate, strict=True)):
+        error = _error(oracle, reference)[0]
+        return Line(rung, name, precision, "equal", 0.0, np.inf, error, error)
+    errors = {"reference": _error(oracle, reference), "candidate": _error(oracle, candidate)}
+    expected = np.max([_error(oracle, results) for results in disturbed], axis=0) if disturbed else np.zeros(2)
+    expected = np.maximum(expected, np.finfo(np.float32).eps)
+    limits = {
+        "reference": MULTIPLE * np.maximum(errors["candidate"], expected),
+        "candidate": MULTIPLE * np.maximum(errors["reference"], expected),
+    }
+    # written so that NaN fails
+    above = [who for who in errors if not (errors[who] <= limits[who]).all()]
+    note = ""
+    if above:
+        who = above[0]
+        which = 0 if not errors[who][0] <= limits[who][0] else 1
+        kind = ("RMSE", f"{HIGH:.1%} error")[which]
+        times = errors[who][which] / limits[who][which] * MULTIPLE
+        note = f"the {who}'s {kind} against float64, {errors[who][which]:.1e}, is {times:.3g} times what is expected"
+    return Line(
+        rung,
+        name,
+        precision,
+        "bug" if above else "rounding",
+        difference,
+        float(max(limits["reference"][0], limits["candidate"][0])),
+        float(errors["reference"][0]),
+        float(errors["candidate"][0]),
+        float(expected[0]),
+        note,
+    )
+
+
+def relative_difference(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """The largest difference, relative to the reference's RMS; infinite where either is not finite."""
+    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
+    if not (np.isfinite(reference).all() and np.isfinite(candidate).all()):
+        return np.inf
+    return float(np.abs(reference - candidate).max(initial=0)) / _scale(reference)
+
+
+def relative_rmse(oracle: np.ndarray, result: np.ndarray) -> float:
+    return rms(result.astype(np.float64) - oracle) / _scale(oracle)
+
+
+def rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    order: tuple[Verdict, ...] = ("equal", "rounding", "bug")
+    return max(verdicts, key=order.index, default="equal")
+
+
+def _error(oracle: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> np.ndarray:
+    """[RMSE, high percentile], each the smallest over the batches, relative to the oracle's RMS."""
+    errors = []
+    for exact_result, result in zip(oracle, results, strict=True):
+        error = np.abs(result.astype(np.float64) - exact_result)
+        errors.append((rms(error) / _scale(exact_result), np.quantile(error, HIGH) / _scale(exact_result)))
+    # NaN is kept: it is never the smaller error
+    return np.where(np.isnan(errors).any(axis=0), np.nan, np.min(errors, axis=0))
+
+
+def _scale(array: np.ndarray) -> float:
+    return rms(array.astype(np.float64)) or 1.0
+
+
+def _shapes(reference: np.ndarray, candidate: np.ndarray) -> str:
+    return "" if reference.shape == candidate.shape else f"shape {candidate.shape}, the reference's {reference.shape}"

@@ -1,0 +1,417 @@
+"""The ladder's rungs: what each asks of both sides, and how the answers are judged.
+
+A rung takes the ladder and returns its result; every rung is judged in float64 first and, where that agrees, in the
+precision asked for.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bit_jax.hyperrule import resolution
+from input_pipeline.preprocess import Views
+from parity import inputs, oracle, statistics
+from parity.ladder import ULP, Ladder, RungResult
+from parity.oracle import GATE, MULTIPLE, Line
+from parity.worker import Arrays
+
+EPOCHS = 2  # of the pixels rung: augmentation differs between them
+SCHEDULE_STEP = 2  # of the optimizer rung: inside the warm-up, where the rate changes every step
+NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500
+DISTURBED_ULPS = 4.0  # float64's own rounding, when a chaotic curve has to be told from a wrong one
+
+
+def weights(ladder: Ladder) -> RungResult:
+    """Every array through both loaders."""
+    reference, candidate = ladder.both("fp64", "weights")
+    lines = [
+        oracle.exact("weights", key, "fp64", reference[key], candidate[key])
+        for key in reference.names
+        if key in candidate
+    ]
+    return RungResult("weights", lines + _absent("weights", "fp64", reference, candidate))
+
+
+def pixels(ladder: Ladder) -> RungResult:
+    """The same image files through both input pipelines, as evaluation and as training show them."""
+    options = ladder.options
+    files = list(options.images) or inputs.write_files(ladder.folder / "files")
+    crop = max(options.height_width)
+    full_resize, full_crop = resolution(crop * crop)
+    resize = max(crop, round(crop * full_resize / full_crop))
+    draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
+    shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
+    reference, candidate = ladder.both("fp64", "pixels", epochs=EPOCHS, draws=draws, **shared)
+    lines = _gate("pixels", _single(reference), _single(candidate), fail_fast=options.fail_fast)
+    return RungResult("pixels", lines + _absent("pixels", "fp64", reference, candidate))
+
+
+def forward(ladder: Ladder) -> RungResult:
+    """Every unit's output, free-running; where one differs, also of units that are fed the reference's input."""
+    arguments = {"images": ladder.pictures}
+    result = _judge(ladder, "forward", "forward", arguments, _single)
+    if ladder.options.precision != "fp64" and result.verdict != "bug":
+        ulps = ladder.amplitude_in_ulp
+        result.details["amplitude"] = {"ulp": ulps, "precision": ladder.options.precision}
+        if ulps > NARROW:
+            note = f"both err as if every weight and pixel were disturbed by {ulps:.0f} ulp: products are narrower"
+            line = Line("forward", "all units", ladder.options.precision, "bug", ulps, NARROW, note=note)
+            result.lines.append(line)
+            result.findings.append(f"{note} than {ladder.options.precision}")
+    failed = [line for line in result.lines if line.verdict == "bug" and line.name != "all units"]
+    if failed:
+        _diverge(ladder, result, failed)
+    return result
+
+
+def loss(ladder: Ladder) -> RungResult:
+    """Normalization and mixup on each side's own, then the loss of the reference's mixed batch."""
+    result = _judge(ladder, "loss", "mix", {"batches": ladder.pictures}, _single, disturb=False)
+    if result.verdict == "bug":
+        return result
+    rest = _judge(ladder, "loss", "loss", {"mixed": ladder.mixed_pictures}, _single)
+    return RungResult("loss", result.lines + rest.lines)
+
+
+def gradients(ladder: Ladder) -> RungResult:
+    """Of every parameter, under the checkpoint's own key names."""
+    arguments = {"mixed": ladder.mixed_pictures, "count": ladder.options.batches}
+    result = _judge(ladder, "gradients", "gradients", arguments, _by_batch)
+    failed = [line for line in result.lines if line.verdict == "bug"]
+    if failed:
+        last = max(failed, key=lambda line: _order(line.name))
+        result.findings.append(
+            f"the first gradient to differ on the way back from the loss is {last.name} "
+            f"({_size(last)}); {len(failed)} of {len(result.lines)} lines differ"
+        )
+    return result
+
+
+def optimizer(ladder: Ladder) -> RungResult:
+    """Parameters and momentum after one step from a momentum that is not zero, inside the warm-up."""
+    options = ladder.options
+    arguments = {
+        "mixed": ladder.mixed_pictures,
+        "count": options.batches,
+        "schedule": options.schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)},
+        "momentum": options.momentum,
+        "step": SCHEDULE_STEP,
+    }
+    result = _judge(ladder, "optimizer", "optimizer", arguments, _by_batch)
+    _name_first(result)
+    return result
+
+
+def curve(ladder: Ladder) -> RungResult:
+    """Losses of some steps on identical batches after mixup, and the state after them."""
+    options = ladder.options
+    arguments = {
+        "mixed": ladder.mixed_batches,
+        "count": options.steps,
+        "schedule": options.schedule,
+        "momentum": options.momentum,
+    }
+    result = _judge(ladder, "curve", "curve", arguments, _single, chaotic=True)
+    reference, candidate = result.details["losses"]["fp64"]
+    apart = np.abs(np.subtract(reference, candidate)) > GATE * np.abs(reference)
+    if result.verdict == "bug" and apart.any():
+        step = int(np.argmax(apart))
+        result.findings.append(
+            f"the losses part at step {step} of {options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
+        )
+    _name_first(result)
+    return result
+
+
+def accuracy(ladder: Ladder) -> RungResult:
+    """acc1 and acc5 of both on the same dataset, exactly once per example."""
+    options = ladder.options
+    source = ladder.source(options.eval_split)
+    devices = max(side.devices for side in ladder.sides.values())
+    arguments = {
+        "dataset": options.dataset,
+        "split": options.eval_split,
+        "data_dir": options.data_dir,
+        "size": ladder.eval_size,
+        "batch": -(-options.rows // devices) * devices * 4,
+        "limit": options.limit,
+    }
+    answers = {role: ladder.ask(role, options.precision, "accuracy", **arguments) for role in ladder.sides}
+    examples = min(len(source), options.limit or len(source))
+    logits = {}
+    result = RungResult("accuracy", [])
+    for role, answer in answers.items():
+        arrays = answer.arrays
+        seen = np.bincount(arrays["index"], minlength=examples)
+        missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
+        covered = not missing and not repeated and len(seen) == examples
+        note = "" if covered else f"{missing} of {examples} examples missing, {repeated} seen more than once"
+        result.lines.append(_fact(f"{role}: every example once", options.precision, covered, note))
+        if not covered:
+            result.findings.append(f"the {role} evaluated {len(arrays['index'])} rows of {examples} examples: {note}")
+            continue
+        order = np.argsort(arrays["index"])
+        logits[role], labels = arrays["logits"][order], arrays["labels"][order]
+        ranks = statistics.rank(logits[role], labels)
+        counted = {f"correct{k}": int((ranks < k).sum()) for k in (1, 5)}
+        own = {name: answer.info[name] for name in counted}
+        note = "" if own == counted else f"it counted {own}, its logits say {counted}"
+        result.lines.append(_fact(f"{role}: counts follow from its logits", options.precision, own == counted, note))
+        result.details[f"{role}_labels"] = labels
+    if len(logits) < 2:
+        result.details = {}
+        return result
+    labels, other = (result.details.pop(f"{role}_labels") for role in ladder.sides)
+    result.lines.append(oracle.exact("accuracy", "labels", options.precision, labels, other))
+    judged = compare_logits(logits["reference"], logits["candidate"], labels, options.margin / 100, options.precision)
+    result.lines += judged.lines
+    result.findings += judged.findings
+    result.details = judged.details | {"size": ladder.eval_size, "dataset": source.name, "margin": options.margin}
+    result.details["arrays"] = {"labels": labels, "ids": _ids(source, examples), **logits}
+    return result
+
+
+def compare_logits(
+    reference: np.ndarray, candidate: np.ndarray, labels: np.ndarray, margin: float, precision: str
+) -> RungResult:
+    """Two sides' logits of the same images; `margin` is a share, 0.001 for 0.1 percentage points."""
+    right = [statistics.rank(logits, labels) < 1 for logits in (reference, candidate)]
+    top5 = [float((statistics.rank(logits, labels) < 5).mean()) for logits in (reference, candidate)]
+    paired = statistics.Paired.count(*right)
+    error, flipped = statistics.flips(reference, candidate)
+    unexplained = [flip for flip in flipped if not flip["expected"]]
+    equivalence = paired.equivalence(margin)
+    finite = bool(np.isfinite(reference).all() and np.isfinite(candidate).all())
+    difference = oracle.relative_difference(reference, candidate)
+    verdict: oracle.Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
+    notes = [
+        f"{len(flipped)} predictions differ, {len(unexplained)} by more than the measured error explains",
+        f"accuracy differs by {100 * paired.difference:+.4f} points, beyond the margin of {100 * margin:g}",
+    ]
+    lines = [
+        Line("accuracy", "logits", precision, verdict if finite else "bug", difference, np.inf, note=""),
+        _fact("flipped predictions", precision, not unexplained, notes[0] if flipped else ""),
+        _fact("equivalence", precision, equivalence != "refuted", notes[1] if equivalence == "refuted" else ""),
+    ]
+    low, high = paired.interval()
+    details = {
+        "examples": paired.examples,
+        "acc1": [float(side.mean()) for side in right],
+        "acc5": top5,
+        "table": [[paired.both, paired.reference_only], [paired.candidate_only, paired.neither]],
+        "difference": paired.difference,
+        "interval": [low, high],
+        "interval90": list(paired.interval(0.90)),
+        "mcnemar": paired.mcnemar(),
+        "equivalence": equivalence,
+        "examples_needed": paired.examples_needed(margin),
+        "measured_error": error,
+        "flips": flipped,
+    }
+    findings = [note for note, line in zip(notes, lines[1:], strict=True) if line.verdict == "bug"]
+    return RungResult("accuracy", lines, findings, details)
+
+
+RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
+    "weights": weights,
+    "pixels": pixels,
+    "forward": forward,
+    "loss": loss,
+    "gradients": gradients,
+    "optimizer": optimizer,
+    "curve": curve,
+    "accuracy": accuracy,
+}
+
+Grouping = Callable[[Arrays], dict[str, list[Callable[[], np.ndarray]]]]
+
+
+def _judge(
+    ladder: Ladder,
+    rung: str,
+    task: str,
+    arguments: dict[str, Any],
+    group: Grouping,
+    *,
+    disturb: bool = True,
+    chaotic: bool = False,
+) -> RungResult:
+    """Float64, then the precision asked for.
+
+    Args:
+        rung, task, arguments: what to ask.
+        group: the answer's arrays by name, one a batch.
+        disturb: whether the task can be disturbed to see which error to expect; else one ulp is.
+        chaotic: whether rounding may grow so much that float64 has to be disturbed too, to tell.
+    """
+    precision, fail_fast = ladder.options.precision, ladder.options.fail_fast
+    reference, candidate = ladder.both("fp64", task, **arguments)
+    lines = _gate(rung, group(reference), group(candidate), fail_fast=fail_fast)
+    if chaotic and any(line.verdict == "bug" for line in lines):
+        disturbed = ladder.disturbed(task, DISTURBED_ULPS * ULP["fp64"], **arguments)
+        lines = [_allow_for_growth(line, reference, disturbed) for line in lines]
+    result = RungResult(rung, lines + _absent(rung, "fp64", reference, candidate))
+    if "losses" in reference.names:
+        result.details["losses"] = {"fp64": [reference["losses"].tolist(), candidate["losses"].tolist()]}
+    if result.verdict == "bug" or precision == "fp64":
+        return result
+    exact = group(reference)
+    disturbed = [group(arrays) for arrays in ladder.disturbed(task, ladder.amplitude, **arguments)] if disturb else []
+    results = [group(arrays) for arrays in ladder.both(precision, task, **arguments)]
+    for name, batches in exact.items():
+        if any(name not in side for side in results):
+            continue
+        line = oracle.calibrated(
+            rung,
+            name,
+            precision,
+            _read(batches),
+            _read(results[0][name]),
+            _read(results[1][name]),
+            [_read(other[name]) for other in disturbed],
+        )
+        result.lines.append(line)
+        if line.verdict == "bug" and fail_fast:
+            break
+    if "losses" in reference.names:
+        result.details["losses"][precision] = [side["losses"][0]().tolist() for side in results]
+    return result
+
+
+def _gate(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:
+    """A line a name: the worst of its batches."""
+    lines = []
+    for name, batches in reference.items():
+        if name not in candidate:
+            continue
+        of_batches = [
+            oracle.gate(rung, name, ours(), theirs()) for ours, theirs in zip(batches, candidate[name], strict=True)
+        ]
+        lines.append(max(of_batches, key=lambda line: (line.verdict == "bug", line.difference)))
+        if fail_fast and lines[-1].verdict == "bug":
+            break
+    return lines
+
+
+def _allow_for_growth(line: Line, reference: Arrays, disturbed: Sequence[Arrays]) -> Line:
+    """A line beyond the gate, judged by what float64's own rounding grows to on the way."""
+    if line.verdict != "bug" or not np.isfinite(line.difference):
+        return line
+    exact = reference[line.name]
+    grown = MULTIPLE * max(oracle.relative_difference(exact, arrays[line.name]) for arrays in disturbed)
+    note = f"{DISTURBED_ULPS:g} ulp of float64 grow to {grown / MULTIPLE:.1e} here; a lower --base-lr would tell more"
+    return Line(
+        line.rung,
+        line.name,
+        line.precision,
+        "rounding" if line.difference <= max(grown, GATE) else "bug",
+        line.difference,
+        max(grown, GATE),
+        note=note,
+    )
+
+
+def _absent(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> list[Line]:
+    """What only one side has. A model without a module for a unit cannot be looked into there: that is no fault."""
+    names = [(name, "candidate") for name in reference.names if name not in candidate]
+    names += [(name, "reference") for name in candidate.names if name not in reference]
+    return [
+        Line(
+            rung, name, precision, "equal", 0.0, np.inf, note=f"not compared: the {who} has no module of its own for it"
+        )
+        if rung == "forward"
+        else Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none")
+        for name, who in names
+    ]
+
+
+def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
+    """Says where the two first part, and whether that unit errs on its own or only passes on what it was given."""
+    precision = failed[0].precision
+    path = ladder.ask("reference", "fp64", "forward", images=ladder.pictures).arrays.path
+    exact = Arrays(path)
+    arguments = {"images": ladder.pictures, "teacher": path}
+    forced = [ladder.ask(role, precision, "forward", **arguments).arrays for role in ladder.sides]
+    guilty, errors = [], {}
+    for site in exact.names:
+        if any(site not in side for side in forced):
+            continue
+        if precision == "fp64":
+            errors[site] = oracle.relative_difference(exact[site], forced[1][site])
+            wrong = not errors[site] <= GATE
+        else:
+            line = oracle.calibrated("forward", site, precision, *([side[site]] for side in (exact, *forced)), [])
+            errors[site] = oracle.relative_rmse(exact[site], forced[1][site])
+            wrong = line.verdict == "bug"
+        if wrong:
+            guilty.append(site)
+    first = failed[0]
+    if first.name in guilty:
+        cause = f"fed the reference's input it still differs, by {errors[first.name]:.1e}: the fault is in this unit"
+    elif guilty:
+        cause = f"fed the reference's input it does not, but {guilty[0]} does: the fault is there"
+    else:
+        cause = "fed the reference's input no unit differs: rounding accumulates, no unit is wrong by itself"
+    result.findings.append(f"first divergence in {precision}: {first.name} ({_size(first)}); {cause}")
+    if len(guilty) > 1:
+        result.findings.append(f"units that differ on their own: {', '.join(guilty)}")
+    result.details["divergence"] = {
+        "precision": precision,
+        "free_running": first.name,
+        "teacher_forced": guilty,
+        "teacher_forced_errors": errors,
+    }
+
+
+def _name_first(result: RungResult) -> None:
+    failed = [line for line in result.lines if line.verdict == "bug"]
+    if failed:
+        result.findings.append(f"{len(failed)} of {len(result.lines)} lines differ, the most {_most(failed)}")
+
+
+def _most(lines: list[Line]) -> str:
+    line = max(lines, key=lambda line: line.difference)
+    return f"{line.name} ({_size(line)})"
+
+
+def _size(line: Line) -> str:
+    return line.note or f"relative difference {line.difference:.1e}, limit {line.limit:.0e}"
+
+
+def _fact(name: str, precision: str, holds: bool, note: str = "") -> Line:
+    return Line("accuracy", name, precision, "equal" if holds else "bug", 0.0 if holds else np.inf, 0.0, note=note)
+
+
+def _single(arrays: Arrays) -> dict[str, list[Callable[[], np.ndarray]]]:
+    return {name: [lambda name=name: arrays[name]] for name in arrays.names}
+
+
+def _by_batch(arrays: Arrays) -> dict[str, list[Callable[[], np.ndarray]]]:
+    """Names begin with the batch's number."""
+    batches = defaultdict(list)
+    for name in arrays.names:
+        batches[name.split("/", 1)[1]].append(lambda name=name: arrays[name])
+    return dict(batches)
+
+
+def _read(batches: Iterable[Callable[[], np.ndarray]]) -> list[np.ndarray]:
+    return [read() for read in batches]
+
+
+def _order(key: str) -> tuple:
+    """Depth in the network of a parameter's key."""
+    place = re.match(r"resnet/(?:block(\d)/unit(\d+)/([abc])/(proj)?|(root_block)|(group_norm)|(head))", key)
+    if place is None:
+        return (9,)
+    if place[5]:
+        return (0,)
+    if place[6] or place[7]:
+        return (7,) if place[6] else (8,)
+    return int(place[1]), int(place[2]), place[3], place[4] is None
+
+
+def _ids(source: Any, examples: int) -> np.ndarray:
+    return np.array([str(source[index]["id"]) for index in range(examples)])

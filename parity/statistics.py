@@ -1,0 +1,141 @@
+"""Two classifiers on the same images: is one better, and are they the same within a margin?"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+ERROR_QUANTILE = 0.99  # of the images' largest logit difference: what counts as the measured error
+
+Equivalence = Literal["shown", "not shown", "refuted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Which images each of the two gets right.
+
+    Attributes:
+        both, reference_only, candidate_only, neither: numbers of images.
+    """
+
+    both: int
+    reference_only: int
+    candidate_only: int
+    neither: int
+
+    @classmethod
+    def count(cls, reference: np.ndarray, candidate: np.ndarray) -> "Paired":
+        """From two boolean arrays, an entry an image: is it right?"""
+        return cls(
+            int((reference & candidate).sum()),
+            int((reference & ~candidate).sum()),
+            int((~reference & candidate).sum()),
+            int((~reference & ~candidate).sum()),
+        )
+
+    @property
+    def examples(self) -> int:
+        return self.both + self.reference_only + self.candidate_only + self.neither
+
+    @property
+    def difference(self) -> float:
+        """The candidate's accuracy less the reference's."""
+        return (self.candidate_only - self.reference_only) / self.examples
+
+    def mcnemar(self) -> float:
+        """Exact two-sided p-value of "both are right equally often", from the images that they dispute."""
+        disputed = self.reference_only + self.candidate_only
+        return float(stats.binomtest(self.candidate_only, disputed).pvalue) if disputed else 1.0
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Of `difference`: Tango's score interval, which holds its level where few images, or none, are disputed.
+
+        Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
+        paired-sample design", Statistics in Medicine 17 (1998).
+        """
+        z = float(stats.norm.ppf((1 + confidence) / 2))
+
+        def end(sign: int) -> float:
+            def excess(delta: float) -> float:
+                return self._score(delta) + sign * z
+
+            edge = sign * (1 - 1e-12)
+            # the score falls as delta grows; where it stays on one side, the interval reaches the edge
+            if excess(edge) * sign > 0:
+                return float(sign)
+            return float(optimize.brentq(excess, *sorted((self.difference, edge)), xtol=1e-12))
+
+        return end(-1), end(1)
+
+    def equivalence(self, margin: float) -> Equivalence:
+        """Two one-sided tests at 5 %: shown where the 90 % interval lies within the margin, refuted where outside."""
+        low, high = self.interval(0.90)
+        if -margin < low and high < margin:
+            return "shown"
+        return "refuted" if low > margin or high < -margin else "not shown"
+
+    def examples_needed(self, margin: float) -> int:
+        """Images that would show equivalence if as large a share were disputed, evenly."""
+        z = float(stats.norm.ppf(0.95))
+        share = (self.reference_only + self.candidate_only) / self.examples
+        # the score test at delta = margin with an even share s: n margin^2 > z^2 (s + margin), about
+        return math.ceil(z**2 * max(share, margin) / margin**2)
+
+    def _score(self, delta: float) -> float:
+        """Tango's statistic for the candidate's advantage `delta`; standard normal if that is the true one."""
+        n, b, c = self.examples, self.candidate_only, self.reference_only
+        linear = -b - c + (2 * n - b + c) * delta
+        constant = -c * delta * (1 - delta)
+        q = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+        variance = n * (2 * q + delta * (1 - delta))
+        advantage = b - c - n * delta
+        return (
+            advantage / math.sqrt(variance)
+            if variance > 0
+            else math.copysign(math.inf, advantage)
+            if advantage
+            else 0.0
+        )
+
+
+def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
+    """The images that the two classify differently, and whether their difference explains it.
+
+    A flip is expected where the reference's margin between the two classes is below twice the measured error, the
+    99th percentile over all images of their largest logit difference. One above comes of something else than
+    rounding: that image was read, resized or computed differently.
+
+    Args:
+        reference, candidate: logits [images, classes] of the same images.
+
+    Returns:
+        The measured error, and for each flip its row, the two classes, the margins and `expected`.
+    """
+    differences = np.abs(candidate.astype(np.float64) - reference).max(axis=1)
+    error = float(np.quantile(differences, ERROR_QUANTILE))
+    ours, theirs = candidate.argmax(axis=1), reference.argmax(axis=1)
+    found = []
+    for row in np.flatnonzero(ours != theirs):
+        margin = float(reference[row, theirs[row]]) - float(reference[row, ours[row]])
+        found.append(
+            {
+                "row": int(row),
+                "reference_class": int(theirs[row]),
+                "candidate_class": int(ours[row]),
+                "reference_margin": margin,
+                "candidate_margin": float(candidate[row, ours[row]]) - float(candidate[row, theirs[row]]),
+                "difference": float(differences[row]),
+                "expected": bool(margin <= 2 * error),
+            }
+        )
+    return error, found
+
+
+def rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Classes placed before the label; equal logits in the order of their classes, a row that is not finite last."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
+    return np.where(np.isfinite(logits).all(axis=1), before.sum(axis=1), logits.shape[1])

@@ -1,0 +1,368 @@
+"""The tasks of the ladder in PyTorch, for the reference or any other BiT; the counterpart of `jax_side.py`."""
+
+import contextlib
+import copy
+import importlib
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from bit_jax.errors import RequestError
+from input_pipeline.sources import Source, Subset, open_source
+from parity import faults, inputs, probe, torch_names, torch_pipeline, torch_reference
+from parity.fingerprint import fingerprint
+from parity.inputs import Files
+from parity.side import Side
+
+Result = tuple[Any, dict[str, np.ndarray] | None]
+Disturb = tuple[int, float]  # (seed, relative amplitude), see `inputs.disturbance`
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
+
+
+class TorchSide:
+    def __init__(self, side: Side, precision: str, weight_file: str, progress: Callable[[int, int], None]):
+        self.side, self.precision, self.weight_file, self.progress = side, precision, weight_file, progress
+        # float64, the gate, runs on the CPU whatever else there is
+        self.device = torch.device("cuda" if torch.cuda.is_available() and precision != "fp64" else "cpu")
+        torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        self._loaded: dict[str | None, tuple[nn.Module, dict[str, str]]] = {}
+        self._fault: str | None = None
+
+    def injected(self, fault: str | None) -> contextlib.AbstractContextManager[None]:
+        self._fault = fault
+        return faults.injected(fault)
+
+    def model(self) -> tuple[nn.Module, dict[str, str]]:
+        """The model and {parameter name: key in the file}."""
+        if self._fault not in self._loaded:
+            model = build(self.side, self.weight_file)
+            keys = torch_names.official_keys(model, _file(self.weight_file))
+            self._loaded = {self._fault: (model.to(self.device, DTYPES[self.precision]), keys)}
+        return self._loaded[self._fault]
+
+    def attest(self) -> Result:
+        model, keys = self.model()
+        matrix, convolution = self._products()
+        cuda = self.device.type == "cuda"
+        norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        convolutions = [
+            module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")
+        ]
+        eps = torch_reference.NORM_EPS, torch_reference.STANDARDIZE_EPS, torch_reference.GROUPS
+        if not isinstance(model, torch_reference.ResNetV2):
+            eps = _one(norms, "eps"), _one(convolutions, "eps"), _one(norms, "num_groups")
+        return {
+            "framework": "torch",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "device": f"cuda: {torch.cuda.get_device_name(self.device)}" if cuda else "cpu: cpu",
+            "topology": {"devices": 1, "threads": torch.get_num_threads()},
+            "precision": self.precision,
+            "matrix products": matrix,
+            "convolution products": convolution,
+            "group norm eps": eps[0],
+            "standardization eps": eps[1],
+            "groups": eps[2],
+            "layout": "activations NCHW, kernels OIHW",
+            "settings": {
+                "torch.backends.fp32_precision": torch.backends.fp32_precision,
+                "autocast": str(self.precision == "bf16"),
+                "cudnn": str(torch.backends.cudnn.version()),
+                "model": self.side.model or "parity.torch_reference",
+            },
+            "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
+            "weights sha256": fingerprint(self._named(model, keys, lambda parameter: parameter)),
+        }, None
+
+    def weights(self) -> Result:
+        model, keys = self.model()
+        return None, self._named(model, keys, lambda parameter: parameter)
+
+    def pixels(self, files: Sequence[str], resize: int, crop: int, draws: list, **_: Any) -> Result:
+        source, saved = Files(files), {}
+        for index in range(len(source)):
+            example = source[index]
+            image = torch_pipeline.decode(example["image"])
+            views = {"evaluation": torch_pipeline.evaluation(image, crop)}
+            for epoch, of_epoch in enumerate(draws):
+                views[f"train, epoch {epoch}"] = torch_pipeline.train(image, resize, crop, *of_epoch[index])
+            saved |= {
+                f"{view}: {example['id']}": _nhwc(torch_pipeline.to_tensor(pixels, DTYPES[self.precision]))
+                for view, pixels in views.items()
+            }
+        return None, saved
+
+    def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
+        """Every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
+        model, keys = self.model()
+        given = None
+        if teacher is not None:
+            with np.load(teacher) as file:
+                given = {site: self._tensor(file[site]) for site in file.files if file[site].ndim == 4}
+        batch = torch_pipeline.to_tensor(np.load(images)["image"][0], DTYPES[self.precision])
+        model, batch = self._disturbed_model(disturb), _disturbed(batch, "images", disturb).to(self.device)
+        with torch.no_grad(), self._autocast():
+            outputs = record_units(model, torch_names.units(model, keys), batch, given)
+        return None, {site: _nhwc(output) for site, output in outputs.items()}
+
+    def mix(self, batches: str) -> Result:
+        """Every batch after normalization and mixup, by the given weights."""
+        model, keys = self.model()
+        classes = dict(model.named_parameters())[_name_of(keys, torch_names.HEAD_KERNEL)].shape[0]
+        saved = {}
+        with np.load(batches) as file:
+            image, label, weight = file["image"], file["label"], file["weight"]
+        for number in range(len(label)):
+            images = torch_pipeline.to_tensor(image[number], DTYPES[self.precision])
+            targets = F.one_hot(torch.from_numpy(label[number]).long(), classes).to(images.dtype)
+            images, targets = (torch_pipeline.mixup(rows, float(weight[number])) for rows in (images, targets))
+            saved |= {f"images/{number}": _nhwc(images), f"targets/{number}": _nhwc(targets)}
+        return None, saved
+
+    def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+        model = self._disturbed_model(disturb)
+        images, targets = self._mixed(mixed, 0, disturb)
+        with torch.no_grad(), self._autocast():
+            logits = model(images).to(targets.dtype)
+        rows = F.cross_entropy(logits, targets, reduction="none")
+        return None, {"loss of each row": _numpy(rows), "mean loss": _numpy(F.cross_entropy(logits, targets))}
+
+    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None) -> Result:
+        """Of the mean loss of each of `count` batches, by every parameter."""
+        _, keys = self.model()
+        model = self._disturbed_model(disturb)
+        saved = {}
+        for number in range(count):
+            model.zero_grad()
+            self._loss(model, *self._mixed(mixed, number, disturb)).backward()
+            gradients = self._named(model, keys, lambda parameter: parameter.grad)
+            saved |= {f"{number}/{key}": array for key, array in gradients.items()}
+            self.progress(number + 1, count)
+        return None, saved
+
+    def optimizer(
+        self, mixed: str, count: int, schedule: dict, momentum: float, step: int, disturb: Disturb | None = None
+    ) -> Result:
+        """Parameters and momentum after update number `step`, which finds a momentum that is not zero, on each of
+        `count` batches."""
+        _, keys = self.model()
+        saved = {}
+        for number in range(count):
+            model = self._disturbed_model(disturb)
+            sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
+            for parameter in model.parameters():
+                sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
+            self._step(model, sgd, *self._mixed(mixed, number, disturb))
+            saved |= {f"{number}/{name}": array for name, array in self._state(model, sgd, keys).items()}
+            self.progress(number + 1, count)
+        return None, saved
+
+    def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
+        """The loss of each of `count` steps on the replayed batches, and the state after them."""
+        _, keys = self.model()
+        model = self._disturbed_model(disturb)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
+        losses = []
+        for number in range(count):
+            sgd.param_groups[0]["lr"] = learning_rate(schedule, number)
+            losses.append(self._step(model, sgd, *self._mixed(mixed, number, disturb)))
+            self.progress(number + 1, count)
+        return None, {"losses": np.stack(losses)} | self._state(model, sgd, keys)
+
+    def accuracy(
+        self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
+    ) -> Result:
+        """Logits, label and number of every example of the split."""
+        model, _ = self.model()
+        source: Source = open_source(dataset, split, data_dir)
+        if limit is not None:
+            source = Subset(source, np.arange(min(limit, len(source))), f"first {limit}")
+        logits, labels, indices = [], [], []
+        for images, label, index in torch_pipeline.evaluation_batches(source, size, batch, DTYPES[self.precision]):
+            with torch.no_grad(), self._autocast():
+                logits.append(_numpy(model(images.to(self.device)).to(images.dtype)))
+            labels.append(label)
+            indices.append(index)
+            self.progress(int(index[-1]) + 1, len(source))
+        saved = {
+            "logits": np.concatenate(logits),
+            "labels": np.concatenate(labels),
+            "index": np.concatenate(indices),
+        }
+        ranks = torch_pipeline.label_rank(torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"]).long())
+        return {
+            "correct1": int((ranks < 1).sum()),
+            "correct5": int((ranks < 5).sum()),
+            "seen": len(ranks),
+            "examples": len(source),
+        }, saved
+
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            logits = model(images)
+        return F.cross_entropy(logits.to(targets.dtype), targets)
+
+    def _step(self, model: nn.Module, sgd: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> np.ndarray:
+        """One update; the loss before it."""
+        sgd.zero_grad()
+        loss = self._loss(model, images, targets)
+        loss.backward()
+        sgd.step()
+        return _numpy(loss)
+
+    def _state(self, model: nn.Module, sgd: torch.optim.Optimizer, keys: dict[str, str]) -> dict[str, np.ndarray]:
+        params = self._named(model, keys, lambda parameter: parameter)
+        momentum = self._named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"])
+        named = {f"params/{key}": array for key, array in params.items()}
+        return named | {f"momentum/{key}": array for key, array in momentum.items()}
+
+    def _named(
+        self, model: nn.Module, keys: dict[str, str], what: Callable[[nn.Parameter], Tensor | None]
+    ) -> dict[str, np.ndarray]:
+        """{key: array in the file's layout} of something that every parameter has; zeros where it has None."""
+        named: dict[str, np.ndarray] = {}
+        for name, parameter in model.named_parameters():
+            tensor = what(parameter)
+            array = _numpy(torch.zeros_like(parameter) if tensor is None else tensor)
+            named[keys[name]] = np.array(torch_names.to_official(array, keys[name]))  # the tensor may change
+        return named
+
+    def _tensor(self, nhwc: np.ndarray) -> Tensor:
+        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
+        return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, dtype)
+
+    def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[Tensor, Tensor]:
+        with np.load(mixed) as file:
+            images, targets = (torch.from_numpy(file[f"{what}/{number}"]) for what in ("images", "targets"))
+        images = _disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb).contiguous()
+        dtype = DTYPES[self.precision]
+        return images.to(self.device, dtype), targets.to(self.device, dtype)
+
+    def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
+        """A copy of the model, its parameters disturbed."""
+        model, keys = self.model()
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(_disturbed(parameter, keys[name], disturb))
+        return model
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _products(self) -> tuple[str, str]:
+        """What a matrix product and a convolution multiply with."""
+        dtype = DTYPES[self.precision]
+        left, right = (torch.from_numpy(operand).to(self.device, dtype) for operand in probe.operands())
+        with self._autocast():
+            matrix = left @ right
+            convolved = F.conv2d(left.T[None, :, :, None], right.T[:, :, None, None])[0, :, :, 0].T
+        return probe.multiplied_in(_numpy(matrix)), probe.multiplied_in(_numpy(convolved))
+
+
+def build(side: Side, weight_file: str) -> nn.Module:
+    """The reference, or what the factory makes; with the state dict where one is given.
+
+    Raises:
+        RequestError: there is no such factory, it fails, or the state dict is not the model's.
+    """
+    if side.model is None:
+        model: nn.Module = torch_reference.load(weight_file)
+    else:
+        model = _factory(side.model)(weight_file)
+        if not isinstance(model, nn.Module):
+            raise RequestError(f"--torch-model {side.model} returned a {type(model).__name__}, not an nn.Module")
+    if side.state_dict is not None:
+        try:
+            state = torch.load(side.state_dict, map_location="cpu", weights_only=True)
+            model.load_state_dict(state.get("state_dict", state) if isinstance(state, dict) else state, strict=True)
+        except Exception as error:  # torch.load raises what its unpickler and zip reader raise
+            reason = " ".join(str(error).split())[:400]
+            raise RequestError(f"--torch-weights {side.state_dict} is not this model's state dict: {reason}") from None
+    return model.eval()
+
+
+def _factory(name: str) -> Callable[[str], Any]:
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RequestError(f"--torch-model {name} is not to be had as package.module:factory ({error})") from None
+
+
+def record_units(
+    model: nn.Module, units: dict[str, nn.Module], images: Tensor, teacher: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """{site: output} of the units and `logits`; with a teacher, each unit is given what came before it there."""
+    outputs: dict[str, Tensor] = {}
+    sites = list(units)
+
+    def give(site: str) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            before = sites.index(site) - 1
+            return None if teacher is None or before < 0 else (teacher[sites[before]],)
+
+        return hook
+
+    def keep(site: str) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            outputs[site] = output
+            return teacher[site] if teacher is not None and site == sites[-1] else None
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for site, module in units.items():
+            hooks.callback(module.register_forward_pre_hook(give(site)).remove)
+            hooks.callback(module.register_forward_hook(keep(site)).remove)
+        logits = model(images)
+    return outputs | {"logits": logits}
+
+
+def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
+    """Of the same seed's disturbance, though the two sides lay arrays out differently: size matters, not place."""
+    if disturb is None:
+        return tensor
+    factor = torch.from_numpy(inputs.disturbance(name, tuple(tensor.shape), *disturb))
+    return tensor * factor.to(tensor.device, tensor.dtype)
+
+
+def learning_rate(schedule: dict, step: int) -> float:
+    """Of update number `step`: linear warm-up from 0, then a tenth for each decay step that is passed."""
+    if step < schedule["warmup_steps"]:
+        return schedule["base_lr"] * step / schedule["warmup_steps"]
+    return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
+
+
+def _file(path: str) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {f"resnet/{torch_reference.official(key).replace('.', '/')}": file[key] for key in file.files}
+
+
+def _one(modules: list, attribute: str) -> Any:
+    values = sorted({getattr(module, attribute) for module in modules})
+    return values[0] if len(values) == 1 else values or "unknown"
+
+
+def _name_of(keys: dict[str, str], wanted: str) -> str:
+    return next(name for name, key in keys.items() if key == wanted)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
+
+
+def _nhwc(tensor: Tensor) -> np.ndarray:
+    array = _numpy(tensor)
+    if array.ndim == 3:
+        return np.ascontiguousarray(array.transpose(1, 2, 0))
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array

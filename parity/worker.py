@@ -1,0 +1,163 @@
+"""One framework in a process of its own: `Worker` is the near end, `python -m parity.worker` the far one.
+
+The near end writes requests, one JSON object a line, to the far end's standard input; the far end runs the named task,
+leaves arrays in a file, and answers in JSON on its standard output. Whatever else it prints goes to its log.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bit_jax.errors import RequestError, RunFailed
+from parity.side import Side
+
+LOG_TAIL = 3  # lines of a dead worker's log that are repeated
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+class Arrays:
+    """{name: array} in a file; arrays are read when they are asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = np.load(path)
+        self.names: list[str] = self._file.files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(name without the prefix, array)."""
+        for name in self.names:
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), self[name]
+
+
+class Worker:
+    """Starts the process; each `ask` waits for one task.
+
+    Attributes:
+        side, precision: what runs there.
+        folder: receives its files and its log.
+    """
+
+    def __init__(self, side: Side, precision: str, weights: Path, folder: Path):
+        self.side, self.precision, self.folder = side, precision, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        job = {"side": side.fields(), "precision": precision, "weights": str(weights)}
+        self._log = folder / "log.txt"
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "parity.worker", json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | side.environment(precision),
+                text=True,
+            )
+
+    def ask(self, task: str, *, save_as: str, progress: Progress, **arguments: Any) -> "Answer":
+        """Runs one task there; its arrays go to a file of the name `save_as`.
+
+        Raises:
+            RequestError: what was asked for cannot be done.
+            RunFailed: the task failed or the process died.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        path = self.folder / f"{save_as}.npz"
+        request = {"task": task, "path": str(path), "arguments": arguments}
+        try:
+            self._process.stdin.write(json.dumps(request, default=str) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure(task, f"died with exit code {self._process.wait()}") from None
+        for line in self._process.stdout:
+            reply = json.loads(line)
+            if "progress" in reply:
+                progress(*reply["progress"])
+            elif "refused" in reply:
+                raise RequestError(reply["refused"])
+            elif "failed" in reply:
+                raise self._failure(task, reply["failed"])
+            else:
+                return Answer(reply["answer"], Arrays(path) if reply["saved"] else None)
+        raise self._failure(task, f"died with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _failure(self, task: str, what: str) -> RunFailed:
+        tail = " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL:])
+        return RunFailed(f"{self.side} in {self.precision}, task {task}: {what} ({self._log}: {tail})")
+
+
+class Answer:
+    """What a task returned, and the arrays that it saved."""
+
+    def __init__(self, info: Any, arrays: Arrays | None):
+        self.info = info
+        self._arrays = arrays
+
+    @property
+    def arrays(self) -> Arrays:
+        assert self._arrays is not None, "the task saved no arrays"
+        return self._arrays
+
+
+def main() -> None:
+    """The far end: answers requests until its standard input ends."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries that print do not disturb the conversation
+    job = json.loads(sys.argv[1])
+
+    def reply(**content: Any) -> None:
+        replies.write(json.dumps(content) + "\n")
+
+    def progress(done: int, of: int) -> None:
+        reply(progress=(done, of))
+
+    tasks: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if tasks is None:
+                tasks = _tasks(Side(**job["side"]), job["precision"], job["weights"], progress)
+            arguments = request["arguments"]
+            fault = arguments.pop("fault", None)
+            with tasks.injected(fault):
+                answer, arrays = getattr(tasks, request["task"])(**arguments)
+            if arrays is not None:
+                np.savez(request["path"], **arrays)
+            reply(answer=answer, saved=arrays is not None)
+        except RequestError as error:
+            reply(refused=str(error))
+        except Exception as error:
+            traceback.print_exc()
+            reply(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _tasks(side: Side, precision: str, weights: str, progress: Progress) -> Any:
+    """Imports the one framework that this process is for."""
+    if side.framework == "jax":
+        from parity.jax_side import JaxSide
+
+        return JaxSide(side, precision, weights, progress)
+    from parity.torch_side import TorchSide
+
+    return TorchSide(side, precision, weights, progress)
+
+
+if __name__ == "__main__":
+    main()

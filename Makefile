@@ -26,9 +26,9 @@ clean:
 .venv/main.stamp: pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
 	@touch $@
 
 .venv/dev.stamp: .venv/main.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity,dev]'
 	@touch $@

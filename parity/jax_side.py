@@ -20,6 +20,7 @@ from bit_jax import mesh as meshes
 from bit_jax import metrics, optimizer, resnetv2, steps, weights
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import Precision, choose
+from input_pipeline.sources import Subset
 from parity import faults, inputs, probe
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
@@ -52,7 +53,7 @@ class JaxSide:
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
-    def attest(self) -> Result:
+    def attest(self, images: str) -> Result:
         model, params = self.model()
         matrix, convolution = _products(self.precision)
         device = self.mesh.devices.flat[0]
@@ -74,7 +75,8 @@ class JaxSide:
                 "jax_enable_x64": bool(jax.config.read("jax_enable_x64")),
             },
             "architecture": f"{resnetv2.architecture_name(model.units, model.width)}, {model.num_classes:,} classes",
-            "weights sha256": fingerprint({k: np.asarray(v) for k, v in weights.flatten(params).items()}),
+            "weights sha256": fingerprint(self._named(params)),
+            "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
         }, None
 
     def weights(self) -> Result:
@@ -138,28 +140,23 @@ class JaxSide:
             self.progress(number + 1, count)
         return None, saved
 
-    def optimizer(
-        self, mixed: str, count: int, schedule: dict, momentum: float, step: int, disturb: Disturb | None = None
-    ) -> Result:
-        """Parameters and momentum after update number `step`, which finds a momentum that is not zero, on each of
-        `count` batches."""
-        model, params = self.model()
-        params = self._disturbed_params(params, disturb)
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
+        """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
+        before it is not zero."""
+        _, params = self.model()
         sgd = optimizer.sgd(_schedule(schedule), momentum)
         state = steps.init_state(params, sgd)
         start = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
         opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=start, count=jnp.asarray(step, jnp.int32))
         state = state.replace(step=jnp.asarray(step, jnp.int32), opt_state=opt_state)
-        train_step = jax.jit(lambda *given: self._step(model, sgd, *given))
-        saved = {}
-        for number in range(count):
-            after, _ = train_step(state, *self._mixed(mixed, number, disturb))
-            saved |= self._state(after, f"{number}/")
-            self.progress(number + 1, count)
-        return None, saved
+        with np.load(gradients) as file:
+            given = weights.unflatten({key: self._param(file[f"0/{key}"]) for key in weights.flatten(params)})
+        state = jax.jit(lambda state, gradients: steps.update(state, gradients, sgd))(state, given)
+        after = optax.tree_utils.tree_get(state.opt_state, "trace")
+        return None, self._named(state.params, "params/") | self._named(after, "momentum/")
 
     def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the state after them."""
+        """The loss of each of `count` steps on the replayed batches, and the parameters after them."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
         sgd = optimizer.sgd(_schedule(schedule), momentum)
@@ -170,7 +167,7 @@ class JaxSide:
             state, loss = train_step(state, *self._mixed(mixed, number, disturb))
             losses.append(np.asarray(loss))
             self.progress(number + 1, count)
-        return None, {"losses": np.stack(losses)} | self._state(state, "")
+        return None, {"losses": np.stack(losses)} | self._named(state.params, "params/")
 
     def accuracy(
         self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
@@ -179,7 +176,7 @@ class JaxSide:
         model, params = self.model()
         source = input_pipeline.open_source(dataset, split, data_dir)
         if limit is not None:
-            source = input_pipeline.Subset(source, np.arange(min(limit, len(source))), f"first {limit}")
+            source = Subset(source, np.arange(min(limit, len(source))), f"first {limit}")
         views = input_pipeline.Views(size, size, flip=False)
         loader = input_pipeline.Loader(
             source, views, batch, place=lambda rows: (rows, meshes.shard_batch(rows, self.mesh))
@@ -247,10 +244,6 @@ class JaxSide:
             if real
         }
 
-    def _state(self, state: steps.TrainState, prefix: str) -> dict[str, np.ndarray]:
-        momentum = optax.tree_utils.tree_get(state.opt_state, "trace")
-        return self._named(state.params, f"{prefix}params/") | self._named(momentum, f"{prefix}momentum/")
-
     def _named(self, params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         return {prefix + key: np.asarray(array) for key, array in weights.flatten(params).items()}
 
@@ -294,8 +287,9 @@ def _products(precision: Precision) -> tuple[str, str]:
     return probe.multiplied_in(np.asarray(matrix)), probe.multiplied_in(np.asarray(convolved))
 
 
-def _schedule(fields: dict) -> Schedule:
-    return Schedule(**fields | {"decay_steps": tuple(fields["decay_steps"])})
+def _schedule(fields: dict[str, Any]) -> Schedule:
+    fields = fields | {"decay_steps": tuple(fields["decay_steps"])}
+    return Schedule(**fields)
 
 
 def _arrays(tree: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ class Ladder:
             TimeRemainingColumn(),
             console=console or Console(stderr=True),
             transient=True,
-            disable=console is not None and not console.is_terminal,
+            disable=not (console or Console(stderr=True)).is_terminal,
         )
 
     def __enter__(self) -> "Ladder":
@@ -130,7 +130,7 @@ class Ladder:
         return reference, candidate
 
     def disturbed(self, task: str, amplitude: float, **arguments: Any) -> list[Arrays]:
-        """The reference's float64 arrays under each disturbance of that relative size."""
+        """The reference's float64 arrays under each disturbance of that relative amplitude."""
         return [
             self.ask("reference", "fp64", task, disturb=(seed, amplitude), **arguments).arrays
             for seed in range(self.options.disturbances)
@@ -229,7 +229,8 @@ class Ladder:
 
     def _save(self, name: str, batches: inputs.Batches) -> Path:
         path = self.folder / f"{name}.npz"
-        np.savez(path, **batches.arrays())
+        arrays: dict[str, Any] = batches.arrays()
+        np.savez(path, **arrays)
         return path
 
 

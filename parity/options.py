@@ -33,7 +33,7 @@ class Options:
     rows: int = 8
     """Images a batch."""
     batches: int = 3
-    """Batches of gradients and optimizer; each array's best one counts against float64."""
+    """Batches of gradients; each array's best one counts against float64."""
     disturbances: int = 3
     """Float64 runs, disturbed as much as rounding disturbs, that tell which error to expect. More are fairer to arrays
     of few values."""

@@ -36,7 +36,8 @@ class Line:
         difference: the largest, relative to the reference's RMS.
         limit: of `difference` in float64; elsewhere of the larger error, relative to the same.
         reference_error, candidate_error: RMSE against float64, relative to its RMS; None in float64.
-        expected_error: what disturbances of rounding's size do to this array in float64; None in float64.
+        disturbed_error: the same of float64 itself under disturbances MULTIPLE times as large as rounding; None in
+            float64.
         note: one sentence, where there is more to say.
     """
 
@@ -48,7 +49,7 @@ class Line:
     limit: float
     reference_error: float | None = None
     candidate_error: float | None = None
-    expected_error: float | None = None
+    disturbed_error: float | None = None
     note: str = ""
 
 
@@ -81,7 +82,8 @@ def calibrated(
     candidate: Sequence[np.ndarray],
     disturbed: Sequence[Sequence[np.ndarray]],
 ) -> Line:
-    """In any other precision.
+    """In any other precision: neither may err more than MULTIPLE times as much as the other, or than float64 itself
+    does when weights and pixels are disturbed MULTIPLE times as much as the better side's rounding amounts to.
 
     The smallest error over the batches counts: a ReLU whose input is within rounding of zero opens in one framework
     and stays shut in the other, which changes gradients by far more than rounding, in that batch.
@@ -89,7 +91,7 @@ def calibrated(
     Args:
         oracle: the float64 result of each batch.
         reference, candidate: the two results of each batch.
-        disturbed: for each of some disturbances, the float64 result of each batch.
+        disturbed: for each of some disturbances of that size, the float64 result of each batch.
     """
     if shapes := _shapes(reference[0], candidate[0]):
         return Line(rung, name, precision, "bug", np.inf, MULTIPLE, note=shapes)
@@ -98,11 +100,11 @@ def calibrated(
         error = _error(oracle, reference)[0]
         return Line(rung, name, precision, "equal", 0.0, np.inf, error, error)
     errors = {"reference": _error(oracle, reference), "candidate": _error(oracle, candidate)}
-    expected = np.max([_error(oracle, results) for results in disturbed], axis=0) if disturbed else np.zeros(2)
-    expected = np.maximum(expected, np.finfo(np.float32).eps)
+    explained = np.max([_error(oracle, results) for results in disturbed], axis=0) if disturbed else np.zeros(2)
+    least = np.maximum(explained, MULTIPLE * np.finfo(np.float32).eps)
     limits = {
-        "reference": MULTIPLE * np.maximum(errors["candidate"], expected),
-        "candidate": MULTIPLE * np.maximum(errors["reference"], expected),
+        "reference": np.maximum(MULTIPLE * errors["candidate"], least),
+        "candidate": np.maximum(MULTIPLE * errors["reference"], least),
     }
     # written so that NaN fails
     above = [who for who in errors if not (errors[who] <= limits[who]).all()]
@@ -111,8 +113,8 @@ def calibrated(
         who = above[0]
         which = 0 if not errors[who][0] <= limits[who][0] else 1
         kind = ("RMSE", f"{HIGH:.1%} error")[which]
-        times = errors[who][which] / limits[who][which] * MULTIPLE
-        note = f"the {who}'s {kind} against float64, {errors[who][which]:.1e}, is {times:.3g} times what is expected"
+        times = errors[who][which] / limits[who][which]
+        note = f"the {who}'s {kind} against float64, {errors[who][which]:.1e}, is {times:.3g} times what is allowed"
     return Line(
         rung,
         name,
@@ -122,7 +124,7 @@ def calibrated(
         float(max(limits["reference"][0], limits["candidate"][0])),
         float(errors["reference"][0]),
         float(errors["candidate"][0]),
-        float(expected[0]),
+        float(explained[0]) if disturbed else None,
         note,
     )
 
@@ -144,8 +146,9 @@ def rms(array: np.ndarray) -> float:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    order: tuple[Verdict, ...] = ("equal", "rounding", "bug")
-    return max(verdicts, key=order.index, default="equal")
+    """The gravest; equal if there are none."""
+    grave: tuple[Verdict, ...] = ("bug", "rounding")
+    return next((verdict for verdict in grave if verdict in verdicts), "equal")
 
 
 def _error(oracle: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> np.ndarray:

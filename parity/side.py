@@ -61,7 +61,8 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     wrong = [setting for setting in settings if not re.fullmatch(rf"({'|'.join(COUNTS)})=[1-9]\d*", setting)]
     if framework not in ("jax", "torch") or wrong or (framework == "torch" and settings):
         raise RequestError(f"side {text!r} is neither torch nor jax[:devices=N,fsdp=N,microbatches=N]")
-    side = Side(framework, **{name: int(count) for name, count in (setting.split("=") for setting in settings)})
+    counts: dict[str, Any] = {name: int(count) for name, count in (setting.split("=") for setting in settings)}
+    side = Side(framework, **counts)
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
     return dataclasses.replace(side, model=model, state_dict=state_dict) if framework == "torch" else side

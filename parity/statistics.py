@@ -8,7 +8,8 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-ERROR_QUANTILE = 0.99  # of the images' largest logit difference: what counts as the measured error
+# of the images' largest logit difference: the measured error. A tenth of them may be damaged without its growing
+ERROR_QUANTILE = 0.9
 
 Equivalence = Literal["shown", "not shown", "refuted"]
 
@@ -66,7 +67,8 @@ class Paired:
             # the score falls as delta grows; where it stays on one side, the interval reaches the edge
             if excess(edge) * sign > 0:
                 return float(sign)
-            return float(optimize.brentq(excess, *sorted((self.difference, edge)), xtol=1e-12))
+            root: Any = optimize.brentq(excess, *sorted((self.difference, edge)), xtol=1e-12)
+            return float(root)
 
         return end(-1), end(1)
 
@@ -105,7 +107,7 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
     """The images that the two classify differently, and whether their difference explains it.
 
     A flip is expected where the reference's margin between the two classes is below twice the measured error, the
-    99th percentile over all images of their largest logit difference. One above comes of something else than
+    90th percentile over all images of their largest logit difference. One above comes of something else than
     rounding: that image was read, resized or computed differently.
 
     Args:

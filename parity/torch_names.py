@@ -115,6 +115,11 @@ def to_official(array: np.ndarray, key: str) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """The other way, but for a dense head's shape."""
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+
+
 def _by_content(parameters: dict[str, nn.Parameter], arrays: dict[str, np.ndarray]) -> dict[str, str]:
     """Pairs what has the same values; values that several share pair up in order."""
     places: dict[bytes, list[str]] = defaultdict(list)

@@ -52,12 +52,13 @@ class Projection(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """GroupNorm, ReLU, convolution; `activate` and the convolution apart, as the projection starts between them."""
+    """GroupNorm, ReLU, convolution; apart, because the unit's projection, kept here as in the file, starts between."""
 
-    def __init__(self, cin: int, cout: int, size: int, stride: int = 1):
+    def __init__(self, cin: int, cout: int, size: int, stride: int = 1, proj: nn.Module | None = None):
         super().__init__()
         self.group_norm = GroupNorm(cin)
         self.standardized_conv2d = StdConv(cin, cout, size, stride)
+        self.proj = proj
 
     def activate(self, x: Tensor) -> Tensor:
         return F.relu(self.group_norm(x))
@@ -71,15 +72,13 @@ class Unit(nn.Module):
 
     def __init__(self, cin: int, mid: int, stride: int, project: bool):
         super().__init__()
-        self.a = PreActivation(cin, mid, 1)
+        self.a = PreActivation(cin, mid, 1, proj=Projection(cin, 4 * mid, stride) if project else None)
         self.b = PreActivation(mid, mid, 3, stride)
         self.c = PreActivation(mid, 4 * mid, 1)
-        if project:
-            self.a.proj = Projection(cin, 4 * mid, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.a.activate(x)
-        shortcut = self.a.proj(active) if "proj" in self.a._modules else x
+        shortcut = x if self.a.proj is None else self.a.proj(active)
         return shortcut + self.c(self.b(self.a.standardized_conv2d(active)))
 
 

@@ -32,7 +32,9 @@ class TorchSide:
         self.side, self.precision, self.weight_file, self.progress = side, precision, weight_file, progress
         # float64, the gate, runs on the CPU whatever else there is
         self.device = torch.device("cuda" if torch.cuda.is_available() and precision != "fp64" else "cpu")
-        torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        backends: Any = torch.backends
+        backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        self.backends = backends
         self._loaded: dict[str | None, tuple[nn.Module, dict[str, str]]] = {}
         self._fault: str | None = None
 
@@ -48,7 +50,7 @@ class TorchSide:
             self._loaded = {self._fault: (model.to(self.device, DTYPES[self.precision]), keys)}
         return self._loaded[self._fault]
 
-    def attest(self) -> Result:
+    def attest(self, images: str) -> Result:
         model, keys = self.model()
         matrix, convolution = self._products()
         cuda = self.device.type == "cuda"
@@ -72,13 +74,14 @@ class TorchSide:
             "groups": eps[2],
             "layout": "activations NCHW, kernels OIHW",
             "settings": {
-                "torch.backends.fp32_precision": torch.backends.fp32_precision,
+                "torch.backends.fp32_precision": self.backends.fp32_precision,
                 "autocast": str(self.precision == "bf16"),
                 "cudnn": str(torch.backends.cudnn.version()),
                 "model": self.side.model or "parity.torch_reference",
             },
             "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
             "weights sha256": fingerprint(self._named(model, keys, lambda parameter: parameter)),
+            "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
         }, None
 
     def weights(self) -> Result:
@@ -147,25 +150,25 @@ class TorchSide:
             self.progress(number + 1, count)
         return None, saved
 
-    def optimizer(
-        self, mixed: str, count: int, schedule: dict, momentum: float, step: int, disturb: Disturb | None = None
-    ) -> Result:
-        """Parameters and momentum after update number `step`, which finds a momentum that is not zero, on each of
-        `count` batches."""
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
+        """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
+        before it is not zero."""
         _, keys = self.model()
-        saved = {}
-        for number in range(count):
-            model = self._disturbed_model(disturb)
-            sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
-            for parameter in model.parameters():
+        model = self._disturbed_model(None)
+        sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
+        with np.load(gradients) as file:
+            for name, parameter in model.named_parameters():
                 sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
-            self._step(model, sgd, *self._mixed(mixed, number, disturb))
-            saved |= {f"{number}/{name}": array for name, array in self._state(model, sgd, keys).items()}
-            self.progress(number + 1, count)
-        return None, saved
+                given = torch.from_numpy(torch_names.to_torch(file[f"0/{keys[name]}"])).reshape(parameter.shape)
+                parameter.grad = given.to(parameter)
+        sgd.step()
+        params = self._named(model, keys, lambda parameter: parameter)
+        after = self._named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"])
+        named = {f"params/{key}": array for key, array in params.items()}
+        return None, named | {f"momentum/{key}": array for key, array in after.items()}
 
     def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the state after them."""
+        """The loss of each of `count` steps on the replayed batches, and the parameters after them."""
         _, keys = self.model()
         model = self._disturbed_model(disturb)
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
@@ -174,7 +177,8 @@ class TorchSide:
             sgd.param_groups[0]["lr"] = learning_rate(schedule, number)
             losses.append(self._step(model, sgd, *self._mixed(mixed, number, disturb)))
             self.progress(number + 1, count)
-        return None, {"losses": np.stack(losses)} | self._state(model, sgd, keys)
+        params = self._named(model, keys, lambda parameter: parameter)
+        return None, {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
 
     def accuracy(
         self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
@@ -216,12 +220,6 @@ class TorchSide:
         loss.backward()
         sgd.step()
         return _numpy(loss)
-
-    def _state(self, model: nn.Module, sgd: torch.optim.Optimizer, keys: dict[str, str]) -> dict[str, np.ndarray]:
-        params = self._named(model, keys, lambda parameter: parameter)
-        momentum = self._named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"])
-        named = {f"params/{key}": array for key, array in params.items()}
-        return named | {f"momentum/{key}": array for key, array in momentum.items()}
 
     def _named(
         self, model: nn.Module, keys: dict[str, str], what: Callable[[nn.Parameter], Tensor | None]

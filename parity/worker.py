@@ -22,6 +22,10 @@ LOG_TAIL = 3  # lines of a dead worker's log that are repeated
 Progress = Callable[[int, int], None]  # (done, of)
 
 
+# a program that is compiled again in the same comparison, as where a fault leaves it untouched, is taken from a file
+_COMPILED_ONCE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+
+
 class Arrays:
     """{name: array} in a file; arrays are read when they are asked for."""
 
@@ -62,7 +66,10 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | side.environment(precision),
+                env=_COMPILED_ONCE
+                | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
+                | os.environ
+                | side.environment(precision),
                 text=True,
             )
 

@@ -65,7 +65,9 @@ def original_name(name):
         return f"head.gn.{kind}"
     if parts[0] == "head":
         return f"head.conv.{kind}"
-    layer = "downsample" if "proj" in parts else ("gn" if "group_norm" in parts else "conv") + str(" abc".index(parts[2]))
+    layer = (
+        "downsample" if "proj" in parts else ("gn" if "group_norm" in parts else "conv") + str(" abc".index(parts[2]))
+    )
     return f"body.{parts[0]}.{parts[1]}.{layer}.{kind}"
 
 

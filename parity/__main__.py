@@ -1,0 +1,151 @@
+"""Proves, rung by rung, that two implementations of BiT compute the same: JAX against PyTorch unless told otherwise.
+
+Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, accuracy. `all` runs them in that order
+and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
+"""
+
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from bit_jax.errors import RequestError, exit_code
+from bit_jax.files import replacing
+from bit_jax.metrics import write_json
+from input_pipeline.sources import DatasetError
+from parity import page, report, rungs
+from parity.attestation import attest
+from parity.ladder import Ladder, timed, working_folder
+from parity.options import Options
+from parity.selftest import selftest
+
+RUNS = Path("runs/parity")
+Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
+
+
+def main() -> None:
+    commands: dict[str, Callable] = {name: _rung_command(name, rung) for name, rung in rungs.RUNGS.items()}
+    commands = {"all": run_all, **commands, "selftest": run_selftest, "show": show, "diff": diff}
+    holds = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m parity", description=__doc__, config=(tyro.conf.FlagConversionOff,)
+    )
+    if not holds:
+        sys.exit(1)
+
+
+def run_all(options: Flags) -> bool:
+    """Every rung in order, up to the first that fails."""
+    return compare(options, list(rungs.RUNGS))
+
+
+def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
+    def command(options: Flags) -> bool:
+        return compare(options, [name])
+
+    command.__doc__ = rung.__doc__
+    return command
+
+
+def compare(options: Options, names: Sequence[str]) -> bool:
+    """Runs rungs, prints and saves the report; whether all hold."""
+    console = Console(width=140 if not sys.stdout.isatty() else None)
+    folder = options.run or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if (folder / "report.json").exists():
+        raise RequestError(f"{folder} holds a saved run; choose another --run")
+    results = []
+    with working_folder() as files, Ladder(options, files) as ladder:
+        attestation = attest(ladder)
+        for sentence in attestation["mismatches"]:
+            Console(stderr=True).print(f"[bold red]mismatch[/]  {sentence}", soft_wrap=True, highlight=False)
+        for name in names:
+            results.append(timed(rungs.RUNGS[name], ladder))
+            if results[-1].verdict == "bug":
+                break
+        built = report.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
+    report.save(built, results, folder)
+    built = report.load(folder)
+    _write_forms(built, folder, options.json, options.html, options.junit)
+    report.show(built, console)
+    console.print(f"{folder}: report.json, report.html", highlight=False)
+    return built["holds"]
+
+
+def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
+    """Injects faults that ports of BiT really have, and requires each to be found at the right rung and place.
+
+    Args:
+        faults: only these; none: all.
+        clean: also require that untouched pairs of several depths, widths and image sizes pass.
+    """
+    return selftest(faults, clean=clean, console=Console(width=140 if not sys.stdout.isatty() else None))
+
+
+def show(run: tyro.conf.Positional[Path], html: Path | None = None, margin: float | None = None) -> bool:
+    """Shows a saved run again.
+
+    Args:
+        run: its folder.
+        html: write its page here.
+        margin: judge accuracy anew, from the saved logits, at this margin in percentage points.
+    """
+    saved = report.load(run)
+    if margin is not None:
+        saved = _rejudged(saved, report.load_logits(run), margin)
+    if html is not None:
+        page.write(saved, html, report.load_logits(run) if (run / "logits.npz").exists() else None)
+    report.show(saved, Console(width=140 if not sys.stdout.isatty() else None))
+    return saved["holds"]
+
+
+def diff(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], margin: float = 0.1) -> bool:
+    """What changed from one saved run to another: attestation, verdicts, errors, and each candidate's predictions.
+
+    Args:
+        before, after: folders of saved runs.
+        margin: percentage points within which two accuracies count as the same.
+    """
+    console = Console(width=140 if not sys.stdout.isatty() else None)
+    better = report.difference(report.load(before), report.load(after), console)
+    if not all((run / "logits.npz").exists() for run in (before, after)):
+        return better
+    old, new = report.load_logits(before), report.load_logits(after)
+    if not (np.array_equal(old["ids"], new["ids"]) and np.array_equal(old["labels"], new["labels"])):
+        console.print("the two evaluated different images; their predictions are not compared")
+        return better
+    judged = rungs.compare_logits(old["candidate"], new["candidate"], old["labels"], margin / 100, "fp32")
+    console.print("the candidate's predictions, before (as the reference) and after (as the candidate):")
+    for sentence in report.accuracy_sentences(judged.details | {"margin": margin}):
+        console.print(f"  {sentence}", soft_wrap=True, highlight=False)
+    return better and judged.verdict != "bug"
+
+
+def _rejudged(saved: report.Report, logits: dict[str, np.ndarray], margin: float) -> report.Report:
+    """The report with the accuracy rung's verdicts at another margin."""
+    judged = rungs.compare_logits(
+        logits["reference"], logits["candidate"], logits["labels"], margin / 100, saved["precision"]
+    )
+    return report.with_accuracy(saved, judged, margin)
+
+
+def _write_forms(built: report.Report, folder: Path, json: Path | None, html: Path | None, junit: Path | None) -> None:
+    logits = report.load_logits(folder) if (folder / "logits.npz").exists() else None
+    for path in (folder / "report.html", html):
+        if path is not None:
+            page.write(built, path, logits)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json, built)
+    if junit is not None:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(junit) as file:
+            file.write(report.junit(built))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, DatasetError))

@@ -1,0 +1,325 @@
+"""A finished comparison as one JSON-like dict, and that dict as a folder, a terminal table and JUnit XML.
+
+Everything that is shown is shown from the dict, so that a saved run looks as it did when it ran.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bit_jax.errors import RequestError
+from bit_jax.files import replacing
+from bit_jax.metrics import write_json
+from parity.ladder import ROLES, Ladder, RungResult
+from parity.oracle import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, worst
+
+VERSION = 1
+COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
+Report = dict[str, Any]
+
+
+def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult], command: str) -> Report:
+    """The whole of a comparison but its logits."""
+    failed = next((result.name for result in results if result.verdict == "bug"), None)
+    options = {key: value for key, value in dataclasses.asdict(ladder.options).items() if key != "fault"}
+    return {
+        "version": VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "options": json.loads(json.dumps(options, default=str)),
+        "sides": {role: str(side) for role, side in ladder.sides.items()},
+        "architecture": str(ladder.architecture),
+        "precision": ladder.options.precision,
+        "attestation": attestation,
+        "judged_by": {
+            "float64 limit": GATE,
+            "float64 reason": GATE_REASON,
+            "multiple": MULTIPLE,
+            "multiple reason": MULTIPLE_REASON,
+            "percentile": HIGH,
+        },
+        "rungs": [_rung(result) for result in results],
+        "failed": failed,
+        "holds": failed is None,
+    }
+
+
+def save(report: Report, results: list[RungResult], folder: Path) -> None:
+    """report.json, and logits.npz where there was an accuracy rung."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", _finite(report))
+    for result in results:
+        if "arrays" in result.details:
+            with replacing(folder / "logits.npz") as file:
+                np.savez(file, **result.details["arrays"])
+
+
+def load(folder: Path) -> Report:
+    """A saved run's report.
+
+    Raises:
+        RequestError: the folder holds none, or one of another version.
+    """
+    path = folder / "report.json" if folder.is_dir() else folder
+    try:
+        report = json.loads(path.read_text())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read ({error.strerror}); give the folder of a saved run") from None
+    except ValueError as error:
+        raise RequestError(f"{path} is damaged ({error}); run the comparison again") from None
+    if not isinstance(report, dict) or report.get("version") != VERSION:
+        raise RequestError(f"{path} is not a report of version {VERSION}; run the comparison again")
+    return report
+
+
+def load_logits(folder: Path) -> dict[str, np.ndarray]:
+    """labels, ids, reference, candidate of a saved run.
+
+    Raises:
+        RequestError: the run kept none.
+    """
+    try:
+        with np.load(folder / "logits.npz") as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{folder} holds no readable logits.npz ({error}); run its accuracy rung again") from None
+
+
+def show(report: Report, console: Console) -> None:
+    """The table, what was found, and one sentence at the end."""
+    sides, precision = report["sides"], report["precision"]
+    names = [sides[role] for role in ROLES]
+    for sentence in report["attestation"]["mismatches"]:
+        console.print(f"[bold red]mismatch[/]  {escape(sentence)}", soft_wrap=True)
+    table = Table(title=f"{names[1]} against {names[0]}, {report['architecture']}", title_justify="left")
+    table.add_column("rung")
+    table.add_column("verdict")
+    table.add_column("arrays", justify="right")
+    table.add_column(f"float64: furthest apart (limit {GATE:.0e})")
+    if precision != "fp64":
+        table.add_column(f"{precision}: error of {names[0]} / {names[1]} (allowed), where worst")
+    table.add_column("s", justify="right")
+    for rung in report["rungs"]:
+        verdict = rung["verdict"]
+        cells = [rung["name"], f"[{COLOURS[verdict]}]{verdict}[/]", str(rung["arrays"]), escape(_gate_cell(rung))]
+        cells += [escape(_precision_cell(rung, precision))] if precision != "fp64" else []
+        table.add_row(*cells, f"{rung['seconds']:.1f}")
+    console.print(table)
+    for rung in report["rungs"]:
+        for finding in rung["findings"]:
+            console.print(f"[bold red]{rung['name']}[/]  {escape(finding)}", soft_wrap=True)
+    _show_accuracy(report, console)
+    console.print(f"[bold {'green' if report['holds'] else 'red'}]{escape(conclusion(report))}[/]", soft_wrap=True)
+
+
+def conclusion(report: Report) -> str:
+    """One sentence."""
+    reference, candidate = (report["sides"][role] for role in ROLES)
+    if not report["rungs"]:
+        return "nothing was compared"
+    if report["holds"]:
+        rungs = ", ".join(rung["name"] for rung in report["rungs"])
+        return f"HOLDS: {candidate} and {reference} compute the same up to rounding ({rungs})"
+    rung = next(rung for rung in report["rungs"] if rung["name"] == report["failed"])
+    first = next(line for line in rung["lines"] if line["verdict"] == "bug")
+    return (
+        f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']})"
+    )
+
+
+def junit(report: Report) -> bytes:
+    """JUnit XML: a suite a rung, a case an array and precision."""
+    suites = ET.Element(
+        "testsuites", name=f"parity: {report['sides']['candidate']} against {report['sides']['reference']}"
+    )
+    for rung in report["rungs"]:
+        failures = [line for line in rung["lines"] if line["verdict"] == "bug"]
+        suite = ET.SubElement(
+            suites,
+            "testsuite",
+            name=rung["name"],
+            tests=str(len(rung["lines"])),
+            failures=str(len(failures)),
+            time=f"{rung['seconds']:.3f}",
+        )
+        for line in rung["lines"]:
+            name = f"{line['name']} [{line['precision']}]"
+            case = ET.SubElement(suite, "testcase", classname=f"parity.{rung['name']}", name=name)
+            if line["verdict"] == "bug":
+                message = line["note"] or f"difference {line['difference']}, limit {line['limit']}"
+                ET.SubElement(case, "failure", message=message).text = json.dumps(line)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def difference(before: Report, after: Report, console: Console) -> bool:
+    """Shows what changed from one saved run to another; whether nothing got worse."""
+    changes = Table(title="what changed", title_justify="left")
+    for column in ("what", "before", "after"):
+        changes.add_column(column)
+    for what, (old, new) in _attested_changes(before, after).items():
+        changes.add_row(escape(what), escape(str(old)), escape(str(new)))
+    worse = False
+    lines = [
+        {(r["name"], x["name"], x["precision"]): x for r in run["rungs"] for x in r["lines"]} for run in (before, after)
+    ]
+    for key in dict.fromkeys([*lines[0], *lines[1]]):
+        old, new = (run.get(key) for run in lines)
+        name = " ".join(key)
+        if old is None or new is None:
+            if any(line is not None and line["verdict"] == "bug" for line in (old, new)):
+                changes.add_row(escape(name), _described(old), _described(new))
+                worse = worse or new is not None
+        elif old["verdict"] != new["verdict"] or _grown(old, new):
+            changes.add_row(escape(name), _described(old), _described(new))
+            worse = worse or (new["verdict"] == "bug" and old["verdict"] != "bug")
+    ran = [[rung["name"] for rung in run["rungs"]] for run in (before, after)]
+    if ran[0] != ran[1]:
+        changes.add_row("rungs", ", ".join(ran[0]), ", ".join(ran[1]))
+    console.print(changes if changes.row_count else "nothing changed")
+    return not worse
+
+
+def with_accuracy(report: Report, judged: RungResult, margin: float) -> Report:
+    """The report with its accuracy rung's statistics and the lines that follow from them replaced."""
+    names = {line.name for line in judged.lines}
+    report = json.loads(json.dumps(report))
+    for rung in report["rungs"]:
+        if rung["name"] == "accuracy":
+            kept = [line for line in rung["lines"] if line["name"] not in names]
+            rung["lines"] = kept + [_finite(dataclasses.asdict(line)) for line in judged.lines]
+            rung["details"] |= _finite(judged.details) | {"margin": margin}
+            rung["findings"] = judged.findings
+            rung["verdict"] = worst([line["verdict"] for line in rung["lines"]])
+    report["failed"] = next((rung["name"] for rung in report["rungs"] if rung["verdict"] == "bug"), None)
+    report["holds"] = report["failed"] is None
+    return report
+
+
+GREW = 2.0  # an error that changes by more is worth a line
+
+
+def _grown(old: dict, new: dict) -> bool:
+    values = [line["candidate_error"] for line in (old, new)]
+    if None in values or not all(values):
+        return False
+    return max(values[0] / values[1], values[1] / values[0]) > GREW
+
+
+def _described(line: dict | None) -> str:
+    if line is None:
+        return "not compared"
+    error = line["difference"] if line["candidate_error"] is None else line["candidate_error"]
+    return f"[{COLOURS[line['verdict']]}]{line['verdict']}[/] {_number(error)}"
+
+
+def _attested_changes(before: Report, after: Report) -> dict[str, tuple[Any, Any]]:
+    changes = {}
+    for what in ("sides", "architecture", "precision"):
+        if before[what] != after[what]:
+            changes[what] = before[what], after[what]
+    for precision, pair in after["attestation"]["sides"].items():
+        for role, entries in pair.items():
+            old = before["attestation"]["sides"].get(precision, {}).get(role, {})
+            for entry, value in entries.items():
+                if entry in old and old[entry] != value:
+                    changes[f"{role}: {entry} ({precision})"] = old[entry], value
+    return changes
+
+
+def _rung(result: RungResult) -> dict[str, Any]:
+    details = {key: value for key, value in result.details.items() if key != "arrays"}
+    return {
+        "name": result.name,
+        "verdict": result.verdict,
+        "arrays": len({line.name for line in result.lines}),
+        "seconds": result.seconds,
+        "findings": result.findings,
+        "details": details,
+        "lines": [dataclasses.asdict(line) for line in result.lines],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become text, which `float` reads back."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    return "0" if number == 0 else f"{number:.1e}"
+
+
+def _gate_cell(rung: dict) -> str:
+    lines = [line for line in rung["lines"] if line["precision"] == "fp64" and float(line["limit"]) < math.inf]
+    if not lines:
+        return ""
+    line = max(lines, key=lambda line: (line["verdict"] == "bug", float(line["difference"])))
+    if line["verdict"] == "equal":
+        return "bit for bit equal"
+    return f"{_number(line['difference'])}  {line['name']}"
+
+
+def _precision_cell(rung: dict, precision: str) -> str:
+    if rung["name"] == "accuracy":
+        details = rung["details"]
+        if "acc1" not in details:
+            return ""
+        flips = details["flips"]
+        return (
+            f"acc1 {details['acc1'][0]:.5f} / {details['acc1'][1]:.5f}, {len(flips)} flipped of {details['examples']:,}"
+        )
+    lines = [
+        line
+        for line in rung["lines"]
+        if line["precision"] == precision and line["reference_error"] is not None and float(line["limit"]) < math.inf
+    ]
+    if not lines:
+        return ""
+
+    def excess(line: dict) -> float:
+        return max(float(line["reference_error"]), float(line["candidate_error"])) / float(line["limit"])
+
+    line = max(lines, key=lambda line: (line["verdict"] == "bug", excess(line)))
+    errors = (_number(line[f"{who}_error"]) for who in ROLES)
+    return f"{' / '.join(errors)} ({_number(line['limit'])})  {line['name']}"
+
+
+def _show_accuracy(report: Report, console: Console) -> None:
+    rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
+    if rung is None or "acc1" not in rung["details"]:
+        return
+    for sentence in accuracy_sentences(rung["details"]):
+        console.print(escape(sentence), soft_wrap=True)
+
+
+def accuracy_sentences(details: dict[str, Any]) -> list[str]:
+    """What the statistics of the accuracy rung say."""
+    (both, reference_only), (candidate_only, neither) = details["table"]
+    low, high = (f"{100 * end:+.4f}" for end in details["interval"])
+    flips, margin = details["flips"], details["margin"]
+    reference5, candidate5 = details["acc5"]
+    unexpected = sum(not flip["expected"] for flip in flips)
+    equivalence = f"equivalence within {margin:g} points is {details['equivalence']}"
+    if details["equivalence"] == "not shown":
+        equivalence += f": that takes about {details['examples_needed']:,} images"
+    return [
+        f"right: both {both:,}, the reference alone {reference_only:,}, the candidate alone {candidate_only:,}, "
+        f"neither {neither:,}; McNemar p = {details['mcnemar']:.3g}; acc5 {reference5:.5f} / {candidate5:.5f}",
+        f"difference {100 * details['difference']:+.4f} points, 95 % interval {low} to {high}; {equivalence}",
+        f"{len(flips)} predictions flipped, {unexpected} by more than twice the measured logit error "
+        f"of {_number(details['measured_error'])}",
+    ]

@@ -1,0 +1,271 @@
+"""The comparison with its real parts: both frameworks in processes of their own, the command line, saved runs."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, random_weights
+from PIL import Image
+from rich.console import Console
+
+from bit_jax.errors import RequestError, RunFailed
+from parity import faults, report, selftest
+from parity.ladder import Ladder
+from parity.options import Options
+from parity.selftest import climb, first_bug, inject
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--size", "32", "--rows", "4", "--batches", "1", "--disturbances", "2", "--steps", "4", "--warmup-steps", "2"]
+QUICK += ["--decay-steps", "3", "--limit", "50"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The comparisons below compile the same programs."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+def parity(*arguments, environment=None):
+    # the two sides choose their own devices
+    variables = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | (environment or {})
+    command = [sys.executable, "-m", "parity", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_npz, tmp_path_factory):
+    """`all`, with every form of report."""
+    folder = tmp_path_factory.mktemp("all")
+    forms = ["--json", folder / "r.json", "--html", folder / "r.html", "--junit", folder / "r.xml"]
+    return parity("all", "--weights", small_npz, *QUICK, "--run", folder / "run", *forms), folder
+
+
+def test_all_holds_and_says_so_in_every_form(whole_run):
+    done, folder = whole_run
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "HOLDS: jax and torch compute the same" in done.stdout
+    saved = json.loads((folder / "r.json").read_text())
+    assert saved == json.loads((folder / "run" / "report.json").read_text())
+    assert [rung["name"] for rung in saved["rungs"]] == [
+        *("weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy")
+    ]
+    lines = {(line["name"], line["precision"]) for rung in saved["rungs"] for line in rung["lines"]}
+    for key in random_weights(SMALL):
+        assert {(key, "fp64"), (key, "fp32")} <= lines  # as a weight and as a gradient
+    sites = ["root_block", *(f"block{stage}/unit01" for stage in range(1, 5)), "logits"]
+    forward = [line["name"] for line in saved["rungs"][2]["lines"] if line["precision"] == "fp64"]
+    assert forward == sites
+    cases = ET.parse(folder / "r.xml").getroot().iter("testcase")
+    assert sum(1 for _ in cases) == sum(len(rung["lines"]) for rung in saved["rungs"])
+    logits = np.load(folder / "run" / "logits.npz")
+    assert logits["reference"].shape == logits["candidate"].shape == (50, 10)
+
+
+def test_attestation_says_what_is_in_force(whole_run):
+    saved = report.load(whole_run[1] / "run")
+    assert saved["attestation"]["mismatches"] == []
+    for precision, kind in (("fp64", "float64"), ("fp32", "float32")):
+        for entries in saved["attestation"]["sides"][precision].values():
+            assert entries["matrix products"] == entries["convolution products"] == kind
+            assert entries["group norm eps"] == 1e-5
+    torch, jax = saved["attestation"]["sides"]["fp32"].values()
+    assert torch["weights sha256"] == jax["weights sha256"]
+    assert "torch" in torch["versions"]
+    assert "jax" in jax["versions"]
+
+
+def test_show_prints_a_saved_run_and_judges_it_at_another_margin(whole_run, tmp_path):
+    done, folder = whole_run
+    again = parity("show", folder / "run", "--html", tmp_path / "again.html")
+    assert again.returncode == 0
+    table = done.stdout.split("HOLDS")[0].strip()
+    assert table in again.stdout
+    assert (tmp_path / "again.html").read_text() == (folder / "r.html").read_text()
+    wider = parity("show", folder / "run", "--margin", "20")
+    assert "equivalence within 20 points is shown" in wider.stdout
+
+
+def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
+    run = whole_run[1] / "run"
+    assert "nothing changed" in parity("diff", run, run).stdout
+    changed = report.load(run)
+    changed["attestation"]["sides"]["fp32"]["candidate"]["versions"]["jax"] = "9.9"
+    line = changed["rungs"][2]["lines"][3]
+    line["verdict"], line["difference"] = "bug", 1e-3
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "report.json").write_text(json.dumps(changed))
+    logits = dict(np.load(run / "logits.npz"))
+    logits["candidate"][7] = logits["candidate"][7, ::-1]
+    np.savez(other / "logits.npz", **logits)
+    worse = parity("diff", run, other)
+    assert worse.returncode == 1
+    assert "9.9" in worse.stdout
+    assert f"forward {line['name']} fp64" in worse.stdout
+    assert "1 predictions flipped, 1 by more than twice" in worse.stdout
+    assert parity("diff", other, run).returncode == 1  # the predictions differ all the same
+
+
+def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("chromium is not installed; .ci/run installs Debian's")
+    page = whole_run[1] / "r.html"
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page.read_text()), "the page fetches something"
+    picture = tmp_path / "page.png"
+    browse = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    browse += ["--hide-scrollbars", "--window-size=1100,2600", f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(browse, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape[:2] == (2600, 1100)
+
+    def count(red, green, blue):
+        return int((np.abs(pixels - (red, green, blue)).sum(axis=2) < 30).sum())
+
+    assert count(0x1B, 0x5E, 0x20) > 200, "the verdict's green"
+    assert count(0xC2, 0x18, 0x5B) > 200, "the reference's curves"
+    assert count(0x15, 0x65, 0xC0) > 200, "the candidate's curves and the gradients' points"
+    assert count(0xB7, 0x1C, 0x1C) < 50, "something is marked as wrong"
+    # ink on every band of 200 pixels: plots and tables follow each other down the page
+    dark = (pixels.sum(axis=2) < 400).reshape(13, -1).sum(axis=1)
+    assert (dark > 100).all()
+    dom = subprocess.run(
+        [*browse[:-2], "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120
+    ).stdout
+    text = dom.decode()
+    for shown in ("Error by depth", "Gradients", "Training curve", "Accuracy on digits", "Attestation", "root_block"):
+        assert shown in text
+    assert text.count("<svg") == 3
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    with Ladder(selftest.SMALL, tmp_path_factory.mktemp("selftest"), Console(quiet=True)) as ladder:
+        yield ladder
+
+
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_fault_is_found_at_the_right_rung_and_place(faulty, name):
+    failed, found = inject(faulty, faults.FAULTS[name])
+    assert failed is not None, "no rung failed"
+    assert found, f"{failed.name}: {first_bug(failed)}; {failed.findings}"
+
+
+def test_without_a_fault_the_same_ladder_holds(faulty):
+    assert climb(faulty) is None
+
+
+def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
+    failed, _ = inject(faulty, faults.FAULTS["stride"])
+    assert failed is not None
+    assert "fed the reference's input it still differs" in failed.findings[0]
+    assert failed.details["divergence"]["teacher_forced"] == ["block2/unit01", "block3/unit01", "block4/unit01"]
+
+
+def test_one_jax_configuration_against_another(small_npz, tmp_path):
+    """8 virtual devices, parameters over 4 of them, in two passes, against one device: no PyTorch."""
+    sides = ["--reference", "jax", "--candidate", "jax:devices=8,fsdp=4,microbatches=2"]
+    flags = ["--weights", small_npz, *QUICK, "--rows", "16", "--run", tmp_path / "run"]
+    done = parity("all", *sides, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = report.load(tmp_path / "run")
+    assert saved["sides"]["candidate"] == "jax:devices=8,fsdp=4,microbatches=2"
+    assert [rung["verdict"] for rung in saved["rungs"]].count("bug") == 0
+    assert saved["attestation"]["sides"]["fp64"]["candidate"]["topology"]["devices"] == 8
+
+
+def test_another_pytorch_model_with_timms_eps_is_caught_and_explained(small_npz, tmp_path):
+    foreign = {"PYTHONPATH": str(Path(__file__).parent)}
+    flags = ["--weights", small_npz, *QUICK, "--torch-model"]
+    good = parity("gradients", *flags, "foreign_bit:load", "--run", tmp_path / "good", environment=foreign)
+    assert good.returncode == 0, good.stdout + good.stderr
+    bad = parity("all", *flags, "foreign_bit:load_with_timms_eps", "--run", tmp_path / "bad", environment=foreign)
+    assert bad.returncode == 1
+    said = " ".join((bad.stdout + bad.stderr).split())
+    assert "standardization eps: 1e-08 on the reference, 1e-10 on the candidate" in said
+    assert said.index("standardization eps") < said.index("FAILS at forward: root_block")
+
+
+def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
+    import torch
+
+    from parity import torch_reference
+
+    state = torch_reference.load(str(small_npz)).state_dict()
+    torch.save(state, tmp_path / "same.pt")
+    state["block2.unit01.b.group_norm.gamma"] *= 1.01
+    torch.save(state, tmp_path / "other.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pt")
+    for name, code in (("same", 0), ("other", 1), ("foreign", 2)):
+        flags = ["--weights", small_npz, "--torch-weights", tmp_path / f"{name}.pt", "--run", tmp_path / name]
+        done = parity("weights", *flags, *QUICK)
+        assert done.returncode == code, done.stdout + done.stderr
+        if code == 1:
+            assert "block2/unit01/b/group_norm/gamma" in done.stdout
+            assert "do not hold the same weights" in done.stderr
+        if code == 2:
+            assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["weights", "--weights", "nowhere.npz"], "does not exist"),
+        (["weights", "--candidate", "jax:devices=3"], "--rows 8 is not divisible"),
+        (["weights", "--size", "64x"], "--size 64x is neither"),
+        (["weights", "--rows", "3"], "must be even"),
+        (["weights", "--torch-model", "parity:nothing"], "--torch-model parity:nothing"),
+        (["weights", "--torch-model", "foreign_bit:load_something_else"], "do not pair up"),
+        (["weights", "--weights", "random:R51x1"], "unknown architecture"),
+        (["accuracy", "--dataset", "digits", "--eval-split", "train2"], "no split"),
+        (["pixels", "--images", "missing.png"], "missing.png"),
+        (["show", "nowhere"], "cannot be read"),
+        (["selftest", "--faults", "gremlins"], "unknown fault 'gremlins'"),
+    ],
+)
+def test_a_wrong_request_ends_in_one_sentence(arguments, said, tmp_path):
+    environment = {"PYTHONPATH": str(Path(__file__).parent)}
+    run = ["--run", tmp_path / "run"] if arguments[0] not in ("show", "selftest") else []
+    done = parity(*arguments, *run, environment=environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_saved_run_is_not_overwritten(whole_run):
+    done = parity("weights", "--run", whole_run[1] / "run")
+    assert done.returncode == 2
+    assert "holds a saved run" in done.stderr
+
+
+def test_a_side_that_dies_ends_the_comparison_with_its_last_words(small_npz, tmp_path):
+    options = Options(weights=str(small_npz))
+    with Ladder(options, tmp_path, Console(quiet=True)) as ladder:
+        worker = ladder._worker("candidate", "fp64")
+        worker._process.kill()
+        with pytest.raises(RunFailed, match=r"jax in fp64, task weights: died with exit code -9"):
+            ladder.ask("candidate", "fp64", "weights")
+
+
+def test_fail_fast_ends_a_rung_at_its_first_bug(faulty):
+    faulty.options = dataclasses.replace(faulty.options, fail_fast=True)
+    failed, _ = inject(faulty, faults.FAULTS["norm-eps"])
+    faulty.options = dataclasses.replace(faulty.options, fail_fast=False)
+    assert failed is not None
+    assert [line.name for line in failed.lines] == ["root_block", "block1/unit01"]
+
+
+def test_an_unknown_fault_is_refused():
+    with pytest.raises(RequestError), faults.injected("gremlins"):
+        pass

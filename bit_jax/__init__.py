@@ -1,6 +1,18 @@
 """BiT (Big Transfer) in JAX: `load` an official `.npz`, apply or fine-tune the `ResNetV2`, `save` it again."""
 
-from bit_jax.resnetv2 import ResNetV2
-from bit_jax.weights import load, save
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bit_jax.resnetv2 import ResNetV2
+    from bit_jax.weights import load, save
 
 __all__ = ["ResNetV2", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports JAX when one of the names is first used: `bit_jax.errors` serves processes that do without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bit_jax import resnetv2, weights
+
+    return getattr(resnetv2 if name == "ResNetV2" else weights, name)

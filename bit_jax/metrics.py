@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import psutil
-import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -117,6 +116,8 @@ class Log:
             with replacing(self._path) as file:
                 file.write("".join(kept).encode())
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
+        import tensorboardX  # here, because it brings PyTorch where that is installed
+
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)
         self._start, self._stop, self._global_batch = start, stop, global_batch

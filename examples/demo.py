@@ -1,4 +1,5 @@
-"""`make demo`: the embedded BiT fine-tuned on scanned digits, in full and with a few examples a class, against scratch.
+"""`make demo`: the embedded BiT fine-tuned on scanned digits, in full and with a few examples a class, against scratch;
+then PyTorch and JAX compared on the fine-tuned model.
 
 Every run is the train.py command that is printed before it; its files stay under runs/demo.
 """
@@ -26,7 +27,7 @@ FEW_SHOT = ["--global-batch", "32", "--warmup-steps", "10", "--decay-steps", "30
 
 
 def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_lr: float = 0.01) -> None:
-    """Runs all of it, in the repository's root; two to three minutes on two cores.
+    """Runs all of it, in the repository's root; three to four minutes on two cores.
 
     Args:
         examples_per_class: of the few-shot runs.
@@ -62,7 +63,12 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
     decode(digit["image"]).save(image)
     weights = WORKDIR / "full" / "final.npz"
     run(["-m", "bit_jax.predict", "--weights", str(weights), str(image)], os.environ, quiet=False)
-    print(f"{time.perf_counter() - start:.0f} s in all; {WORKDIR / 'full'} holds final.npz, result.json, metrics.jsonl")
+
+    console.rule("The fine-tuned model in JAX and in PyTorch, compared rung by rung")
+    parity = ["-m", "parity", "all", "--weights", str(weights), "--run", str(WORKDIR / "parity"), "--rows", "4"]
+    run(parity, os.environ, quiet=False)
+    print(f"{time.perf_counter() - start:.0f} s in all; {WORKDIR / 'full'} holds final.npz, result.json, metrics.jsonl,")
+    print(f"{WORKDIR / 'parity'} report.json and report.html, the page with the plots")
 
 
 def train(workdir: Path, *flags: str, quiet: bool) -> dict:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -19,13 +19,14 @@ from bit_jax.errors import RequestError, exit_code
 from bit_jax.files import replacing
 from bit_jax.metrics import write_json
 from input_pipeline.sources import DatasetError
-from parity import page, report, rungs
+from parity import report, rungs
 from parity.attestation import attest
 from parity.ladder import Ladder, timed, working_folder
 from parity.options import Options
 from parity.selftest import selftest
 
 RUNS = Path("runs/parity")
+Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 
@@ -39,9 +40,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def run_all(options: Flags) -> bool:
-    """Every rung in order, up to the first that fails."""
-    return compare(options, list(rungs.RUNGS))
+def run_all(options: Flags, until: Rung = "accuracy") -> bool:
+    """Every rung in order, up to the first that fails.
+
+    Args:
+        until: the last rung.
+    """
+    names = list(rungs.RUNGS)
+    return compare(options, names[: names.index(until) + 1])
 
 
 def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
@@ -60,7 +66,7 @@ def compare(options: Options, names: Sequence[str]) -> bool:
         raise RequestError(f"{folder} holds a saved run; choose another --run")
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
-        attestation = attest(ladder)
+        attestation = attest(ladder, with_dataset=bool({"curve", "accuracy"} & set(names)))
         for sentence in attestation["mismatches"]:
             Console(stderr=True).print(f"[bold red]mismatch[/]  {sentence}", soft_wrap=True, highlight=False)
         for name in names:
@@ -94,6 +100,8 @@ def show(run: tyro.conf.Positional[Path], html: Path | None = None, margin: floa
         html: write its page here.
         margin: judge accuracy anew, from the saved logits, at this margin in percentage points.
     """
+    from parity import page  # here, because matplotlib takes its time
+
     saved = report.load(run)
     if margin is not None:
         saved = _rejudged(saved, report.load_logits(run), margin)
@@ -134,6 +142,8 @@ def _rejudged(saved: report.Report, logits: dict[str, np.ndarray], margin: float
 
 
 def _write_forms(built: report.Report, folder: Path, json: Path | None, html: Path | None, junit: Path | None) -> None:
+    from parity import page
+
     logits = report.load_logits(folder) if (folder / "logits.npz").exists() else None
     for path in (folder / "report.html", html):
         if path is not None:

@@ -14,17 +14,28 @@ EXPLAINS = {
     "groups": "explains differences from block1/unit01 on",
     "weights sha256": "the two do not hold the same weights",
     "pictures sha256": "the two are not given the same images",
+    "training examples": "the two do not read the same dataset",
+    "evaluation examples": "the two do not read the same dataset",
 }
 PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}  # tf32: whatever the hardware has
 UNKNOWN = "unknown"
 
 
-def attest(ladder: Ladder) -> dict[str, Any]:
-    """{"sides": {precision: {role: entries}}, "mismatches": sentences}, as JSON."""
+def attest(ladder: Ladder, *, with_dataset: bool) -> dict[str, Any]:
+    """{"sides": {precision: {role: entries}}, "mismatches": sentences}, as JSON.
+
+    Args:
+        with_dataset: also of the examples that the dataset's rungs will use.
+    """
     precisions = dict.fromkeys(("fp64", ladder.options.precision))
     ladder.start(*precisions)
+    options = ladder.options
+    arguments: dict[str, Any] = {"images": ladder.pictures}
+    if with_dataset:
+        ladder.source(options.eval_split)  # a dataset that cannot be had ends the comparison here
+        arguments |= {"dataset": [options.dataset, options.train_split, options.eval_split, options.data_dir]}
     sides = {
-        precision: {role: ladder.ask(role, precision, "attest", images=ladder.pictures).info for role in ROLES}
+        precision: {role: ladder.ask(role, precision, "attest", **arguments).info for role in ROLES}
         for precision in precisions
     }
     mismatches = [sentence for precision, pair in sides.items() for sentence in _mismatches(precision, pair)]
@@ -35,7 +46,7 @@ def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
     reference, candidate = (pair[role] for role in ROLES)
     sentences = []
     for entry, effect in EXPLAINS.items():
-        ours, theirs = reference[entry], candidate[entry]
+        ours, theirs = reference.get(entry), candidate.get(entry)
         if UNKNOWN not in (ours, theirs) and ours != theirs:
             where = f" in {precision}" if "products" in entry else ""
             sentences.append(

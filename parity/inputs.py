@@ -1,6 +1,7 @@
 """What both sides are given: pictures, files, batches, the draws of augmentation, schedules. No framework's code."""
 
 import dataclasses
+import hashlib
 import io
 import zlib
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.preprocess import Views
-from input_pipeline.sources import DatasetError, Example, Source
+from input_pipeline.sources import DatasetError, Example, Source, open_source
 
+IDENTIFIED = 500  # examples
 MIXUP_ALPHA = 0.1  # BiT-HyperRule
 
 
@@ -68,6 +70,22 @@ class Files:
             return {"image": path.read_bytes(), "label": 0, "id": path.name}
         except OSError as error:
             raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def described(dataset: Sequence[str | None]) -> dict[str, str]:
+    """What identifies the examples of [dataset, training split, evaluation split, data_dir], for the attestation:
+    number, name and a hash over ids and labels of at most `IDENTIFIED`, evenly spread."""
+    name, train, evaluation, data_dir = dataset
+    entries = {}
+    for entry, split in (("training examples", train), ("evaluation examples", evaluation)):
+        source = open_source(str(name), str(split), data_dir)
+        chosen = np.linspace(0, len(source) - 1, min(len(source), IDENTIFIED)).astype(int)
+        examples = [source[int(index)] for index in chosen]
+        identity = "\n".join(f"{example['id']} {example['label']}" for example in examples)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        first, last = examples[0]["id"], examples[-1]["id"]
+        entries[entry] = f"{len(source):,} of {source.name}, ids {first} to {last}, hash {digest}"
+    return entries
 
 
 def draws(views: Views, count: int, epochs: int, seed: int) -> list[list[tuple[int, int, bool]]]:

@@ -53,7 +53,7 @@ class JaxSide:
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
-    def attest(self, images: str) -> Result:
+    def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
         model, params = self.model()
         matrix, convolution = _products(self.precision)
         device = self.mesh.devices.flat[0]
@@ -77,7 +77,7 @@ class JaxSide:
             "architecture": f"{resnetv2.architecture_name(model.units, model.width)}, {model.num_classes:,} classes",
             "weights sha256": fingerprint(self._named(params)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
-        }, None
+        } | (inputs.described(dataset) if dataset else {}), None
 
     def weights(self) -> Result:
         return None, self._named(self.model()[1])
@@ -145,13 +145,17 @@ class JaxSide:
         before it is not zero."""
         _, params = self.model()
         sgd = optimizer.sgd(_schedule(schedule), momentum)
-        state = steps.init_state(params, sgd)
-        start = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
-        opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=start, count=jnp.asarray(step, jnp.int32))
-        state = state.replace(step=jnp.asarray(step, jnp.int32), opt_state=opt_state)
+
+        def update(params: Any, gradients: Any) -> steps.TrainState:
+            state = steps.init_state(params, sgd)
+            trace = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
+            count = jnp.asarray(step, jnp.int32)
+            opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=count)
+            return steps.update(state.replace(step=count, opt_state=opt_state), gradients, sgd)
+
         with np.load(gradients) as file:
             given = weights.unflatten({key: self._param(file[f"0/{key}"]) for key in weights.flatten(params)})
-        state = jax.jit(lambda state, gradients: steps.update(state, gradients, sgd))(state, given)
+        state = jax.jit(update)(params, given)
         after = optax.tree_utils.tree_get(state.opt_state, "trace")
         return None, self._named(state.params, "params/") | self._named(after, "momentum/")
 

@@ -97,7 +97,7 @@ def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None)
 
 
 def _plot(title: str, text: str, draw: Any, rung: dict, precision: str) -> dict[str, str]:
-    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     draw(figure, rung, precision)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -121,7 +121,7 @@ def _by_depth(figure: Figure, rung: dict, precision: str) -> None:
         axes.plot(*points, "x", color="#ef6c00", label="candidate, fed the reference's input")
     axes.set(yscale="log", ylabel="relative error")
     axes.set_xticks(range(len(sites)), sites, rotation=90, fontsize=7 if len(sites) < 30 else 4)
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _gradients(figure: Figure, rung: dict, precision: str) -> None:
@@ -133,12 +133,13 @@ def _gradients(figure: Figure, rung: dict, precision: str) -> None:
         errors = [[float(line[f"{who}_error"]) for line in of_kind] for who in ("reference", "candidate")]
         axes.scatter(*errors, marker=marker, s=18, color=colour, alpha=0.7, label=f"{kind} ({len(of_kind)})")
     axes.set(xscale="log", yscale="log", xlabel="error of the reference", ylabel="error of the candidate")
-    ends = np.array(sorted([*axes.get_xlim(), *axes.get_ylim()])[::3])
+    ends = np.array([min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])])
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.fill_between(
         ends, ends / MULTIPLE, ends * MULTIPLE, color="grey", alpha=0.12, label=f"within {MULTIPLE:g} times"
     )
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _curve(figure: Figure, rung: dict, precision: str) -> None:
@@ -156,7 +157,12 @@ def _curve(figure: Figure, rung: dict, precision: str) -> None:
                 below.plot(steps, shown, f"{style}o", markersize=3, color=COLOURS[who], label=f"{who}, {name}")
     above.set(ylabel="loss")
     below.set(xlabel="step", ylabel="relative difference", yscale="log")
-    below.legend(fontsize=8)
+    _legend(below)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the plot, where it hides nothing."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _line(axes: Axes, place: dict[str, int], lines: list[dict], what: str, colour: str, label: str) -> None:

@@ -104,9 +104,9 @@ def show(report: Report, console: Console) -> None:
     table.add_column("rung")
     table.add_column("verdict")
     table.add_column("arrays", justify="right")
-    table.add_column(f"float64: furthest apart (limit {GATE:.0e})")
+    table.add_column(f"float64: furthest apart ({GATE:.0e} allowed)")
     if precision != "fp64":
-        table.add_column(f"{precision}: error of {names[0]} / {names[1]} (allowed), where worst")
+        table.add_column(f"{precision} error: {names[0]} / {names[1]} (allowed)")
     table.add_column("s", justify="right")
     for rung in report["rungs"]:
         verdict = rung["verdict"]
@@ -263,6 +263,11 @@ def _number(value: Any) -> str:
     return "0" if number == 0 else f"{number:.1e}"
 
 
+def short(name: str) -> str:
+    """A parameter's key without what every key says; other names as they are."""
+    return name.replace("resnet/", "").replace("standardized_conv2d/", "")
+
+
 def _gate_cell(rung: dict) -> str:
     lines = [line for line in rung["lines"] if line["precision"] == "fp64" and float(line["limit"]) < math.inf]
     if not lines:
@@ -270,7 +275,7 @@ def _gate_cell(rung: dict) -> str:
     line = max(lines, key=lambda line: (line["verdict"] == "bug", float(line["difference"])))
     if line["verdict"] == "equal":
         return "bit for bit equal"
-    return f"{_number(line['difference'])}  {line['name']}"
+    return f"{_number(line['difference'])}  {short(line['name'])}"
 
 
 def _precision_cell(rung: dict, precision: str) -> str:
@@ -295,7 +300,7 @@ def _precision_cell(rung: dict, precision: str) -> str:
 
     line = max(lines, key=lambda line: (line["verdict"] == "bug", excess(line)))
     errors = (_number(line[f"{who}_error"]) for who in ROLES)
-    return f"{' / '.join(errors)} ({_number(line['limit'])})  {line['name']}"
+    return f"{' / '.join(errors)} ({_number(line['limit'])})  {short(line['name'])}"
 
 
 def _show_accuracy(report: Report, console: Console) -> None:

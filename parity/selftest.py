@@ -63,7 +63,7 @@ def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
     """Climbs with the fault in place: the first rung that fails, and whether it was found as it must be."""
     ladder.fault = fault.name
     try:
-        mismatches = attest(ladder)["mismatches"]
+        mismatches = attest(ladder, with_dataset=True)["mismatches"]
         attested = not fault.attested or any(sentence.startswith(fault.attested) for sentence in mismatches)
         failed = climb(ladder)
     finally:

@@ -50,7 +50,7 @@ class TorchSide:
             self._loaded = {self._fault: (model.to(self.device, DTYPES[self.precision]), keys)}
         return self._loaded[self._fault]
 
-    def attest(self, images: str) -> Result:
+    def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
         model, keys = self.model()
         matrix, convolution = self._products()
         cuda = self.device.type == "cuda"
@@ -82,7 +82,7 @@ class TorchSide:
             "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
             "weights sha256": fingerprint(self._named(model, keys, lambda parameter: parameter)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
-        }, None
+        } | (inputs.described(dataset) if dataset else {}), None
 
     def weights(self) -> Result:
         model, keys = self.model()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bit_jax.errors import RequestError, RunFailed
+from input_pipeline.sources import DatasetError
 from parity.side import Side
 
 LOG_TAIL = 3  # lines of a dead worker's log that are repeated
@@ -148,7 +149,7 @@ def main() -> None:
             if arrays is not None:
                 np.savez(request["path"], **arrays)
             reply(answer=answer, saved=arrays is not None)
-        except RequestError as error:
+        except (RequestError, DatasetError) as error:
             reply(refused=str(error))
         except Exception as error:
             traceback.print_exc()

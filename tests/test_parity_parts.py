@@ -1,6 +1,8 @@
 """The verdict, the statistics, the probe and the naming, without starting a process."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import foreign_bit
 import golden_inputs
@@ -10,7 +12,9 @@ import torch
 from test_torch_reference import original_name
 
 from bit_jax.errors import RequestError
-from parity import inputs, oracle, probe, statistics, torch_names, torch_pipeline, torch_reference
+from parity import inputs, oracle, probe, rungs, statistics, torch_names, torch_pipeline, torch_reference
+from parity.ladder import RungResult
+from parity.options import Options
 from parity.side import Side, parse_side
 from parity.statistics import Paired
 
@@ -48,7 +52,7 @@ def test_calibrated_accepts_equal_errors_and_refuses_the_larger_on_either_side()
 
 def test_calibrated_allows_what_disturbances_explain():
     small, large = noisy(ORACLE, 1e-6), noisy(ORACLE, 1e-5)
-    assert calibrated(small, large, [noisy(ORACLE, 2e-5)]).verdict == "rounding"
+    assert calibrated(small, large, [noisy(ORACLE, 1e-5)]).verdict == "rounding"
 
 
 def test_calibrated_notices_few_wrong_values_and_not_a_number():
@@ -212,3 +216,12 @@ def test_pictures_show_every_fault_of_channels_and_sides():
 
 def test_line_is_plain_data():
     assert dataclasses.asdict(oracle.gate("forward", "x", ORACLE, ORACLE))["verdict"] == "equal"
+
+
+@pytest.mark.parametrize(("ulps", "verdict"), [(3.0, "equal"), (500.0, "bug")])
+def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ulps, verdict):
+    monkeypatch.setattr(rungs, "_judge", lambda *_: RungResult("forward", []))
+    ladder: Any = SimpleNamespace(options=Options(), pictures=None, amplitude_in_ulp=ulps)
+    result = rungs.forward(ladder)
+    assert result.verdict == verdict
+    assert ("products are narrower than fp32" in " ".join(result.findings)) == (verdict == "bug")

@@ -1,0 +1,122 @@
+"""Measures how far JAX and PyTorch are apart, by architecture: the tables of docs/parity.md.
+
+Runs `python -m parity all --until RUNG` on random weights in the official layout and writes what the saved reports say.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "parity.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One comparison; `until` is its last rung."""
+
+    weights: str
+    size: str
+    rows: int
+    precision: str = "fp32"
+    until: str = "gradients"
+
+    def __str__(self) -> str:
+        return f"{self.weights.removeprefix('random:')}, {self.size}, {self.rows} images, {self.precision}"
+
+
+CASES = (
+    Case("embedded", "64", 8, until="accuracy"),
+    Case("random:R14x2", "17x64", 4),
+    Case("random:R26x1", "33x65", 8),
+    Case("random:R101x0.5", "64", 4),
+    Case("random:R50x1", "224", 2),
+    Case("embedded", "64", 8, "bf16"),
+    Case("random:R152x0.5", "48x31", 4),
+)
+
+
+def main(output: Path = RESULTS) -> None:
+    """Half an hour on two cores; one case at a time.
+
+    Args:
+        output: JSON with a record a case.
+    """
+    measured = []
+    for case in CASES:
+        print(f"{case} ...", file=sys.stderr, flush=True)
+        measured.append(measure(case))
+        output.write_text(json.dumps(measured, indent=2) + "\n")
+    Console(width=160).print(table(measured))
+
+
+def measure(case: Case) -> dict:
+    """What the report of one case comes to."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "parity", "all", "--until", case.until, "--weights", case.weights]
+        command += ["--size", case.size, "--rows", str(case.rows), "--precision", case.precision, "--run", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        report = Path(folder) / "report.json"
+        if not report.exists():
+            sys.exit(done.stderr)
+        saved = json.loads(report.read_text())
+    rungs = {rung["name"]: rung for rung in saved["rungs"]}
+    return {
+        "case": str(case),
+        "command": "python " + " ".join(command[1:-2]),
+        "holds": saved["holds"],
+        "seconds": sum(rung["seconds"] for rung in saved["rungs"]),
+        "amplitude in ulp": rungs["forward"]["details"].get("amplitude", {}).get("ulp"),
+        "rungs": {name: summary(rung["lines"]) for name, rung in rungs.items()},
+    }
+
+
+def summary(lines: list[dict]) -> dict:
+    """Of one rung: the furthest apart in float64; elsewhere the errors' ratios and the share of the allowance used."""
+    gate = [float(line["difference"]) for line in lines if line["precision"] == "fp64"]
+    judged = [line for line in lines if line["reference_error"] and line["candidate_error"]]
+    ratios = sorted(line["candidate_error"] / line["reference_error"] for line in judged)
+    used = [
+        max(line["reference_error"], line["candidate_error"]) / float(line["limit"])
+        for line in judged
+        if line["verdict"] != "equal"
+    ]
+    return {
+        "arrays": len({line["name"] for line in lines}),
+        "float64": max(gate, default=None),
+        "error": max((line["candidate_error"] for line in judged), default=None),
+        "ratio": [ratios[0], ratios[len(ratios) // 2], ratios[-1]] if ratios else None,
+        "used": max(used, default=None),
+    }
+
+
+def table(measured: list[dict]) -> Table:
+    shown = Table(title="JAX against PyTorch")
+    for column in (
+        "case",
+        "rung",
+        "arrays",
+        "float64 apart",
+        "JAX error",
+        "JAX/PyTorch: least, median, most",
+        "of allowed",
+    ):
+        shown.add_column(column)
+    for record in measured:
+        for name, rung in record["rungs"].items():
+            ratio = " ".join(f"{value:.2f}" for value in rung["ratio"]) if rung["ratio"] else ""
+            numbers = ["" if rung[key] is None else f"{rung[key]:.1e}" for key in ("float64", "error")]
+            used = "" if rung["used"] is None else f"{rung['used']:.0%}"
+            shown.add_row(record["case"], name, str(rung["arrays"]), *numbers, ratio, used)
+    return shown
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -20,7 +20,9 @@ from bit_jax.files import replacing
 from bit_jax.metrics import write_json
 from input_pipeline.sources import DatasetError
 from parity import report, rungs
+from parity.accuracy import compare_logits
 from parity.attestation import attest
+from parity.difference import difference
 from parity.ladder import Ladder, timed, working_folder
 from parity.options import Options
 from parity.selftest import selftest
@@ -40,19 +42,19 @@ def main() -> None:
         sys.exit(1)
 
 
-def run_all(options: Flags, until: Rung = "accuracy") -> bool:
+def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
     """Every rung in order, up to the first that fails.
 
     Args:
         until: the last rung.
     """
     names = list(rungs.RUNGS)
-    return compare(options, names[: names.index(until) + 1])
+    return compare(comparison, names[: names.index(until) + 1])
 
 
 def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
-    def command(options: Flags) -> bool:
-        return compare(options, [name])
+    def command(comparison: Flags) -> bool:
+        return compare(comparison, [name])
 
     command.__doc__ = rung.__doc__
     return command
@@ -119,14 +121,14 @@ def diff(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], 
         margin: percentage points within which two accuracies count as the same.
     """
     console = Console(width=140 if not sys.stdout.isatty() else None)
-    better = report.difference(report.load(before), report.load(after), console)
+    better = difference(report.load(before), report.load(after), console)
     if not all((run / "logits.npz").exists() for run in (before, after)):
         return better
     old, new = report.load_logits(before), report.load_logits(after)
     if not (np.array_equal(old["ids"], new["ids"]) and np.array_equal(old["labels"], new["labels"])):
         console.print("the two evaluated different images; their predictions are not compared")
         return better
-    judged = rungs.compare_logits(old["candidate"], new["candidate"], old["labels"], margin / 100, "fp32")
+    judged = compare_logits(old["candidate"], new["candidate"], old["labels"], margin / 100, "fp32")
     console.print("the candidate's predictions, before (as the reference) and after (as the candidate):")
     for sentence in report.accuracy_sentences(judged.details | {"margin": margin}):
         console.print(f"  {sentence}", soft_wrap=True, highlight=False)
@@ -135,7 +137,7 @@ def diff(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], 
 
 def _rejudged(saved: report.Report, logits: dict[str, np.ndarray], margin: float) -> report.Report:
     """The report with the accuracy rung's verdicts at another margin."""
-    judged = rungs.compare_logits(
+    judged = compare_logits(
         logits["reference"], logits["candidate"], logits["labels"], margin / 100, saved["precision"]
     )
     return report.with_accuracy(saved, judged, margin)

@@ -19,8 +19,8 @@ class Fault:
     """What is done, and where it must be found.
 
     Attributes:
-        name, what: for people.
         patch: applies it, within one of the side's processes.
+        what: for people.
         rung: the first that may not hold.
         line: how the name of the first line that differs begins.
         precision: in which it shows.
@@ -28,14 +28,31 @@ class Fault:
         attested: the entry of the attestation that must differ before anything is compared; empty: none does.
     """
 
-    name: str
-    what: str
     patch: Callable[[], contextlib.AbstractContextManager[Any]]
+    what: str
     rung: str
     line: str
     precision: str = "fp64"
     framework: str = "jax"
     attested: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.patch.__name__.replace("_", "-")
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(what: str, rung: str, line: str, **more: str) -> Callable:
+    """Enters the function below it into `FAULTS`, under its name; the arguments are `Fault`'s."""
+
+    def enter(patch: Callable) -> Callable:
+        entry = Fault(patch, what, rung, line, **more)
+        FAULTS[entry.name] = entry
+        return patch
+
+    return enter
 
 
 @contextlib.contextmanager
@@ -50,23 +67,28 @@ def injected(name: str | None) -> Iterator[None]:
         yield
 
 
-def _norm_eps() -> Any:
+@fault("GroupNorm eps 1e-6", "forward", "block1/unit01", attested="group norm eps")
+def norm_eps() -> Any:
     return mock.patch("bit_jax.resnetv2.NORM_EPS", 1e-6)
 
 
-def _torch_norm_eps() -> Any:
+@fault("GroupNorm eps 1e-6, in PyTorch", "forward", "block1/unit01", framework="torch", attested="group norm eps")
+def torch_norm_eps() -> Any:
     return mock.patch("parity.torch_reference.NORM_EPS", 1e-6)
 
 
-def _standardize_eps() -> Any:
+@fault("weight standardization eps 1e-8", "forward", "root_block", attested="standardization eps")
+def standardize_eps() -> Any:
     return mock.patch("bit_jax.resnetv2.STANDARDIZE_EPS", 1e-8)
 
 
-def _groups() -> Any:
+@fault("16 groups instead of 32", "forward", "block1/unit01", attested="groups")
+def groups() -> Any:
     return mock.patch("bit_jax.resnetv2.GROUPS", 16)
 
 
-def _sample_variance() -> Any:
+@fault("sample instead of population variance", "forward", "root_block")
+def sample_variance() -> Any:
     import jax.numpy as jnp
 
     from bit_jax.resnetv2 import STANDARDIZE_EPS
@@ -78,7 +100,8 @@ def _sample_variance() -> Any:
     return mock.patch("bit_jax.resnetv2.standardize", standardize)
 
 
-def _pool_of_minus_infinity() -> Any:
+@fault("max-pool padded with -inf", "forward", "root_block")
+def pool_padding() -> Any:
     import flax.linen as nn
 
     pool: Any = nn.max_pool
@@ -89,7 +112,8 @@ def _pool_of_minus_infinity() -> Any:
     return mock.patch("flax.linen.max_pool", padded)
 
 
-def _stride_on_first() -> Any:
+@fault("stride on the first 1x1 convolution", "forward", "block2/unit01")
+def stride() -> Any:
     from bit_jax import resnetv2
 
     whole = resnetv2.PreActivationConv
@@ -106,7 +130,8 @@ def _stride_on_first() -> Any:
     return mock.patch("bit_jax.resnetv2.PreActivationConv", swapped)
 
 
-def _projection_from_input() -> Any:
+@fault("projection of the input, not the pre-activation", "forward", "block1/unit01")
+def projection() -> Any:
     """The shortcut projects the unit's input instead of its pre-activation."""
     import flax.linen as nn
 
@@ -129,18 +154,23 @@ def _projection_from_input() -> Any:
     return intercepted()
 
 
-def _height_and_width_swapped() -> Any:
+@fault("kernels read with height and width swapped", "weights", "resnet/root_block", attested="weights sha256")
+def swapped_hw() -> Any:
     return _loading(lambda key, array: array.swapaxes(0, 1) if array.ndim == 4 else array)
 
 
-def _inputs_and_outputs_swapped() -> Any:
+@fault(
+    "square kernels read with inputs and outputs swapped", "weights", "resnet/block1/unit01", attested="weights sha256"
+)
+def swapped_io() -> Any:
     def square(shape):
         return len(shape) == 4 and shape[2] == shape[3]
 
     return _loading(lambda key, array: array.swapaxes(2, 3) if square(array.shape) else array)
 
 
-def _norm_not_loaded() -> Any:
+@fault("one beta silently not loaded", "weights", "resnet/block3/unit01/b/group_norm/beta", attested="weights sha256")
+def skipped_weight() -> Any:
     def load(key, array):
         return array * 0 if key == "resnet/block3/unit01/b/group_norm/beta" else array
 
@@ -161,7 +191,8 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
     return mock.patch("bit_jax.weights.read", changed)
 
 
-def _bgr() -> Any:
+@fault("BGR instead of RGB", "pixels", "evaluation: ")
+def bgr() -> Any:
     import numpy as np
     from PIL import Image
 
@@ -173,11 +204,13 @@ def _bgr() -> Any:
     return mock.patch("input_pipeline.loader.decode", reversed_channels)
 
 
-def _no_half_pixel() -> Any:
+@fault("resize without half-pixel centres", "pixels", "evaluation: ")
+def half_pixel() -> Any:
     return _resizing(half_pixel=False)
 
 
-def _no_antialias() -> Any:
+@fault("resize without antialiasing", "pixels", "evaluation: ")
+def antialias() -> Any:
     return _resizing(half_pixel=True)
 
 
@@ -203,14 +236,16 @@ def _resizing(*, half_pixel: bool) -> Any:
     return mock.patch("input_pipeline.preprocess.resize", resize)
 
 
-def _always_flip() -> Any:
+@fault("every training image mirrored", "pixels", "train, epoch")
+def always_flip() -> Any:
     from input_pipeline.preprocess import Views
 
     draw = Views.draw
     return mock.patch.object(Views, "draw", lambda self, rng: (*draw(self, rng)[:2], True))
 
 
-def _crop_off_by_one() -> Any:
+@fault("training crop a row too high", "pixels", "train, epoch")
+def crop() -> Any:
     from input_pipeline.preprocess import Views
 
     draw = Views.draw
@@ -222,14 +257,16 @@ def _crop_off_by_one() -> Any:
     return mock.patch.object(Views, "draw", shifted)
 
 
-def _mixed_images_alone() -> Any:
+@fault("mixup on images but not labels", "loss", "targets/")
+def mixup_labels() -> Any:
     from bit_jax import steps
 
     mix = steps.mix_pairs
     return mock.patch("bit_jax.steps.mix_pairs", lambda rows, weight: mix(rows, weight) if rows.ndim == 4 else rows)
 
 
-def _mixed_with_the_wrong_share() -> Any:
+@fault("labels mixed with the other share", "loss", "targets/")
+def mixup_share() -> Any:
     from bit_jax import steps
 
     mix = steps.mix_pairs
@@ -238,11 +275,13 @@ def _mixed_with_the_wrong_share() -> Any:
     )
 
 
-def _normalized_by_255() -> Any:
+@fault("pixels divided by 255", "pixels", "evaluation: ")
+def normalize() -> Any:
     return mock.patch("bit_jax.steps.normalize", lambda images, dtype: images.astype(dtype) / 255)
 
 
-def _summed_loss() -> Any:
+@fault("loss summed instead of averaged", "loss", "mean loss")
+def summed_loss() -> Any:
     from bit_jax import steps
 
     mean = steps.loss_and_gradients
@@ -255,7 +294,8 @@ def _summed_loss() -> Any:
     return mock.patch("bit_jax.steps.loss_and_gradients", summed)
 
 
-def _standardization_without_gradient() -> Any:
+@fault("standardization's statistics without gradient", "gradients", "resnet/root_block")
+def detached() -> Any:
     """The statistics taken as constants: the forward pass is right."""
     import jax
     import jax.numpy as jnp
@@ -296,23 +336,28 @@ def _optimizer(**settings: Any) -> Any:
     return mock.patch("bit_jax.optimizer.sgd", sgd)
 
 
-def _nesterov() -> Any:
+@fault("Nesterov momentum", "optimizer", "params/")
+def nesterov() -> Any:
     return _optimizer(nesterov=True)
 
 
-def _weight_decay() -> Any:
+@fault("weight decay 1e-4", "optimizer", "params/")
+def weight_decay() -> Any:
     return _optimizer(weight_decay=1e-4)
 
 
-def _schedule_off_by_one() -> Any:
+@fault("learning-rate schedule off by one step", "optimizer", "params/")
+def schedule() -> Any:
     return _optimizer(shift=1)
 
 
-def _momentum() -> Any:
+@fault("momentum 0.891 instead of 0.9", "optimizer", "params/")
+def momentum() -> Any:
     return _optimizer(momentum_scale=0.99)
 
 
-def _decay_a_step_early() -> Any:
+@fault("learning-rate decay a step early", "curve", "losses")
+def decay() -> Any:
     """A decay step counts when it is reached, not when it is passed."""
     import dataclasses
 
@@ -327,7 +372,8 @@ def _decay_a_step_early() -> Any:
     return mock.patch("bit_jax.optimizer.sgd", early)
 
 
-def _last_batch_dropped() -> Any:
+@fault("evaluation drops the last partial batch", "accuracy", "candidate: every", precision="fp32")
+def last_batch() -> Any:
     from input_pipeline.loader import Loader
 
     evaluation = Loader.evaluation
@@ -339,7 +385,8 @@ def _last_batch_dropped() -> Any:
     return mock.patch.object(Loader, "evaluation", dropping)
 
 
-def _an_image_turned() -> Any:
+@fault("some images read upside down", "accuracy", "flipped predictions", precision="fp32")
+def turned_image() -> Any:
     """A few images of the split are read upside down, as where an EXIF tag is honoured on one side alone."""
     from PIL import Image
 
@@ -385,107 +432,11 @@ def _narrow_products(bits: int) -> Any:
     return patched()
 
 
-def _tf32() -> Any:
+@fault("TF32 products in float32", "forward", "root_block", precision="fp32", attested="convolution products")
+def tf32() -> Any:
     return _narrow_products(10)
 
 
-def _bfloat16() -> Any:
+@fault("bfloat16 products in float32", "forward", "root_block", precision="fp32", attested="matrix products")
+def bfloat16() -> Any:
     return _narrow_products(7)
-
-
-_LIST = [
-    Fault("norm-eps", "GroupNorm eps 1e-6", _norm_eps, "forward", "block1/unit01", attested="group norm eps"),
-    Fault(
-        "torch-norm-eps",
-        "GroupNorm eps 1e-6, in PyTorch",
-        _torch_norm_eps,
-        "forward",
-        "block1/unit01",
-        framework="torch",
-        attested="group norm eps",
-    ),
-    Fault(
-        "standardize-eps",
-        "weight standardization eps 1e-8",
-        _standardize_eps,
-        "forward",
-        "root_block",
-        attested="standardization eps",
-    ),
-    Fault("groups", "16 groups instead of 32", _groups, "forward", "block1/unit01", attested="groups"),
-    Fault("sample-variance", "sample instead of population variance", _sample_variance, "forward", "root_block"),
-    Fault("pool-padding", "max-pool padded with -inf", _pool_of_minus_infinity, "forward", "root_block"),
-    Fault("stride", "stride on the first 1x1 convolution", _stride_on_first, "forward", "block2/unit01"),
-    Fault(
-        "projection",
-        "projection of the input, not the pre-activation",
-        _projection_from_input,
-        "forward",
-        "block1/unit01",
-    ),
-    Fault(
-        "swapped-hw",
-        "kernels read with height and width swapped",
-        _height_and_width_swapped,
-        "weights",
-        "resnet/root_block",
-        attested="weights sha256",
-    ),
-    Fault(
-        "swapped-io",
-        "square kernels read with inputs and outputs swapped",
-        _inputs_and_outputs_swapped,
-        "weights",
-        "resnet/block1/unit01",
-        attested="weights sha256",
-    ),
-    Fault(
-        "skipped-weight",
-        "one beta silently not loaded",
-        _norm_not_loaded,
-        "weights",
-        "resnet/block3/unit01/b/group_norm/beta",
-        attested="weights sha256",
-    ),
-    Fault("bgr", "BGR instead of RGB", _bgr, "pixels", "evaluation: "),
-    Fault("half-pixel", "resize without half-pixel centres", _no_half_pixel, "pixels", "evaluation: "),
-    Fault("antialias", "resize without antialiasing", _no_antialias, "pixels", "evaluation: "),
-    Fault("always-flip", "every training image mirrored", _always_flip, "pixels", "train, epoch"),
-    Fault("crop", "training crop a row too high", _crop_off_by_one, "pixels", "train, epoch"),
-    Fault("normalize", "pixels divided by 255", _normalized_by_255, "pixels", "evaluation: "),
-    Fault("mixup-labels", "mixup on images but not labels", _mixed_images_alone, "loss", "targets/"),
-    Fault("mixup-share", "labels mixed with the other share", _mixed_with_the_wrong_share, "loss", "targets/"),
-    Fault("summed-loss", "loss summed instead of averaged", _summed_loss, "loss", "mean loss"),
-    Fault(
-        "detached",
-        "standardization's statistics without gradient",
-        _standardization_without_gradient,
-        "gradients",
-        "resnet/root_block",
-    ),
-    Fault("nesterov", "Nesterov momentum", _nesterov, "optimizer", "params/"),
-    Fault("weight-decay", "weight decay 1e-4", _weight_decay, "optimizer", "params/"),
-    Fault("momentum", "momentum 0.891 instead of 0.9", _momentum, "optimizer", "params/"),
-    Fault("schedule", "learning-rate schedule off by one step", _schedule_off_by_one, "optimizer", "params/"),
-    Fault("decay", "learning-rate decay a step early", _decay_a_step_early, "curve", "losses"),
-    Fault(
-        "last-batch",
-        "evaluation drops the last partial batch",
-        _last_batch_dropped,
-        "accuracy",
-        "candidate: every",
-        "fp32",
-    ),
-    Fault("turned-image", "some images read upside down", _an_image_turned, "accuracy", "flipped predictions", "fp32"),
-    Fault("tf32", "TF32 products in float32", _tf32, "forward", "root_block", "fp32", attested="convolution products"),
-    Fault(
-        "bfloat16",
-        "bfloat16 products in float32",
-        _bfloat16,
-        "forward",
-        "root_block",
-        "fp32",
-        attested="matrix products",
-    ),
-]
-FAULTS = {fault.name: fault for fault in _LIST}

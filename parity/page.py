@@ -42,7 +42,7 @@ def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | No
     """
     template = resources.files("parity").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = lambda value: "" if value is None else reports._number(value)
+    environment.filters["number"] = lambda value: "" if value is None else reports.number(value)
     page = environment.from_string(template).render(
         report=report,
         conclusion=reports.conclusion(report),

@@ -161,34 +161,6 @@ def junit(report: Report) -> bytes:
     return ET.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
 
 
-def difference(before: Report, after: Report, console: Console) -> bool:
-    """Shows what changed from one saved run to another; whether nothing got worse."""
-    changes = Table(title="what changed", title_justify="left")
-    for column in ("what", "before", "after"):
-        changes.add_column(column)
-    for what, (old, new) in _attested_changes(before, after).items():
-        changes.add_row(escape(what), escape(str(old)), escape(str(new)))
-    worse = False
-    lines = [
-        {(r["name"], x["name"], x["precision"]): x for r in run["rungs"] for x in r["lines"]} for run in (before, after)
-    ]
-    for key in dict.fromkeys([*lines[0], *lines[1]]):
-        old, new = (run.get(key) for run in lines)
-        name = " ".join(key)
-        if old is None or new is None:
-            if any(line is not None and line["verdict"] == "bug" for line in (old, new)):
-                changes.add_row(escape(name), _described(old), _described(new))
-                worse = worse or new is not None
-        elif old["verdict"] != new["verdict"] or _grown(old, new):
-            changes.add_row(escape(name), _described(old), _described(new))
-            worse = worse or (new["verdict"] == "bug" and old["verdict"] != "bug")
-    ran = [[rung["name"] for rung in run["rungs"]] for run in (before, after)]
-    if ran[0] != ran[1]:
-        changes.add_row("rungs", ", ".join(ran[0]), ", ".join(ran[1]))
-    console.print(changes if changes.row_count else "nothing changed")
-    return not worse
-
-
 def with_accuracy(report: Report, judged: RungResult, margin: float) -> Report:
     """The report with its accuracy rung's statistics and the lines that follow from them replaced."""
     names = {line.name for line in judged.lines}
@@ -203,37 +175,6 @@ def with_accuracy(report: Report, judged: RungResult, margin: float) -> Report:
     report["failed"] = next((rung["name"] for rung in report["rungs"] if rung["verdict"] == "bug"), None)
     report["holds"] = report["failed"] is None
     return report
-
-
-GREW = 2.0  # an error that changes by more is worth a line
-
-
-def _grown(old: dict, new: dict) -> bool:
-    values = [line["candidate_error"] for line in (old, new)]
-    if None in values or not all(values):
-        return False
-    return max(values[0] / values[1], values[1] / values[0]) > GREW
-
-
-def _described(line: dict | None) -> str:
-    if line is None:
-        return "not compared"
-    error = line["difference"] if line["candidate_error"] is None else line["candidate_error"]
-    return f"[{COLOURS[line['verdict']]}]{line['verdict']}[/] {_number(error)}"
-
-
-def _attested_changes(before: Report, after: Report) -> dict[str, tuple[Any, Any]]:
-    changes = {}
-    for what in ("sides", "architecture", "precision"):
-        if before[what] != after[what]:
-            changes[what] = before[what], after[what]
-    for precision, pair in after["attestation"]["sides"].items():
-        for role, entries in pair.items():
-            old = before["attestation"]["sides"].get(precision, {}).get(role, {})
-            for entry, value in entries.items():
-                if entry in old and old[entry] != value:
-                    changes[f"{role}: {entry} ({precision})"] = old[entry], value
-    return changes
 
 
 def _rung(result: RungResult) -> dict[str, Any]:
@@ -258,7 +199,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     number = float(value)
     return "0" if number == 0 else f"{number:.1e}"
 
@@ -275,7 +216,7 @@ def _gate_cell(rung: dict) -> str:
     line = max(lines, key=lambda line: (line["verdict"] == "bug", float(line["difference"])))
     if line["verdict"] == "equal":
         return "bit for bit equal"
-    return f"{_number(line['difference'])}  {short(line['name'])}"
+    return f"{number(line['difference'])}  {short(line['name'])}"
 
 
 def _precision_cell(rung: dict, precision: str) -> str:
@@ -299,8 +240,8 @@ def _precision_cell(rung: dict, precision: str) -> str:
         return max(float(line["reference_error"]), float(line["candidate_error"])) / float(line["limit"])
 
     line = max(lines, key=lambda line: (line["verdict"] == "bug", excess(line)))
-    errors = (_number(line[f"{who}_error"]) for who in ROLES)
-    return f"{' / '.join(errors)} ({_number(line['limit'])})  {short(line['name'])}"
+    errors = (number(line[f"{who}_error"]) for who in ROLES)
+    return f"{' / '.join(errors)} ({number(line['limit'])})  {short(line['name'])}"
 
 
 def _show_accuracy(report: Report, console: Console) -> None:
@@ -326,5 +267,5 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
         f"neither {neither:,}; McNemar p = {details['mcnemar']:.3g}; acc5 {reference5:.5f} / {candidate5:.5f}",
         f"difference {100 * details['difference']:+.4f} points, 95 % interval {low} to {high}; {equivalence}",
         f"{len(flips)} predictions flipped, {unexpected} by more than twice the measured logit error "
-        f"of {_number(details['measured_error'])}",
+        f"of {number(details['measured_error'])}",
     ]

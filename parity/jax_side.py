@@ -103,7 +103,9 @@ class JaxSide:
         apply = jax.jit(lambda params, images, given: record_units(model, params, images, given))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
         outputs = apply(self._disturbed_params(params, disturb), batch, given)
-        return None, {site: np.asarray(output) for site, output in outputs.items()}
+        return None, {
+            site: np.asarray(output, self.dtype) for site, output in outputs.items()
+        }  # files know no bfloat16
 
     def mix(self, batches: str) -> Result:
         """Every batch after normalization and mixup, by the given weights."""

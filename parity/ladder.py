@@ -200,7 +200,7 @@ class Ladder:
             float(np.median([relative_rmse(oracle[s], result[s]) / r for s, r in zip(oracle.names, one, strict=True)]))
             for result in results
         ]
-        return unit * max(min(errs), 1.0)
+        return unit * min(errs)
 
     @property
     def amplitude_in_ulp(self) -> float:

@@ -16,12 +16,12 @@ Verdict = Literal["equal", "rounding", "bug"]
 GATE = 1e-9
 GATE_REASON = (
     "float64 rounding (1.1e-16) grown over a network of 150 layers and its gradient is seen below 1e-11; "
-    "the smallest wrong constant known, an epsilon, moves an output by 1e-6"
+    "the mildest known faults, a wrong epsilon or weight decay, move an array by 1e-6"
 )
 MULTIPLE = 4.0
 MULTIPLE_REASON = (
-    "two correct float32 implementations are seen within a factor 2 of each other on every array; "
-    "products in TF32 err about 1,000 times more than in float32"
+    "two correct float32 implementations are seen within a factor 2 of each other on every unit's output; "
+    "products in TF32 err some 700 times more than in float32"
 )
 SLACK = 2.0  # a gate that flips in one disturbance and on one side moves both as much, but not equally
 HIGH = 0.999  # the percentile beside the RMSE: few wrong values in a large array hide in a mean

@@ -311,3 +311,14 @@ def test_each_side_is_free_of_the_other_framework(side, other):
 def test_an_unknown_fault_is_refused():
     with pytest.raises(RequestError), faults.injected("gremlins"):
         pass
+
+
+def test_bfloat16_is_judged_against_float64_too(small_npz, tmp_path):
+    flags = ["--weights", small_npz, *QUICK, "--precision", "bf16", "--run", tmp_path / "run"]
+    done = parity("forward", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = report.load(tmp_path / "run")
+    errors = [line["candidate_error"] for line in saved["rungs"][0]["lines"] if line["precision"] == "bf16"]
+    assert min(errors) > 1e-4  # bfloat16 it was
+    for entries in saved["attestation"]["sides"]["bf16"].values():
+        assert entries["matrix products"] == entries["convolution products"] == "bfloat16"

@@ -69,11 +69,13 @@ def compare(options: Options, names: Sequence[str]) -> bool:
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
         attestation = attest(ladder, with_dataset=bool({"curve", "accuracy"} & set(names)))
+        progress = Console(stderr=True, soft_wrap=True, highlight=False)
         for sentence in attestation["mismatches"]:
-            Console(stderr=True).print(f"[bold red]mismatch[/]  {sentence}", soft_wrap=True, highlight=False)
+            progress.print(f"[bold red]mismatch[/]  {sentence}")
         for name in names:
-            results.append(timed(rungs.RUNGS[name], ladder))
-            if results[-1].verdict == "bug":
+            results.append(result := timed(rungs.RUNGS[name], ladder))
+            progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
+            if result.verdict == "bug":
                 break
         built = report.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
     report.save(built, results, folder)

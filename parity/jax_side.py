@@ -103,9 +103,8 @@ class JaxSide:
         apply = jax.jit(lambda params, images, given: record_units(model, params, images, given))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
         outputs = apply(self._disturbed_params(params, disturb), batch, given)
-        return None, {
-            site: np.asarray(output, self.dtype) for site, output in outputs.items()
-        }  # files know no bfloat16
+        # files know no bfloat16
+        return None, {site: np.asarray(output, self.dtype) for site, output in outputs.items()}
 
     def mix(self, batches: str) -> Result:
         """Every batch after normalization and mixup, by the given weights."""
@@ -268,10 +267,11 @@ def record_units(
         if not isinstance(context.module, (resnetv2.RootBlock, resnetv2.BottleneckUnit)):
             return call(*args, **kwargs)
         site = "/".join(context.module.path)
-        if teacher is not None and outputs:
-            args = (teacher[next(reversed(outputs))],)
+        before = next(reversed(outputs), None)
+        if teacher is not None and before in teacher:  # a teacher of another make may not show every unit
+            args = (teacher[before],)
         outputs[site] = call(*args, **kwargs)
-        return teacher[site] if teacher is not None and site == last else outputs[site]
+        return teacher[site] if teacher is not None and site == last and site in teacher else outputs[site]
 
     with nn.intercept_methods(record):
         logits = steps.apply_model(model, params, images)

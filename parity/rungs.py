@@ -19,6 +19,7 @@ from parity.ladder import ULP, Ladder, RungResult
 from parity.oracle import GATE, MULTIPLE, Line
 from parity.worker import Arrays
 
+NOT_COMPARED = "not compared: no module of its own in the"
 EPOCHS = 2  # of the pixels rung: augmentation differs between them
 SCHEDULE_STEP = 2  # of the optimizer rung: inside the warm-up, where the rate changes every step
 NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500
@@ -62,6 +63,9 @@ def forward(ladder: Ladder) -> RungResult:
             line = Line("forward", "all units", ladder.options.precision, "bug", ulps, NARROW, note=note)
             result.lines.append(line)
             result.findings.append(f"{note} than {ladder.options.precision}")
+    unseen = [line.name for line in result.lines if line.note.startswith(NOT_COMPARED)]
+    if unseen:
+        result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name != "all units"]
     if failed:
         _diverge(ladder, result, failed)
@@ -234,14 +238,9 @@ def _absent(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> 
     """What only one side has. A model without a module for a unit cannot be looked into there: that is no fault."""
     names = [(name, "candidate") for name in reference.names if name not in candidate]
     names += [(name, "reference") for name in candidate.names if name not in reference]
-    return [
-        Line(
-            rung, name, precision, "equal", 0.0, np.inf, note=f"not compared: the {who} has no module of its own for it"
-        )
-        if rung == "forward"
-        else Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none")
-        for name, who in names
-    ]
+    if rung == "forward":
+        return [Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {who}") for name, who in names]
+    return [Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none") for name, who in names]
 
 
 def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:

@@ -95,11 +95,16 @@ def units(model: nn.Module, keys: dict[str, str]) -> dict[str, nn.Module]:
         if prefix
     }
     found = {}
-    for site in sorted(wanted, key=_depth):
+    for site in sites(keys):
         prefix = next((prefix for prefix, names in held.items() if names == wanted[site]), None)
         if prefix is not None:
             found[site] = model.get_submodule(prefix)
     return found
+
+
+def sites(keys: dict[str, str]) -> list[str]:
+    """Of all units, from the root on."""
+    return sorted({site for key in keys.values() if (site := site_of(key))}, key=_depth)
 
 
 def site_of(key: str) -> str | None:

@@ -6,6 +6,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class TorchSide:
         batch = torch_pipeline.to_tensor(np.load(images)["image"][0], DTYPES[self.precision])
         model, batch = self._disturbed_model(disturb), _disturbed(batch, "images", disturb).to(self.device)
         with torch.no_grad(), self._autocast():
-            outputs = record_units(model, torch_names.units(model, keys), batch, given)
+            outputs = record_units(model, keys, batch, given)
         return None, {site: _nhwc(output) for site, output in outputs.items()}
 
     def mix(self, batches: str) -> Result:
@@ -297,23 +298,26 @@ def _factory(name: str) -> Callable[[str], Any]:
 
 
 def record_units(
-    model: nn.Module, units: dict[str, nn.Module], images: Tensor, teacher: dict[str, Tensor] | None
+    model: nn.Module, keys: dict[str, str], images: Tensor, teacher: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """{site: output} of the units and `logits`; with a teacher, each unit is given what came before it there."""
+    """{site: output} of the units that have a module of their own, and `logits`.
+
+    With a teacher, {site: output} of another implementation, each unit is given what came before it there.
+    """
     outputs: dict[str, Tensor] = {}
-    sites = list(units)
+    units, sites = torch_names.units(model, keys), torch_names.sites(keys)
+    given = {} if teacher is None else {after: teacher[site] for site, after in pairwise(sites) if site in teacher}
 
     def give(site: str) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            before = sites.index(site) - 1
-            return None if teacher is None or before < 0 else (teacher[sites[before]],)
+            return (given[site],) if site in given else None
 
         return hook
 
     def keep(site: str) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             outputs[site] = output
-            return teacher[site] if teacher is not None and site == sites[-1] else None
+            return teacher.get(site) if teacher is not None and site == sites[-1] else None
 
         return hook
 

@@ -12,7 +12,7 @@ import torch
 from test_torch_reference import original_name
 
 from bit_jax.errors import RequestError
-from parity import inputs, oracle, probe, rungs, statistics, torch_names, torch_pipeline, torch_reference
+from parity import inputs, oracle, probe, rungs, statistics, torch_names, torch_pipeline, torch_reference, torch_side
 from parity.ladder import RungResult
 from parity.options import Options
 from parity.side import Side, parse_side
@@ -225,3 +225,19 @@ def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ul
     result = rungs.forward(ladder)
     assert result.verdict == verdict
     assert ("products are narrower than fp32" in " ".join(result.findings)) == (verdict == "bug")
+
+
+def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_its_own_input(file):
+    model = foreign_bit.load(file)
+    keys = torch_names.official_keys(model, arrays_of(file))
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        whole = torch_side.record_units(model, keys, images, None)
+        seen = {site: output for site, output in whole.items() if site != "block2/unit01"}
+        marked = {site: output + 1 for site, output in seen.items()}
+        forced = torch_side.record_units(model, keys, images, marked)
+    free = model.middle[3](whole["block2/unit01"])
+    own = model.middle[3](forced["block2/unit01"])
+    assert not torch.equal(forced["block1/unit02"], whole["block1/unit02"])  # fed root_block's marked output
+    assert torch.equal(forced["block2/unit02"], own)
+    assert not torch.equal(own, free)

@@ -85,11 +85,7 @@ def summary(lines: list[dict]) -> dict:
     gate = [float(line["difference"]) for line in lines if line["precision"] == "fp64"]
     judged = [line for line in lines if line["reference_error"] and line["candidate_error"]]
     ratios = sorted(line["candidate_error"] / line["reference_error"] for line in judged)
-    used = [
-        max(line["reference_error"], line["candidate_error"]) / float(line["limit"])
-        for line in judged
-        if line["verdict"] != "equal"
-    ]
+    used = [line["used"] for line in judged if line["used"] is not None]
     return {
         "arrays": len({line["name"] for line in lines}),
         "float64": max(gate, default=None),

@@ -401,35 +401,40 @@ def turned_image() -> Any:
     return mock.patch.object(Views, "evaluation", turning)
 
 
-def _narrow_products(bits: int) -> Any:
-    """Operands of float32 products rounded to `bits` behind the point, as tensor cores do; float64 is left alone."""
+def _rounded(x: Any, bits: int) -> Any:
+    """float32 numbers with `bits` behind the point, as tensor cores read them; others as they are."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    if x.dtype != jnp.float32:
+        return x
+    raw = lax.bitcast_convert_type(x, jnp.uint32)
+    half = jnp.uint32(1 << (22 - bits))
+    return lax.bitcast_convert_type((raw + half) & ~(2 * half - jnp.uint32(1)), jnp.float32)
+
+
+@contextlib.contextmanager
+def _narrow_products(bits: int) -> Iterator[None]:
+    """Both operands of every product rounded."""
     import jax
     import jax.numpy as jnp
     from jax import lax
 
     convolve, dot = lax.conv_general_dilated, jnp.dot
-
-    @jax.custom_jvp
-    def narrow(x):
-        if x.dtype != jnp.float32:
-            return x
-        raw = lax.bitcast_convert_type(x, jnp.uint32)
-        half = jnp.uint32(1 << (22 - bits))
-        return lax.bitcast_convert_type((raw + half) & ~(2 * half - jnp.uint32(1)), jnp.float32)
-
+    narrow = jax.custom_jvp(lambda x: _rounded(x, bits))
     narrow.defjvps(lambda tangent, _, x: tangent)
 
-    @contextlib.contextmanager
-    def patched():
-        with (
-            mock.patch.object(
-                lax, "conv_general_dilated", lambda x, k, *a, **s: convolve(narrow(x), narrow(k), *a, **s)
-            ),
-            mock.patch.object(jnp, "dot", lambda a, b, **s: dot(narrow(a), narrow(b), **s)),
-        ):
-            yield
+    def narrow_convolve(image, kernel, *more, **settings):
+        return convolve(narrow(image), narrow(kernel), *more, **settings)
 
-    return patched()
+    def narrow_dot(left, right, **settings):
+        return dot(narrow(left), narrow(right), **settings)
+
+    with (
+        mock.patch.object(lax, "conv_general_dilated", narrow_convolve),
+        mock.patch.object(jnp, "dot", narrow_dot),
+    ):
+        yield
 
 
 @fault("TF32 products in float32", "forward", "root_block", precision="fp32", attested="convolution products")
@@ -440,3 +445,18 @@ def tf32() -> Any:
 @fault("bfloat16 products in float32", "forward", "root_block", precision="fp32", attested="matrix products")
 def bfloat16() -> Any:
     return _narrow_products(7)
+
+
+@fault("TF32 products in float32, in the backward pass alone", "gradients", "resnet/", precision="fp32")
+def tf32_backward() -> Any:
+    import jax
+    from jax import lax
+
+    convolve = lax.conv_general_dilated
+    narrow = jax.custom_vjp(lambda y: y)
+    narrow.defvjp(lambda y: (y, None), lambda _, cotangent: (_rounded(cotangent, 10),))
+
+    def narrowed(image, kernel, *more, **settings):
+        return narrow(convolve(image, kernel, *more, **settings))
+
+    return mock.patch.object(lax, "conv_general_dilated", narrowed)

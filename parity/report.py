@@ -228,18 +228,10 @@ def _precision_cell(rung: dict, precision: str) -> str:
         return (
             f"acc1 {details['acc1'][0]:.5f} / {details['acc1'][1]:.5f}, {len(flips)} flipped of {details['examples']:,}"
         )
-    lines = [
-        line
-        for line in rung["lines"]
-        if line["precision"] == precision and line["reference_error"] is not None and float(line["limit"]) < math.inf
-    ]
+    lines = [line for line in rung["lines"] if line["precision"] == precision and line["used"] is not None]
     if not lines:
         return ""
-
-    def excess(line: dict) -> float:
-        return max(float(line["reference_error"]), float(line["candidate_error"])) / float(line["limit"])
-
-    line = max(lines, key=lambda line: (line["verdict"] == "bug", excess(line)))
+    line = max(lines, key=lambda line: float(line["used"]))
     errors = (number(line[f"{who}_error"]) for who in ROLES)
     return f"{' / '.join(errors)} ({number(line['limit'])})  {short(line['name'])}"
 

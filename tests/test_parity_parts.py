@@ -47,12 +47,15 @@ def test_calibrated_accepts_equal_errors_and_refuses_the_larger_on_either_side()
     for reference, candidate, who in ((small, large, "candidate"), (large, small, "reference")):
         line = calibrated(reference, candidate)
         assert line.verdict == "bug"
-        assert f"the {who}'s RMSE" in line.note
+        assert f"the {who}'s " in line.note
 
 
 def test_calibrated_allows_what_disturbances_explain():
     small, large = noisy(ORACLE, 1e-6), noisy(ORACLE, 1e-5)
-    assert calibrated(small, large, [noisy(ORACLE, 1e-5)]).verdict == "rounding"
+    line = calibrated(small, large, [noisy(ORACLE, 1e-5)])
+    assert line.verdict == "rounding"
+    assert line.used == pytest.approx(0.5, abs=0.2)  # of twice the disturbance's
+    assert line.limit == pytest.approx(2e-5, rel=0.1)
 
 
 def test_calibrated_notices_few_wrong_values_and_not_a_number():

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bit_jax
 from bit_jax import mesh, steps
+from bit_jax.errors import RequestError
 from bit_jax.evaluate import evaluate
 
 
@@ -84,3 +86,31 @@ def test_mixing_moves_nothing_between_devices_where_their_rows_are_even(rows_a_d
     program = mix.lower(rows, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
     collectives = ("all-gather", "all-to-all", "all-reduce", "collective-permute")
     assert any(name in program for name in collectives) == moves
+
+
+def test_micro_batches_give_the_whole_batchs_loss_and_gradient(x64, small_npz):
+    model, params = bit_jax.load(small_npz, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (4, 16, 16, 3)))
+    targets = jnp.asarray(rng.dirichlet(np.ones(10), 4))
+    whole, shared = (
+        jax.jit(lambda *given, passes=passes: steps.loss_and_gradients(model, *given, passes))(params, images, targets)
+        for passes in (1, 2)
+    )
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(shared), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-12 * (1 + float(jnp.abs(one).max())))
+
+
+def test_parameters_are_split_along_their_longest_axis_that_fsdp_divides():
+    devices = mesh.make_mesh(fsdp=4)
+    assert devices.shape == {"data": 2, "fsdp": 4}
+
+    def split(*shape):
+        return mesh.param_sharding(devices, shape).shard_shape(shape)
+
+    assert split(3, 3, 32, 64) == (3, 3, 32, 16)
+    assert split(1, 1, 64, 10) == (1, 1, 16, 10)
+    assert split(7, 7, 3, 10) == (7, 7, 3, 10)  # nothing to divide: on every device
+    assert mesh.batch_sharding(devices).shard_shape((16, 5)) == (2, 5)
+    with pytest.raises(RequestError, match="fsdp=3 does not divide 8"):
+        mesh.make_mesh(fsdp=3)

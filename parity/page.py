@@ -168,6 +168,8 @@ def _legend(axes: Axes) -> None:
 def _line(axes: Axes, place: dict[str, int], lines: list[dict], what: str, colour: str, label: str) -> None:
     lines = [line for line in lines if _positive(line[what])]
     values = [float(line[what]) for line in lines]
+    if not lines:
+        return
     axes.plot([place[line["name"]] for line in lines], values, "o-", markersize=3, color=colour, label=label)
 
 

@@ -20,7 +20,7 @@ from bit_jax.errors import RequestError
 from bit_jax.files import replacing
 from bit_jax.metrics import write_json
 from parity.ladder import ROLES, Ladder, RungResult
-from parity.oracle import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, worst
+from parity.oracle import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, SLACK, worst
 
 VERSION = 1
 COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
@@ -45,6 +45,7 @@ def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult]
             "float64 reason": GATE_REASON,
             "multiple": MULTIPLE,
             "multiple reason": MULTIPLE_REASON,
+            "slack": SLACK,
             "percentile": HIGH,
         },
         "rungs": [_rung(result) for result in results],

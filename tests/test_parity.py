@@ -140,6 +140,12 @@ def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     assert f"forward {line['name']} fp64" in worse.stdout
     assert "1 predictions flipped, 1 by more than twice" in worse.stdout
     assert parity("diff", other, run).returncode == 1  # the predictions differ all the same
+    shown = parity("show", other, "--margin", "0.1", "--html", tmp_path / "flips.html")
+    assert shown.returncode == 1
+    page = (tmp_path / "flips.html").read_text()
+    assert page.count("data:image/png;base64,") == 1  # the flipped image itself
+    assert "unexplained" in page
+    assert "FAILS at forward" in page
 
 
 def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):

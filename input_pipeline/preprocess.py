@@ -29,7 +29,7 @@ class Views:
         return np.ascontiguousarray(view[:, ::-1] if mirrored else view)
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
-        """A training view's (top, left, mirrored); consumes three draws whatever the flags, so that none shift others."""
+        """A training view's (top, left, mirrored); three draws whatever the flags, so that none shift others."""
         top, left = rng.integers(self.resize - self.crop + 1, size=2)
         mirrored = rng.random() < 0.5
         return int(top), int(left), bool(self.flip and mirrored)

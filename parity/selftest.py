@@ -51,7 +51,7 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
             if not found:
                 where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
             console.print(
-                f"  {_mark(found)}  {escape(fault.what):<52} {escape(where)}", soft_wrap=True, highlight=False
+                f"  {_mark(found)}  {escape(fault.what):<53} {escape(where)}", soft_wrap=True, highlight=False
             )
     if clean:
         passed = untouched(console) and passed

@@ -204,7 +204,9 @@ def test_crop_larger_than_resize():
 def tiny_imagenet(tmp_path):
     """A data directory in which tfds's own builder prepared nine training and five validation images."""
     with tarfile.open(Path(__file__).parent / "data" / "imagenet2012_tiny.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        # an attribute, because Python before 3.11.4 knows no `filter` argument
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(tmp_path)
     return tmp_path
 
 

@@ -145,7 +145,7 @@ def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     page = (tmp_path / "flips.html").read_text()
     assert page.count("data:image/png;base64,") == 1  # the flipped image itself
     assert "unexplained" in page
-    assert "FAILS at forward" in page
+    assert "FAILS at accuracy" in page
 
 
 def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):

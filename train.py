@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from bit_jax.workdir import Workdir
 
 def main() -> None:
     cfg = tyro.extras.overridable_config_cli(
-        config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+        config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )
     result = run(cfg)
     Console(width=120).print(metrics.flagperf_row(result))
@@ -39,7 +40,7 @@ def run(cfg: config.Config) -> dict:
     if recipe.mixup and global_batch % 2:
         raise RequestError(f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0")
 
-    views = input_pipeline.Views(recipe.resize, recipe.crop, cfg.data.flip)
+    views = input_pipeline.Views(recipe.resize_to, recipe.crop, cfg.data.flip, cfg.data.resize)
     architecture, initial_params = initial_model(cfg, num_classes=len(train.class_names))
     workdir = Workdir(cfg.run.workdir)
     workdir.claim(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
@@ -49,7 +50,15 @@ def run(cfg: config.Config) -> dict:
 
     def loader(source: input_pipeline.Source) -> finetune.Split:
         batches = input_pipeline.Loader(
-            source, views, global_batch, cfg.run.seed, place=lambda batch: mesh.shard_batch(batch, devices)
+            source,
+            views,
+            global_batch,
+            cfg.run.seed,
+            place=lambda batch: mesh.shard_batch(batch, devices),
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=cfg.data.input_threads,
+            skip_damaged=cfg.data.skip_damaged,
         )
         return finetune.Split(source.name, len(source), batches)
 

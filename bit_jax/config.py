@@ -32,23 +32,31 @@ class DataConfig:
     """What it is trained on."""
 
     dataset: str = "digits"
-    """digits, idx:DIRECTORY (MNIST's file format), or a tfds name prepared as array_record."""
+    """digits, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY (MNIST's file format), synthetic, or a tfds name
+    prepared as array_record, such as imagenet2012 or cifar10:3.0.2."""
     data_dir: Path | None = None
     """Where tfds keeps its datasets."""
     train_split: str = "train"
+    """A split, or a slice of one, such as train[:98%]."""
     eval_split: str = "test"
     examples_per_class: int | None = None
     """Few-shot: train on this many examples of each class, chosen by the seed."""
-    resize: int | None = None
+    resize: Literal["pillow", "tf"] = "pillow"
+    """How: pillow, antialiased, as BiT's PyTorch code, or tf, from the four nearest pixels, as its TensorFlow code."""
+    resize_to: int | None = None
     """Training images are resized to this square before cropping. None: BiT-HyperRule."""
     crop: int | None = None
     """Side of the square the model sees, in training and evaluation. None: BiT-HyperRule."""
-    flip: bool = True
+    flip: tyro.conf.FlagConversionOff[bool] = True
     """Mirror half of the training images."""
     global_batch: int = 512
     """Training examples a step, over all devices of all hosts."""
     batch_per_device: int | None = None
     """Sets the global batch as this many a device; wins over --global-batch."""
+    skip_damaged: bool = False
+    """Show the next example in place of a training image that cannot be decoded, instead of ending the run."""
+    input_threads: int | None = None
+    """That read, decode and resize. None: one a core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,7 @@ class RunConfig:
     """Of example order, augmentation, mixup, few-shot choice and random initialization."""
     eval_every: int | Literal["epoch"] | None = None
     """Evaluate every so many steps, or after each epoch; always at the end."""
-    eval_at_start: bool = False
+    eval_at_start: tyro.conf.FlagConversionOff[bool] = False
     target_acc1: float | None = None
     """Stop once an evaluation reaches this top-1 accuracy."""
     log_every: int = 50
@@ -97,8 +105,9 @@ class Config:
             "--global-batch": self.data.global_batch,
             "--batch-per-device": self.data.batch_per_device,
             "--examples-per-class": self.data.examples_per_class,
-            "--resize": self.data.resize,
+            "--resize-to": self.data.resize_to,
             "--crop": self.data.crop,
+            "--input-threads": self.data.input_threads,
             "--steps": self.optimizer.steps,
             "--base-lr": self.optimizer.base_lr,
             "--eval-every": None if self.run.eval_every == "epoch" else self.run.eval_every,
@@ -122,6 +131,8 @@ class Config:
 # what changes nothing about the parameters a run ends with may differ when it is continued
 _FREE_TO_CHANGE = {
     "data.data_dir",
+    "data.skip_damaged",  # a run that met no damaged image yet computed the same either way
+    "data.input_threads",
     "run.workdir",
     "run.eval_every",
     "run.eval_at_start",
@@ -146,7 +157,7 @@ _UNSET: Path = tyro.MISSING  # the command line requires a workdir
 
 DIGITS = Config(
     ModelConfig(model=EMBEDDED),
-    DataConfig(dataset="digits", resize=54, crop=48, flip=False, global_batch=64),
+    DataConfig(dataset="digits", resize_to=54, crop=48, flip=False, global_batch=64),
     OptimizerConfig(base_lr=0.01, mixup=0.0, warmup_steps=20, decay_steps=(120, 160), steps=200),
     RunConfig(workdir=_UNSET, eval_every=100, log_every=20, checkpoint_every=100),
 )
@@ -158,7 +169,7 @@ HYPERRULE = Config(
 )
 FLAGPERF = Config(
     ModelConfig(model="BiT-M-R152x2"),
-    DataConfig(dataset="imagenet2012", eval_split="validation", resize=512, crop=480, batch_per_device=16),
+    DataConfig(dataset="imagenet2012", eval_split="validation", resize_to=512, crop=480, batch_per_device=16),
     OptimizerConfig(mixup=0.1, warmup_steps=500, decay_steps=(3000, 6000, 9000, 10000), steps=40000),
     RunConfig(workdir=_UNSET, eval_every="epoch", eval_at_start=True, target_acc1=0.83),
 )

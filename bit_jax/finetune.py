@@ -66,11 +66,12 @@ def finetune(
     """
     workdir = Workdir(cfg.run.workdir)
     timeline = metrics.Timeline()
+    checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
+    start = checkpoints.latest or 0
+    batches = train.batches.train(start, recipe.schedule.steps)  # the first are read while the program compiles
     with timeline("compilation"):
         program = compile_program(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
 
-    checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
-    start = checkpoints.latest or 0
     if start:
         state = checkpoints.restore(start, program.state_shape)
     else:
@@ -80,7 +81,7 @@ def finetune(
         if start:
             log.note(f"continuing {workdir.path} from step {start}")
         loop = _Loop(cfg, recipe, program, train, validation, global_batch, checkpoints, timeline, log)
-        state, accuracy = loop.run(state, start)
+        state, accuracy = loop.run(state, start, batches)
     stop = int(state.step)
     if stop > start:
         checkpoints.save(state)
@@ -93,6 +94,7 @@ def finetune(
         "eval_dataset": validation.name,
         "steps": stop,
         "resumed_from_step": start,
+        "replaced_examples": loop.replaced,
         **measured,
         "final_acc1": accuracy.acc1,
         "final_acc5": accuracy.acc5,
@@ -120,7 +122,10 @@ def _description(cfg: Config, architecture: Architecture, mesh: Mesh, global_bat
     }
 
 
-@dataclasses.dataclass(frozen=True)
+INPUT_KEEPS_UP = 0.01  # share of the training time spent waiting for input, from which on it is worth a sentence
+
+
+@dataclasses.dataclass
 class _Loop:
     cfg: Config
     recipe: Recipe
@@ -131,28 +136,32 @@ class _Loop:
     checkpoints: Checkpoints
     timeline: metrics.Timeline
     log: metrics.Log
+    replaced: int = 0  # rows so far that showed another example because their own is damaged
+    input_is_slow: bool = False
 
-    def run(self, state: TrainState, start: int) -> tuple[TrainState, Accuracy]:
+    def run(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
         """From step `start` to the end: the last state and its accuracy."""
         with self.timeline("whole"):
             accuracy = self.evaluate(state, start) if self.evaluates_before(start) else None
             if not self.reached(accuracy):
-                state, accuracy = self.train_from(state, start, accuracy)
+                state, accuracy = self.train_from(state, start, batches, accuracy)
             return state, accuracy or self.evaluate(state, int(state.step))
 
     def train_from(
-        self, state: TrainState, start: int, accuracy: Accuracy | None
+        self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
     ) -> tuple[TrainState, Accuracy | None]:
         """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
         run, steps = self.cfg.run, self.recipe.schedule.steps
-        for index, batch in self.timeline.waiting("input", self.train.batches.train(start, steps)):
+        for index, batch in self.timeline.waiting("input", batches):
             step = index + 1
             with self.timeline("steps"):
                 state, sums = jax.block_until_ready(self.program.train_step(state, batch))
             self.check(loss := float(sums["loss"]), step)
+            self.replaced += int(sums["replaced"])
             self.log.advance(step)
             if step % run.log_every == 0:
                 self.log.write(step, loss=loss, **self.speed(step - start))
+                self.say_who_waits()
             accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
             if self.reached(accuracy):
                 self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
@@ -199,5 +208,21 @@ class _Loop:
         training = self.timeline["steps"] + self.timeline["input"]
         return {
             "images_per_s": steps_done * self.global_batch / training,
-            "input_wait": self.timeline["input"] / training,
+            "input_wait": self.input_wait(),
         }
+
+    def input_wait(self) -> float:
+        return self.timeline["input"] / (self.timeline["steps"] + self.timeline["input"])
+
+    def say_who_waits(self) -> None:
+        """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""
+        slow = self.input_wait() > INPUT_KEEPS_UP
+        if slow and not self.input_is_slow:
+            self.log.note(
+                f"the devices wait for input, {self.input_wait():.0%} of the time so far: reading, decoding and "
+                "resizing are the slower side; python -m input_pipeline bench measures them, --input-threads helps "
+                "where cores are idle"
+            )
+        if self.input_is_slow and not slow:
+            self.log.note(f"input keeps up: the devices waited {self.input_wait():.1%} of the time so far")
+        self.input_is_slow = slow

@@ -22,7 +22,7 @@ class Schedule:
 class Recipe:
     """A run's hyper-parameters with nothing left open."""
 
-    resize: int
+    resize_to: int
     crop: int
     mixup: float
     schedule: Schedule
@@ -36,11 +36,11 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
         native_area: pixels of an image before resizing.
     """
     numbers = _schedule(train_examples)
-    resize, crop = resolution(native_area)
+    resize_to, crop = resolution(native_area)
     mixup = 0.0 if train_examples < 20_000 else 0.1
     data, optimizer = cfg.data, cfg.optimizer
-    if data.crop is not None and data.resize is None:
-        resize = max(data.crop, round(data.crop * resize / crop))  # HyperRule's proportion
+    if data.crop is not None and data.resize_to is None:
+        resize_to = max(data.crop, round(data.crop * resize_to / crop))  # HyperRule's proportion
     steps = _or(optimizer.steps, numbers[-1])
     # a run shorter than the rule's keeps the rule's proportions
     scale = min(1.0, steps / numbers[-1])
@@ -50,11 +50,11 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
         decay_steps=_or(optimizer.decay_steps, tuple(round(number * scale) for number in numbers[1:-1])),
         steps=steps,
     )
-    return Recipe(_or(data.resize, resize), _or(data.crop, crop), _or(optimizer.mixup, mixup), schedule)
+    return Recipe(_or(data.resize_to, resize_to), _or(data.crop, crop), _or(optimizer.mixup, mixup), schedule)
 
 
 def resolution(native_area: int) -> tuple[int, int]:
-    """(resize, crop), sides of squares, for images of that many pixels."""
+    """(resize_to, crop), sides of squares, for images of that many pixels."""
     return (160, 128) if native_area < SMALL_IMAGE else (512, 480)
 
 

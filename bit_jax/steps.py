@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from bit_jax.resnetv2 import ResNetV2, param_dtype
 
 TOP_K = (1, 5)
+NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -113,14 +114,16 @@ def update(state: TrainState, gradients: Any, optimizer: optax.GradientTransform
 def make_train_step(
     model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """(state, batch of uint8 images and labels) -> (next state, {"loss": mean cross-entropy of the batch})."""
+    """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
+    example than the one in order, because that one is damaged})."""
     dtype = param_dtype(model.dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
         images, targets = prepare(batch, model.num_classes, dtype, weight)
         loss, gradients = loss_and_gradients(model, state.params, images, targets)
-        return update(state, gradients, optimizer), {"loss": loss}
+        replaced = (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)
+        return update(state, gradients, optimizer), {"loss": loss, "replaced": replaced}
 
     return train_step
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
     console.rule("The fine-tuned model on a digit that it has not seen")
     digit = input_pipeline.open_source("digits", "test")[0]
     image = WORKDIR / f"digit-{digit['label']}.png"
-    decode(digit["image"]).save(image)
+    Image.fromarray(decode(digit["image"])).save(image)
     weights = WORKDIR / "full" / "final.npz"
     run(["-m", "bit_jax.predict", "--weights", str(weights), str(image)], os.environ, quiet=False)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from bit_jax.errors import RequestError, exit_code
 from bit_jax.files import replacing
 from bit_jax.metrics import write_json
-from input_pipeline.sources import DatasetError
+from input_pipeline.examples import DatasetError
 from parity import report, rungs
 from parity.accuracy import compare_logits
 from parity.attestation import attest

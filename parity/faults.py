@@ -193,15 +193,10 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
 
 @fault("BGR instead of RGB", "pixels", "evaluation: ")
 def bgr() -> Any:
-    import numpy as np
-    from PIL import Image
+    from input_pipeline.preprocess import Views
 
-    from input_pipeline.preprocess import decode
-
-    def reversed_channels(image):
-        return Image.fromarray(np.ascontiguousarray(np.asarray(decode(image))[..., ::-1]))
-
-    return mock.patch("input_pipeline.loader.decode", reversed_channels)
+    decode = Views.decode
+    return mock.patch.object(Views, "decode", lambda self, image: decode(self, image)[..., ::-1])
 
 
 @fault("resize without half-pixel centres", "pixels", "evaluation: ")
@@ -217,7 +212,6 @@ def antialias() -> Any:
 def _resizing(*, half_pixel: bool) -> Any:
     """Bilinear from the four nearest pixels, as OpenCV and TensorFlow 2 (with half-pixel centres) or TensorFlow 1."""
     import numpy as np
-    from PIL import Image
 
     def weights_along(size: int, side: int):
         offset = 0.5 if half_pixel else 0.0
@@ -225,15 +219,17 @@ def _resizing(*, half_pixel: bool) -> Any:
         low = np.floor(at).astype(int)
         return low, np.minimum(low + 1, size - 1), at - low
 
-    def resize(image, side):
-        pixels = np.asarray(image, np.float64)
+    def resample(pixels, side, window, method):
+        pixels = np.asarray(pixels, np.float64)
         for axis in (0, 1):
             low, high, share = weights_along(pixels.shape[axis], side)
             share = share.reshape(-1, 1, 1) if axis == 0 else share.reshape(1, -1, 1)
             pixels = (1 - share) * pixels.take(low, axis) + share * pixels.take(high, axis)
-        return Image.fromarray(np.round(pixels).astype(np.uint8))
+        top, left, size, mirrored = window
+        view = np.round(pixels).astype(np.uint8)[top : top + size, left : left + size]
+        return view[:, ::-1] if mirrored else view
 
-    return mock.patch("input_pipeline.preprocess.resize", resize)
+    return mock.patch("input_pipeline.preprocess.resample", resample)
 
 
 @fault("every training image mirrored", "pixels", "train, epoch")
@@ -241,7 +237,7 @@ def always_flip() -> Any:
     from input_pipeline.preprocess import Views
 
     draw = Views.draw
-    return mock.patch.object(Views, "draw", lambda self, rng: (*draw(self, rng)[:2], True))
+    return mock.patch.object(Views, "draw", lambda self, rng: draw(self, rng)._replace(mirrored=True))
 
 
 @fault("training crop a row too high", "pixels", "train, epoch")
@@ -251,8 +247,8 @@ def crop() -> Any:
     draw = Views.draw
 
     def shifted(self, rng):
-        top, left, mirrored = draw(self, rng)
-        return max(top - 1, 0), left, mirrored
+        window = draw(self, rng)
+        return window._replace(top=max(window.top - 1, 0))
 
     return mock.patch.object(Views, "draw", shifted)
 
@@ -388,15 +384,13 @@ def last_batch() -> Any:
 @fault("some images read upside down", "accuracy", "flipped predictions", precision="fp32")
 def turned_image() -> Any:
     """A few images of the split are read upside down, as where an EXIF tag is honoured on one side alone."""
-    from PIL import Image
-
     from input_pipeline.preprocess import Views
 
     evaluation = Views.evaluation
 
-    def turning(self, image):
-        chosen = zlib.crc32(image.tobytes()) % 30 == 0  # by content: threads come in any order
-        return evaluation(self, image.transpose(Image.Transpose.ROTATE_180) if chosen else image)
+    def turning(self, pixels):
+        chosen = zlib.crc32(pixels.tobytes()) % 30 == 0  # by content: threads come in any order
+        return evaluation(self, pixels[::-1, ::-1] if chosen else pixels)
 
     return mock.patch.object(Views, "evaluation", turning)
 

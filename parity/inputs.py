@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from input_pipeline.examples import DatasetError, Example, Source
 from input_pipeline.preprocess import Views
-from input_pipeline.sources import DatasetError, Example, Source, open_source
+from input_pipeline.sources import open_source
 
 IDENTIFIED = 500  # examples
 # mixup's weights: a draw of BiT's Beta(0.1, 0.1) is mostly so near 0 or 1, or by chance 1/2, that it would hide faults
@@ -91,9 +92,12 @@ def described(dataset: Sequence[str | None]) -> dict[str, str]:
 
 def draws(views: Views, count: int, epochs: int, seed: int) -> list[list[tuple[int, int, bool]]]:
     """[epoch][example] -> (top, left, mirrored), as the loader documents them: of (seed, epoch, example) alone."""
-    return [
-        [views.draw(np.random.default_rng((seed, epoch, index))) for index in range(count)] for epoch in range(epochs)
-    ]
+
+    def draw(epoch: int, index: int) -> tuple[int, int, bool]:
+        window = views.draw(np.random.default_rng((seed, epoch, index)))
+        return window.top, window.left, window.mirrored
+
+    return [[draw(epoch, index) for index in range(count)] for epoch in range(epochs)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bit_jax import mesh as meshes
 from bit_jax import metrics, optimizer, resnetv2, steps, weights
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import Precision, choose
-from input_pipeline.sources import Subset
+from input_pipeline.examples import Subset
 from parity import faults, inputs, probe
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
@@ -181,7 +181,7 @@ class JaxSide:
         model, params = self.model()
         source = input_pipeline.open_source(dataset, split, data_dir)
         if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"first {limit}")
+            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
         views = input_pipeline.Views(size, size, flip=False)
         loader = input_pipeline.Loader(
             source, views, batch, place=lambda rows: (rows, meshes.shard_batch(rows, self.mesh))

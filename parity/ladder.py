@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bit_jax import weights, zoo
 from bit_jax.errors import RequestError
-from input_pipeline.sources import Source, open_source
+from input_pipeline.examples import Source
+from input_pipeline.sources import open_source
 from parity import inputs
 from parity.faults import FAULTS
 from parity.options import Options

@@ -15,7 +15,8 @@ from PIL import Image
 
 from bit_jax.errors import RequestError
 from bit_jax.files import replacing
-from input_pipeline.sources import DatasetError, Source, open_source
+from input_pipeline.examples import DatasetError, Source
+from input_pipeline.sources import open_source
 from parity import report as reports
 from parity.oracle import GATE, MULTIPLE
 

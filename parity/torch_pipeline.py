@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from input_pipeline.sources import Source
+from input_pipeline.examples import Source
 
 
 def decode(data: np.ndarray | bytes) -> Image.Image:

@@ -16,7 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from bit_jax.errors import RequestError
-from input_pipeline.sources import Source, Subset, open_source
+from input_pipeline.examples import Source, Subset
+from input_pipeline.sources import open_source
 from parity import faults, inputs, probe, torch_names, torch_pipeline, torch_reference
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
@@ -188,7 +189,7 @@ class TorchSide:
         model, _ = self.model()
         source: Source = open_source(dataset, split, data_dir)
         if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"first {limit}")
+            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
         logits, labels, indices = [], [], []
         for images, label, index in torch_pipeline.evaluation_batches(source, size, batch, DTYPES[self.precision]):
             with torch.no_grad(), self._autocast():

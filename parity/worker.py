@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bit_jax.errors import RequestError, RunFailed
-from input_pipeline.sources import DatasetError
+from input_pipeline.examples import DatasetError
 from parity.side import Side
 
 LOG_TAIL = 3  # lines of a dead worker's log that are repeated

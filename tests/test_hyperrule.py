@@ -31,7 +31,7 @@ def test_rule(examples, area, numbers, mixup, resize, crop):
     rule = recipe(HYPERRULE, train_examples=examples, native_area=area)
     schedule = rule.schedule
     assert (schedule.warmup_steps, schedule.decay_steps, schedule.steps) == numbers
-    assert (schedule.base_lr, rule.mixup, rule.resize, rule.crop) == (0.003, mixup, resize, crop)
+    assert (schedule.base_lr, rule.mixup, rule.resize_to, rule.crop) == (0.003, mixup, resize, crop)
 
 
 def test_flags_win_and_a_shorter_run_keeps_the_proportions():
@@ -42,7 +42,7 @@ def test_flags_win_and_a_shorter_run_keeps_the_proportions():
     )
     rule = recipe(cfg, train_examples=100, native_area=64)
     assert rule.schedule == Schedule(0.01, 3, (20, 30, 40), 50)
-    assert (rule.mixup, rule.resize, rule.crop) == (0.2, 80, 64)
+    assert (rule.mixup, rule.resize_to, rule.crop) == (0.2, 80, 64)
 
 
 def reference_rate(step: int, base: float, numbers: tuple[int, ...]) -> float:

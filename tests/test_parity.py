@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from bit_jax.errors import RequestError, RunFailed, exit_code
-from input_pipeline.sources import DatasetError
+from input_pipeline import DatasetError
 from parity import __main__ as parity_main
 from parity import faults, report, selftest
 from parity.ladder import Ladder

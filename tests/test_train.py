@@ -106,12 +106,11 @@ def test_final_weights_give_the_reported_accuracy(finished):
     import bit_jax
     from bit_jax import steps
     from input_pipeline import Views, open_source
-    from input_pipeline.preprocess import decode
 
     model, params = bit_jax.load(finished / "final.npz")
     source = open_source("digits", "test")
     views = Views(36, 32, flip=False)
-    pixels = np.stack([views.evaluation(decode(source[i]["image"])) for i in range(len(source))])
+    pixels = np.stack([views.evaluation(views.decode(source[i]["image"])) for i in range(len(source))])
     logits = model.apply({"params": params}, steps.normalize(jnp.asarray(pixels), np.dtype(np.float32)))
     assert (
         np.mean(np.argmax(logits, axis=1) == source.labels)

@@ -1,0 +1,122 @@
+"""Prepares datasets before training, checks them, and measures how fast they are read.
+
+Exit code 0: done; 1: the dataset has faults; 2: the request was wrong.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from input_pipeline import prepare as preparing
+from input_pipeline.bench import bench
+from input_pipeline.check import Checked, check
+from input_pipeline.examples import DatasetError
+from input_pipeline.sources import open_source, split_names
+
+SHOWN = 20  # faults of a split
+
+
+def main() -> int:
+    commands = {"prepare": _prepare, "convert": _convert, "check": _check, "bench": bench}
+    try:
+        holds = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m input_pipeline", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except DatasetError as error:
+        return _say(str(error), 2)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _say(f"the operating system refuses{where}: {error.strerror or error}; mend that and start again", 2)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command starts again", 130)
+    return 0 if holds is not False else 1
+
+
+def _prepare(
+    dataset: tyro.conf.Positional[str],
+    data_dir: Path,
+    manual_dir: Path | None = None,
+    subset: bool = False,
+    skip_md5: bool = False,
+    skip_check: bool = False,
+) -> bool:
+    """Writes a tfds dataset as array_record, once, for training to read. Needs TensorFlow; training does not.
+
+    Args:
+        dataset: imagenet2012, or another tfds image classification dataset, which tfds downloads.
+        data_dir: receives the dataset; give the same to train.py.
+        manual_dir: of imagenet2012: holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+        subset: of imagenet2012: the archives hold only some of the images, on purpose.
+        skip_md5: of imagenet2012: do not read the archives once more to compare their MD5.
+        skip_check: do not read every record afterwards.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    preparing.prepare(dataset, data_dir, manual_dir, subset=subset, verify_md5=not skip_md5, console=console)
+    if skip_check:
+        console.print("skipped: reading every record, as --skip-check says; python -m input_pipeline check does it")
+        return True
+    return _check(dataset, data_dir)
+
+
+def _convert(dataset: tyro.conf.Positional[str], data_dir: Path) -> bool:
+    """Adds array_record to a dataset that tfds prepared as tfrecord, by tfds's own conversion; the old files stay.
+
+    Args:
+        dataset: its name.
+        data_dir: where it is.
+    """
+    preparing.convert(dataset, data_dir, Console(stderr=True, soft_wrap=True, highlight=False))
+    return _check(dataset, data_dir)
+
+
+def _check(
+    dataset: tyro.conf.Positional[str],
+    data_dir: Path | None = None,
+    splits: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPLIT...")] = (),
+) -> bool:
+    """Reads and decodes every record, as training will, and lists what is damaged; exit code 1 if anything is.
+
+    Args:
+        dataset: as train.py's --dataset: imagenet2012, cifar10, folder:PATH, ...
+        data_dir: where tfds keeps it.
+        splits: only these, or slices such as train[:1%]; none: all.
+    """
+    sources = [open_source(dataset, split, data_dir) for split in splits or split_names(dataset, data_dir)]
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        for source in sources:
+            task = progress.add_task(f"reading {source.name}", total=len(source))
+            results.append(check(source, lambda done, task=task: progress.update(task, completed=done)))
+    _show(results)
+    return all(result.holds for result in results)
+
+
+def _show(results: list[Checked]) -> None:
+    table = Table("split", "examples", "classes", "smallest image", "largest", "damaged", "wrong")
+    for result in results:
+        least, most = (f"{height}x{width}" for height, width in (result.least, result.most))
+        counts = (f"{count:,}" for count in (result.examples, result.classes))
+        table.add_row(result.name, *counts, least, most, str(len(result.damaged)), str(len(result.wrong)))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for result in results:
+        faults = [f"damaged: {identity}: {why}" for identity, why in result.damaged.items()] + result.wrong
+        for fault in faults[:SHOWN]:
+            console.print(f"{result.name}: {fault}", markup=False)
+        if len(faults) > SHOWN:
+            console.print(f"{result.name}: and {len(faults) - SHOWN} more")
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

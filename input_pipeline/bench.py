@@ -1,0 +1,226 @@
+"""Images/s of training input on this machine: this package's loader beside tf.data and PyTorch's DataLoader.
+
+Each pipeline lives in a process of its own and takes turns with the others; one that is not its turn waits on full
+buffers. `python -m input_pipeline.bench ARM FOLDER BATCH` is such a process.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from input_pipeline.examples import DatasetError
+from input_pipeline.loader import Loader
+from input_pipeline.preprocess import Views
+from input_pipeline.sources import open_source
+
+RESIZE_TO, CROP = 512, 480  # BiT's for ImageNet
+SETTLE = 8  # batches before each measurement, more than any pipeline has waiting
+WATCH = 0.1  # seconds between two looks at memory
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One pipeline.
+
+    Attributes:
+        what: for people.
+        needs: package without which it is left out; empty: none.
+        module: of its process.
+    """
+
+    what: str
+    needs: str
+    module: str = "input_pipeline.bench"
+
+
+ARMS = {
+    "pillow": Arm("this loader, --resize pillow", ""),
+    "tf": Arm("this loader, --resize tf", ""),
+    "tf.data": Arm("tf.data as BiT's TensorFlow code, float32", "tensorflow", "input_pipeline.tf_data"),
+    "torch": Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.torch_input"),
+}
+
+
+def bench(
+    folder: tyro.conf.Positional[Path], batch: int = 32, batches: int = 40, rounds: int = 5, json: Path | None = None
+) -> None:
+    """Measures training input in images/s, side by side with tf.data and PyTorch's DataLoader where installed.
+
+    Args:
+        folder: of images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one.
+        batch: images a batch.
+        batches: of a measurement.
+        rounds: measurements of each pipeline, taken in turn.
+        json: write the figures here too.
+    """
+    source = open_source(f"folder:{folder}", "train")
+    if min(batch, batches, rounds) < 1:
+        raise DatasetError(f"--batch {batch}, --batches {batches} and --rounds {rounds} must be at least 1")
+    console = Console(stderr=True, highlight=False)
+    arms = {name: arm for name, arm in ARMS.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
+    for name in ARMS.keys() - arms.keys():
+        console.print(f"{ARMS[name].what} is left out: {ARMS[name].needs} is not installed")
+    processes: dict[str, Process] = {}
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    try:
+        for name, arm in arms.items():
+            console.print(f"starting {arm.what}")
+            processes[name] = Process(name, arm, folder, batch)
+        for number in range(1, rounds + 1):
+            for name, process in processes.items():
+                rates[name].append(batch * batches / process.run(batches))
+            console.print(f"round {number} of {rounds}: " + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items()))
+    finally:
+        for process in processes.values():
+            process.close()
+    memory = {name: process.memory for name, process in processes.items()}
+    _show(arms, rates, memory, f"{len(source):,} images, batch {batch}, {RESIZE_TO} to {CROP}, {_machine()}")
+    if json is not None:
+        _save(json, folder, rates, memory, batch, batches)
+
+
+class Process:
+    """A pipeline's process and those that it starts.
+
+    Attributes:
+        memory: the most they were seen to hold together, bytes; pages that they share count once.
+    """
+
+    def __init__(self, name: str, arm: Arm, folder: Path, batch: int):
+        self.memory = 0
+        self._name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", arm.module, name, str(folder), str(batch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def run(self, batches: int) -> float:
+        """Seconds for so many batches."""
+        assert self._process.stdin is not None
+        print(batches, file=self._process.stdin, flush=True)
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watcher.start()
+        try:
+            return float(self._answer())
+        finally:
+            done.set()
+            watcher.join()
+
+    def close(self) -> None:
+        for process in _tree(self._process.pid):
+            process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise DatasetError(f"the pipeline {self._name} died with exit code {self._process.wait()}; run it by itself")
+        return line
+
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(WATCH):
+            held = 0
+            for process in _tree(self._process.pid):
+                try:
+                    held += process.memory_full_info().pss
+                except psutil.Error:  # it just ended
+                    continue
+            self.memory = max(self.memory, held)
+
+
+def serve(batches: Iterator[Any]) -> None:
+    """A pipeline's process: answers each number of batches on standard input with the seconds that they took."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    next(batches)
+    print("ready", file=replies)
+    for line in sys.stdin:
+        for _ in range(SETTLE):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            next(batches)
+        print(time.perf_counter() - start, file=replies)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _show(arms: dict[str, Arm], rates: dict[str, list[float]], memory: dict[str, int], title: str) -> None:
+    table = Table("pipeline", "images/s, median", "least to most", "times, round by round", "peak MiB", title=title)
+    ours = rates["pillow"]
+    for name, arm in arms.items():
+        ratios = [mine / theirs for mine, theirs in zip(ours, rates[name], strict=True)]
+        table.add_row(
+            arm.what,
+            f"{statistics.median(rates[name]):,.0f}",
+            f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}",
+            "" if name == "pillow" else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{memory[name] / MIB:,.0f}",
+        )
+    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console.print(table)
+    console.print("times: how many times the pipeline's images/s the first line has, in the same round")
+
+
+def _save(
+    path: Path, folder: Path, rates: dict[str, list[float]], memory: dict[str, int], batch: int, batches: int
+) -> None:
+    packages = ("grain", "numba", "simplejpeg", "pillow", "numpy", "tensorflow-cpu", "torch")
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    content = {
+        "command": f"python -m input_pipeline bench {folder.name} --batch {batch} --batches {batches} "
+        f"--rounds {len(rates['pillow'])}",
+        "machine": _machine(),
+        "images_per_s": rates,
+        "peak_bytes": memory,
+        "versions": {name: installed[name] for name in packages if name in installed},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _machine() -> str:
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def main() -> None:
+    """This package's own pipeline, as a process."""
+    resize, folder, batch = sys.argv[1:]
+    source = open_source(f"folder:{folder}", "train")
+    views = Views(RESIZE_TO, CROP, flip=True, resize="tf" if resize == "tf" else "pillow")
+    serve(Loader(source, views, int(batch)).train(0, 1 << 40))
+
+
+if __name__ == "__main__":
+    main()

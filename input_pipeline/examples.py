@@ -1,0 +1,127 @@
+"""What a dataset is to the rest of the program: a random-access sequence of image, label and id.
+
+A source knows nothing of order, batches or hosts; `loader.py` decides those.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+
+
+class DatasetError(ValueError):
+    """The dataset cannot be had as asked for; the message names it and the remedy."""
+
+
+class DamagedImage(DatasetError):
+    """The bytes of one image cannot be decoded; everything else may be in order."""
+
+
+class Example(TypedDict):
+    image: np.ndarray | bytes  # uint8 [height, width] or [height, width, 3], or an encoded file
+    label: int
+    id: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """One split of a dataset.
+
+    Attributes:
+        name: dataset and split, for messages and results.
+        class_names: one a label, in label order.
+        labels: int32 [len(source)], known without decoding an image.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class ArraySource:
+    """Images held in memory."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]):
+        """images: uint8 [n, height, width] or [n, height, width, 3]; labels: [n]."""
+        self.name, self.class_names = name, class_names
+        self._images, self.labels = images, labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self._images[index], "label": int(self.labels[index]), "id": str(index)}
+
+
+class Subset:
+    """Some examples of another source, in the order given."""
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
+        self.name, self.class_names = name, source.class_names
+        self._source, self._indices = source, indices
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._source.labels[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[int(self._indices[index])]
+
+
+def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:
+    """The same `examples_per_class` examples of every class for the same seed, in random order.
+
+    Raises:
+        DatasetError: a class has fewer.
+    """
+    order = np.random.default_rng(seed).permutation(len(source))
+    labels = source.labels[order]
+    chosen = []
+    for label, class_name in enumerate(source.class_names):
+        of_class = np.flatnonzero(labels == label)[:examples_per_class]
+        if len(of_class) < examples_per_class:
+            raise DatasetError(
+                f"{source.name} has {len(of_class)} examples of class {class_name!r}, "
+                f"not {examples_per_class}; ask for at most {len(of_class)} a class"
+            )
+        chosen.append(of_class)
+    indices = order[np.sort(np.concatenate(chosen))]
+    return Subset(source, indices, f"{source.name} ({examples_per_class} a class, seed {seed})")
+
+
+def parse_slice(split: str) -> tuple[str, str | None, str | None]:
+    """`train` or `train[START:STOP]` -> (split, start, stop); each end a number, a negative number or a percentage.
+
+    Raises:
+        DatasetError: it is of another form.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if match is None:
+        raise DatasetError(f"split {split!r} is neither a name nor a slice such as train[:98%] or train[100:200]")
+    return match[1], match[2], match[3]
+
+
+def cut(source: Source, split: str) -> Source:
+    """The part of a whole split that a slice such as `train[:98%]` names, rounded as tfds rounds."""
+    _, *ends = parse_slice(split)
+    if ends == [None, None]:
+        return source
+    count = len(source)
+
+    def place(end: str | None, default: int) -> int:
+        if end is None:
+            return default
+        at = round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end)
+        return min(max(at + count if at < 0 else at, 0), count)
+
+    indices = np.arange(place(ends[0], 0), place(ends[1], count))
+    return Subset(source, indices, f"{source.name}{split[split.index('[') :]}")

@@ -1,0 +1,195 @@
+"""Resizing to a square, cropping and mirroring in one go, bit for bit as Pillow or as TensorFlow 2 would in three.
+
+Pillow computes whole images, one channel value at a time; here only the pixels of the crop are computed, whole rows at
+a time, and mirrored on the way. Numba compiles it once a machine and keeps the result.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numba
+import numpy as np
+
+Method = Literal["pillow", "tf"]
+BITS = 22  # of Pillow's fixed-point weights: 32 less 8 for the pixel and 2 of head-room
+HALF = np.int32(1 << (BITS - 1))
+_compiled: Any = numba.njit(nogil=True, cache=True)
+
+
+class Window(NamedTuple):
+    """Which part of the resized image is shown.
+
+    Attributes:
+        top, left: its first row and column.
+        side: of the square.
+        mirrored: whether left and right change places, after cropping.
+    """
+
+    top: int
+    left: int
+    side: int
+    mirrored: bool = False
+
+
+def resample(pixels: np.ndarray, side: int, window: Window, method: Method = "pillow") -> np.ndarray:
+    """A window of an image that is resized to a square, aspect ratio not kept.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        side: of the square that the whole image becomes.
+        window: the part of it that is wanted.
+        method: `pillow`: bilinear with antialiasing, as `Image.resize((side, side), BILINEAR)` and so torchvision's
+            `Resize` on Pillow images. `tf`: bilinear from the four nearest pixels, as `tf.image.resize`, rounded to
+            whole grey levels.
+
+    Returns:
+        uint8 [window.side, window.side, 3].
+    """
+    shown = np.empty((window.side, window.side, 3), np.uint8)
+    compute = _tensorflow if method == "tf" else _pillow
+    compute(np.ascontiguousarray(pixels), side, *window, shown)
+    return shown
+
+
+def _pillow(pixels: np.ndarray, side: int, top: int, left: int, size: int, mirrored: bool, shown: np.ndarray) -> None:
+    height, width = pixels.shape[:2]
+    rows, columns = _antialiased(height, side), _antialiased(width, side)
+    if _vertical_first(height, width, side):
+        between = np.empty((size, width, 3), np.uint8)
+        _along_columns(_flat(pixels), *rows, top, _flat(between))
+        _along_rows(_flat(between), *columns, left, mirrored, _flat(shown))
+    else:
+        first, count, weights = rows
+        start, stop = first[top], first[top + size - 1] + count[top + size - 1]
+        between = np.empty((stop - start, size, 3), np.uint8)
+        _along_rows(_flat(pixels[start:stop]), *columns, left, mirrored, _flat(between))
+        _along_columns(_flat(between), first - start, count, weights, top, _flat(shown))
+
+
+def _vertical_first(height: int, width: int, side: int) -> bool:
+    """Which pass Pillow makes first, and rounds after; from version 13 on, columns where they shrink much more."""
+    return side < height and 2 * width * side < side * (height + side)
+
+
+def _tensorflow(
+    pixels: np.ndarray, side: int, top: int, left: int, size: int, mirrored: bool, shown: np.ndarray
+) -> None:
+    height, width = pixels.shape[:2]
+    _between_four(_flat(pixels), *_nearest(height, side), *_nearest(width, side), top, left, mirrored, _flat(shown))
+
+
+def _flat(pixels: np.ndarray) -> np.ndarray:
+    """[height, width, 3] -> [height, 3 width], the same memory."""
+    return pixels.reshape(len(pixels), -1)
+
+
+def _nearest(size: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `side` resized positions the two pixels beside it and the share of the second, in float32 as
+    TensorFlow's kernel computes them with half-pixel centres."""
+    scale = np.float32(size) / np.float32(side)
+    at = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    below = np.floor(at)
+    low = np.maximum(below.astype(np.int64), 0)
+    high = np.minimum(np.ceil(at).astype(np.int64), size - 1)
+    return low, high, at - below
+
+
+@_compiled
+def _antialiased(size: int, side: int):
+    """For each of `side` resized positions: its first pixel, how many count, and their weights in fixed point.
+
+    A triangle as wide as a resized pixel, at least one, around the position's centre, normalized.
+    """
+    scale = size / side
+    width = max(scale, 1.0)
+    first, count = np.empty(side, np.int64), np.empty(side, np.int64)
+    weights = np.zeros((side, 2 * int(math.ceil(width)) + 1), np.int32)
+    for position in range(side):
+        centre = (position + 0.5) * scale
+        low, high = max(int(centre - width + 0.5), 0), min(int(centre + width + 0.5), size)
+        total = 0.0
+        for pixel in range(low, high):
+            total += max(1.0 - abs((pixel - centre + 0.5) * (1.0 / width)), 0.0)
+        for pixel in range(low, high):
+            share = max(1.0 - abs((pixel - centre + 0.5) * (1.0 / width)), 0.0) / total
+            weights[position, pixel - low] = int(0.5 + share * (1 << BITS))
+        first[position], count[position] = low, high - low
+    return first, count, weights
+
+
+@_compiled
+def _along_columns(source, first, count, weights, start, target):
+    """Rows of `target` [rows, n] as weighted sums of rows of `source` [height, n]; `start`: the first one's position."""
+    n = target.shape[1]
+    total = np.empty(n, np.int32)
+    for y in range(target.shape[0]):
+        position = start + y
+        total[:] = HALF
+        for tap in range(count[position]):
+            weight, row = weights[position, tap], source[first[position] + tap]
+            for x in range(n):
+                total[x] += row[x] * weight
+        row = target[y]
+        for x in range(n):
+            row[x] = total[x] >> BITS
+
+
+@_compiled
+def _along_rows(source, first, count, weights, start, mirrored, target):
+    """Pixels of `target` [height, 3 n] as weighted sums of pixels of `source` [height, 3 width] in the same row.
+
+    Bytes are gathered first and multiplied then, because that loop becomes vector instructions.
+    """
+    n = target.shape[1] // 3
+    taps = count[start : start + n].max()
+    places = np.empty(3 * n, np.int64)
+    shares = np.zeros((taps, 3 * n), np.int32)
+    for x in range(n):
+        position = start + (n - 1 - x if mirrored else x)
+        # a position with fewer taps than others begins early enough to have as many; those have no weight
+        place = min(first[position], source.shape[1] // 3 - taps)
+        for channel in range(3):
+            places[3 * x + channel] = 3 * place + channel
+            for tap in range(count[position]):
+                shares[first[position] - place + tap, 3 * x + channel] = weights[position, tap]
+    total, gathered = np.empty(3 * n, np.int32), np.empty(3 * n, np.uint8)
+    for y in range(target.shape[0]):
+        total[:] = HALF
+        for tap in range(taps):
+            row, share = source[y, 3 * tap :], shares[tap]
+            for x in range(3 * n):
+                gathered[x] = row[places[x]]
+            for x in range(3 * n):
+                total[x] += gathered[x] * share[x]
+        row = target[y]
+        for x in range(3 * n):
+            row[x] = total[x] >> BITS
+
+
+@_compiled
+def _between_four(source, above, below, down, before, after, across, top, left, mirrored, target):
+    """Bilinear interpolation in float32, first along two rows, then between them; rounded half up."""
+    n = target.shape[1] // 3
+    near, far, shares = np.empty(3 * n, np.int64), np.empty(3 * n, np.int64), np.empty(3 * n, np.float32)
+    for x in range(3 * n):
+        position = left + (n - 1 - x // 3 if mirrored else x // 3)
+        near[x], far[x] = 3 * before[position] + x % 3, 3 * after[position] + x % 3
+        shares[x] = across[position]
+    lines, held = np.empty((2, 3 * n), np.float32), np.full(2, -1)  # rows are often wanted again for the next one
+    gathered = np.empty((2, 3 * n), np.uint8)
+    for y in range(target.shape[0]):
+        for number, other in ((above[top + y], below[top + y]), (below[top + y], above[top + y])):
+            if held[0] != number and held[1] != number:
+                slot = 1 if held[0] == other else 0
+                row, line = source[number], lines[slot]
+                for x in range(3 * n):
+                    gathered[0, x], gathered[1, x] = row[near[x]], row[far[x]]
+                for x in range(3 * n):
+                    start = np.float32(gathered[0, x])
+                    line[x] = start + (np.float32(gathered[1, x]) - start) * shares[x]
+                held[slot] = number
+        upper = lines[0 if held[0] == above[top + y] else 1]
+        lower = lines[0 if held[0] == below[top + y] else 1]
+        share, row = down[top + y], target[y]
+        for x in range(3 * n):
+            row[x] = np.uint8(upper[x] + (lower[x] - upper[x]) * share + np.float32(0.5))

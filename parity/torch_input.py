@@ -1,0 +1,52 @@
+"""BiT's PyTorch input as a DataLoader, to compare with: `python -m parity.torch_input torch FOLDER BATCH`.
+
+After the reference case: images decoded, resized, cropped and mirrored by Pillow in worker processes, float32 NCHW.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from input_pipeline.bench import CROP, RESIZE_TO, serve
+from input_pipeline.examples import Source
+from input_pipeline.sources import open_source
+from parity import torch_pipeline
+
+
+class Images(Dataset):
+    """Training views of a source: (float32 [3, crop, crop] in [-1, 1], label)."""
+
+    def __init__(self, source: Source, resize: int, crop: int):
+        self.source, self.resize, self.crop = source, resize, crop
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        example = self.source[index]
+        image = torch_pipeline.decode(example["image"])
+        top, left = (int(place) for place in torch.randint(self.resize - self.crop + 1, (2,)))
+        mirrored = bool(torch.rand(()) < 0.5)
+        pixels = torch_pipeline.train(image, self.resize, self.crop, top, left, mirrored)
+        return torch_pipeline.to_tensor(np.ascontiguousarray(pixels), torch.float32), example["label"]
+
+
+def batches(source: Source, batch: int, *, resize: int, crop: int, workers: int) -> Iterator[Any]:
+    """Shuffled epochs without end; the last, short batch of an epoch is dropped."""
+    loader = DataLoader(
+        Images(source, resize, crop), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+    )
+    while True:
+        yield from loader
+
+
+if __name__ == "__main__":
+    cores = len(os.sched_getaffinity(0))
+    source = open_source(f"folder:{sys.argv[2]}", "train")
+    serve(batches(source, int(sys.argv[3]), resize=RESIZE_TO, crop=CROP, workers=cores))

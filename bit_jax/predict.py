@@ -16,7 +16,7 @@ import tyro
 from bit_jax import hyperrule, steps, weights, zoo
 from bit_jax.errors import RequestError, exit_code
 from input_pipeline import DatasetError, Views
-from input_pipeline.preprocess import decode, native_area
+from input_pipeline.preprocess import native_area
 
 TOP = 5
 
@@ -72,7 +72,7 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
         try:
             encoded = path.read_bytes()
             side = size or hyperrule.resolution(native_area(encoded))[1]
-            pixels = Views(side, side, flip=False).evaluation(decode(encoded))
+            pixels = Views(side, side, flip=False).evaluation(encoded)
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
         except OSError as error:

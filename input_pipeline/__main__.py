@@ -103,8 +103,8 @@ def _show(results: list[Checked]) -> None:
         least, most = (f"{height}x{width}" for height, width in (result.least, result.most))
         counts = (f"{count:,}" for count in (result.examples, result.classes))
         table.add_row(result.name, *counts, least, most, str(len(result.damaged)), str(len(result.wrong)))
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(table)
     for result in results:
         faults = [f"damaged: {identity}: {why}" for identity, why in result.damaged.items()] + result.wrong
         for fault in faults[:SHOWN]:

@@ -1,7 +1,7 @@
 """Images/s of training input on this machine: this package's loader beside tf.data and PyTorch's DataLoader.
 
-Each pipeline lives in a process of its own and takes turns with the others; one that is not its turn waits on full
-buffers. `python -m input_pipeline.bench ARM FOLDER BATCH` is such a process.
+Each pipeline lives in a process of its own and takes turns with the others; when it is not its turn it is stopped, so
+that none fills its buffers while another is measured. `python -m input_pipeline.bench ARM FOLDER BATCH` is such a process.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from input_pipeline.sources import open_source
 
 RESIZE_TO, CROP = 512, 480  # BiT's for ImageNet
 SETTLE = 8  # batches before each measurement, more than any pipeline has waiting
-WATCH = 0.1  # seconds between two looks at memory
+WATCH = 1.0  # seconds between two looks at memory: a look stops the process for milliseconds
 MIB = 2**20
 
 
@@ -114,10 +115,12 @@ class Process:
             text=True,
         )
         self._answer()
+        self._signal(signal.SIGSTOP)
 
     def run(self, batches: int) -> float:
         """Seconds for so many batches."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(batches, file=self._process.stdin, flush=True)
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
@@ -127,11 +130,15 @@ class Process:
         finally:
             done.set()
             watcher.join()
+            self._signal(signal.SIGSTOP)
 
     def close(self) -> None:
-        for process in _tree(self._process.pid):
-            process.kill()
+        self._signal(signal.SIGKILL)
         self._process.communicate()
+
+    def _signal(self, number: int) -> None:
+        for process in _tree(self._process.pid):
+            process.send_signal(number)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

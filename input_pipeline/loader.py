@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from input_pipeline.examples import DamagedImage, DatasetError, Source
 from input_pipeline.preprocess import Views
 
-READ_AHEAD = 2  # batches waiting before and after `place`: one is in use, one is on its way
+READ_AHEAD = 3  # batches made, placed or waiting while one is in use
 DAMAGED_IN_A_ROW = 10  # more are no damaged images but a damaged dataset
 log = logging.getLogger(__name__)
 
@@ -67,41 +68,44 @@ class Loader:
 
         order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
-        def row(position: int) -> dict:
+        def fill(batch: Batch, row: int, position: int) -> None:
             index = order[position]
             epoch = position // len(self.source)
-            return self._training_row(index, np.random.default_rng((self.seed, epoch, index)))
+            self._fill_training_row(batch, row, index, np.random.default_rng((self.seed, epoch, index)))
 
-        return self._batches(row, start, stop)
+        return self._batches(fill, start, stop)
 
     def evaluation(self) -> Iterator[tuple[int, Any]]:
         """(number, placed batch), every example exactly once over all hosts; rows that only fill up have mask False."""
 
-        def row(position: int) -> dict:
+        def fill(batch: Batch, row: int, position: int) -> None:
             if position < len(self.source):
-                return self._row(position, self.views.evaluation)
-            image = np.zeros((self.views.crop, self.views.crop, 3), np.uint8)
-            return {"image": image, "label": np.int32(0), "mask": False, "index": np.int32(-1)}
+                self._fill_row(batch, row, position, self.views.evaluation)
+            else:
+                batch["image"][row], batch["label"][row], batch["mask"][row], batch["index"][row] = 0, 0, False, -1
 
-        return self._batches(row, 0, math.ceil(len(self.source) / self.global_batch))
+        return self._batches(fill, 0, math.ceil(len(self.source) / self.global_batch))
 
-    def _training_row(self, index: int, rng: np.random.Generator) -> dict:
+    def _fill_training_row(self, batch: Batch, row: int, index: int, rng: np.random.Generator) -> None:
         """The example, or the first after it that is not damaged; the same on every host and in every run."""
         for shown in range(index, index + DAMAGED_IN_A_ROW):
             try:
-                row = self._row(shown % len(self.source), lambda pixels: self.views.train(pixels, rng))
+                self._fill_row(
+                    batch, row, shown % len(self.source), lambda image, into: self.views.train(image, rng, into)
+                )
             except DamagedImage as error:
                 if not self.skip_damaged:
                     raise
                 log.warning("%s; the example after it is shown instead", error)
             else:
-                return row if shown == index else row | {"index": np.int32(-2 - index)}
+                batch["index"][row] = index if shown == index else -2 - index
+                return
         raise DatasetError(
             f"{DAMAGED_IN_A_ROW} examples of {self.source.name} from number {index} on are damaged; "
             "python -m input_pipeline check lists all that are"
         )
 
-    def _row(self, index: int, view: Callable[[np.ndarray], np.ndarray]) -> dict:
+    def _fill_row(self, batch: Batch, row: int, index: int, view: Callable[[Any, np.ndarray], Any]) -> None:
         example = self.source[index]
         label, classes = example["label"], len(self.source.class_names)
         if not 0 <= label < classes:
@@ -110,36 +114,43 @@ class Loader:
                 "choose another split or prepare the dataset again"
             )
         try:
-            image = view(self.views.decode(example["image"]))
+            view(example["image"], batch["image"][row])
         except DamagedImage as error:
             raise DamagedImage(f"example {example['id']} of {self.source.name} is {error}") from None
-        return {"image": image, "label": np.int32(label), "mask": True, "index": np.int32(index)}
+        batch["label"][row], batch["mask"][row], batch["index"][row] = label, True, index
 
-    def _batches(self, row: Callable[[int], dict], start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    def _batches(
+        self, fill: Callable[[Batch, int, int], None], start: int, stop: int
+    ) -> Iterator[tuple[int, Any]]:
+        """(number, placed batch); `fill` writes one row of a batch, given the row and its position in the order."""
         import grain
 
-        rows = self.global_batch // self.hosts
-        threads = self.threads or len(os.sched_getaffinity(0))
+        rows, side = self.global_batch // self.hosts, self.views.crop
+        pool = ThreadPoolExecutor(self.threads or len(os.sched_getaffinity(0)), thread_name_prefix="input")
 
-        def position(local: int) -> int:
-            batch, offset = divmod(local, rows)
-            return batch * self.global_batch + self.host * rows + offset
+        def make(number: int) -> Any:
+            batch: Batch = {
+                "image": np.empty((rows, side, side, 3), np.uint8),
+                "label": np.empty(rows, np.int32),
+                "mask": np.empty(rows, np.bool_),
+                "index": np.empty(rows, np.int32),
+            }
+            first = number * self.global_batch + self.host * rows
+            for _ in pool.map(lambda row: fill(batch, row, first + row), range(rows)):
+                pass
+            return self.place(batch)
 
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(rows, 2 * threads))
-        dataset = (
-            grain.MapDataset.range(start * rows, stop * rows)
-            .map(lambda local: row(position(local)))
-            .to_iter_dataset(reading)
-            .batch(rows)
-            .map(self.place)
-        )
-        ahead: Any = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=READ_AHEAD))
+        # two batches are made at a time, so that the pool's threads find work while one of them is finished and placed
+        reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
+        ahead: Any = iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(reading))
         ahead.start_prefetch()
-        return _until_closed(ahead, start)
+        return _until_closed(ahead, pool, start)
 
 
-def _until_closed(ahead: Any, start: int) -> Iterator[tuple[int, Any]]:
+def _until_closed(ahead: Any, pool: ThreadPoolExecutor, start: int) -> Iterator[tuple[int, Any]]:
+    """The batches; afterwards, also when not all are wanted, the threads end."""
     try:
         yield from enumerate(ahead, start)
     finally:
-        ahead.close()  # its threads end here
+        pool.shutdown(wait=False, cancel_futures=True)
+        ahead.close()

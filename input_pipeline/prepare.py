@@ -46,7 +46,7 @@ def prepare(
             return
         if builder.info.splits:
             raise DatasetError(
-                f"{target} is there in another format than {FILE_FORMAT}; python -m input_pipeline convert {dataset} "
+                f"{target} is in another format than {FILE_FORMAT}; python -m input_pipeline convert {dataset} "
                 f"--data-dir {data_dir} converts it, without the archives"
             )
         made_from: dict[str, Any] = {}
@@ -133,6 +133,7 @@ def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None)
 
 def _with_tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces them
     try:
         import tensorflow  # noqa: F401 (tfds prepares with its file system)
     except ImportError:

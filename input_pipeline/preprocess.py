@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from input_pipeline.examples import DamagedImage, DatasetError
-from input_pipeline.resample import Method, Window, resample
+from input_pipeline.resample import Method, Window, resample, scratch
 
 JPEG = b"\xff\xd8"
 # what simplejpeg converts to RGB as Pillow does, bit for bit; it differs for CMYK, which 22 images of ImageNet are
@@ -40,12 +40,16 @@ class Views:
         if not 0 < self.crop <= self.resize_to:
             raise DatasetError(f"crop {self.crop} does not fit into resize-to {self.resize_to}; crop at most that")
 
-    def decode(self, image: np.ndarray | bytes) -> np.ndarray:
-        return decode(image, fast=self.resize == "tf")
+    def train(
+        self, image: np.ndarray | bytes, rng: np.random.Generator, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """An encoded file or an array, see `decode` -> uint8 [crop, crop, 3], in `into` where given.
 
-    def train(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [height, width, 3] -> [crop, crop, 3]."""
-        return resample(pixels, self.resize_to, self.draw(rng), self.resize)
+        Raises:
+            DamagedImage: nothing is drawn from `rng` then.
+        """
+        pixels = self.pixels(image)
+        return resample(pixels, self.resize_to, self.draw(rng), self.resize, into)
 
     def draw(self, rng: np.random.Generator) -> Window:
         """A training view's window; three draws whatever the flags, so that none shift others."""
@@ -53,16 +57,21 @@ class Views:
         mirrored = rng.random() < 0.5
         return Window(int(top), int(left), self.crop, bool(self.flip and mirrored))
 
-    def evaluation(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [height, width, 3] -> [crop, crop, 3]."""
-        return resample(pixels, self.crop, Window(0, 0, self.crop), self.resize)
+    def evaluation(self, image: np.ndarray | bytes, into: np.ndarray | None = None) -> np.ndarray:
+        """As `train`, without chance."""
+        return resample(self.pixels(image), self.crop, Window(0, 0, self.crop), self.resize, into)
+
+    def pixels(self, image: np.ndarray | bytes) -> np.ndarray:
+        """uint8 [height, width, 3], valid until this thread's next call."""
+        return decode(image, fast=self.resize == "tf", reuse=True)
 
 
-def decode(image: np.ndarray | bytes, *, fast: bool = False) -> np.ndarray:
+def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False) -> np.ndarray:
     """RGB pixels, uint8 [height, width, 3], of an encoded file or an array [height, width] or [height, width, 3].
 
     Args:
-        fast: JPEGs by the integer transform that TensorFlow takes unless told otherwise, up to 0.16 off in [-1, 1].
+        fast: JPEGs by the integer transform that TensorFlow takes unless told otherwise.
+        reuse: into memory that this thread's next such call overwrites.
 
     Raises:
         DamagedImage: the bytes are not an image that can be read whole.
@@ -71,8 +80,10 @@ def decode(image: np.ndarray | bytes, *, fast: bool = False) -> np.ndarray:
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
     if image.startswith(JPEG):
         try:
-            if simplejpeg.decode_jpeg_header(image)[2] in JPEG_COLOURS:
-                return simplejpeg.decode_jpeg(image, "RGB", fastdct=fast)
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+            if colours in JPEG_COLOURS:
+                buffer = scratch("decoded", height, width) if reuse else None
+                return simplejpeg.decode_jpeg(image, "RGB", fastdct=fast, buffer=buffer)
         except ValueError:
             pass  # Pillow decides what cannot be read, because the comparison with PyTorch does
     try:

@@ -1,6 +1,7 @@
 """Datasets by name: `open_source` finds one, whatever it is kept in."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
         DatasetError: no such dataset or split, it is not prepared, or it is empty.
     """
     kind, _, place = dataset.partition(":")
-    whole, _, _ = parse_slice(split)
-    if dataset == "digits":
-        source = cut(_digits(whole), split)
-    elif dataset == "synthetic":
-        source = cut(SyntheticSource(whole), split)
-    elif kind == "folder":
-        source = cut(FolderSource(Path(place), whole), split)
-    elif kind == "idx":
-        source = cut(open_idx(Path(place), whole), split)
+    openers: dict[str, Callable[[str], Source]] = {
+        "digits": _digits,
+        "synthetic": SyntheticSource,
+        "folder": lambda whole: FolderSource(Path(place), whole),
+        "idx": lambda whole: open_idx(Path(place), whole),
+    }
+    if kind in openers and bool(place) == (kind in ("folder", "idx")):
+        whole, _, _ = parse_slice(split)
+        source = cut(openers[kind](whole), split)
     else:
         source = open_tfds(dataset, split, data_dir)
     if not len(source):

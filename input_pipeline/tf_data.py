@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from input_pipeline.bench import CROP, RESIZE_TO, serve
+from input_pipeline.loader import READ_AHEAD
 from input_pipeline.sources import open_source
 
 
@@ -26,7 +27,7 @@ def batches(folder: str, batch: int) -> Iterator[Any]:
         return (tf.image.random_flip_left_right(image) - 127.5) / 127.5, label
 
     dataset = tf.data.Dataset.from_tensor_slices((files, source.labels)).shuffle(len(files)).repeat()
-    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(batch).prefetch(tf.data.AUTOTUNE)
+    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(batch).prefetch(READ_AHEAD)
     return iter(dataset)
 
 

@@ -4,11 +4,12 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from input_pipeline.examples import DatasetError, Example, parse_slice
+from input_pipeline.examples import DatasetError, Example
 
 FILE_FORMAT = "array_record"
 
@@ -36,9 +37,13 @@ class TfdsSource:
             record = self._records[index]
         except Exception as error:  # the reader raises what its C++ side and the protocol buffers raise
             raise DatasetError(
-                f"record {index} of {self.name} cannot be read ({_first_line(error)}); "
+                f"record {index} of {self.name} cannot be read ({_innermost(error)}); "
                 "is the directory still there, and are its files whole?"
             ) from None
+        if record["label"] is None or not record["image"]:  # what array_record makes of a place beyond the file's end
+            raise DatasetError(
+                f"record {index} of {self.name} cannot be read (it is empty); are the dataset's files whole?"
+            )
         identity = record.get("file_name", record.get("id", index))
         identity = identity.decode() if isinstance(identity, bytes) else str(identity)
         return {"image": record["image"], "label": int(record["label"]), "id": identity}
@@ -52,29 +57,30 @@ def open_tfds(dataset: str, split: str, data_dir: str | os.PathLike | None) -> T
     """
     import tensorflow_datasets as tfds  # seconds of imports that the embedded digits need not pay
 
-    whole, _, _ = parse_slice(split)
     builder = open_builder(dataset, data_dir)
-    name = dataset if builder.builder_config is None or "/" in dataset else f"{dataset}/{builder.builder_config.name}"
-    if not is_prepared(builder):
-        what = f"is there, but not as {FILE_FORMAT}" if builder.info.splits else "is not prepared"
-        how = "convert" if builder.info.splits else "prepare"
-        raise DatasetError(
-            f"{dataset} {what} under {builder.data_dir}; python -m input_pipeline {how} {dataset} --data-dir "
-            f"{builder.data_dir_root} does that, once"
-        )
-    if whole not in builder.info.splits:
-        raise DatasetError(
-            f"{dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}, and slices such as train[:98%]"
-        )
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        len(records)
-    except Exception as error:  # as above; a missing shard and a foreign format come as ValueError, KeyError, OSError
-        raise DatasetError(
-            f"{name}/{split} under {builder.data_dir} cannot be read as {FILE_FORMAT} ({_first_line(error)}); "
-            f"prepare it with python -m input_pipeline prepare"
-        ) from None
-    return TfdsSource(f"{name}/{split}", records, builder.info.features["label"].names)
+        len(records)  # opens the files
+    except Exception as error:  # tfds and the reader raise what they come across
+        raise DatasetError(_why_not(dataset, split, data_dir, builder, error)) from None
+    return TfdsSource(f"{dataset}/{split}", records, builder.info.features["label"].names)
+
+
+def _why_not(
+    dataset: str, split: str, data_dir: str | os.PathLike | None, builder: Any, error: Exception
+) -> str:
+    splits, command = list(builder.info.splits or ()), "python -m input_pipeline"
+    where = f"{dataset} --data-dir {data_dir or builder.data_dir_root}"
+    if not splits:
+        return f"{dataset} is not prepared under {builder.data_dir}; {command} prepare {where} does that, once"
+    if not set(re.findall(r"[A-Za-z_]\w*", split)) <= set(splits) or "parsing split" in str(error):
+        return f"{dataset} has no split {split!r}; it has {', '.join(splits)}, and slices such as train[:98%]"
+    if not is_prepared(builder):
+        return f"{builder.data_dir} is in another format than {FILE_FORMAT}; {command} convert {where} converts it, once"
+    return (
+        f"{dataset}/{split} cannot be read from {builder.data_dir} ({_innermost(error)}); "
+        f"see what {command} check {where} says, or prepare it again"
+    )
 
 
 def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
@@ -93,9 +99,12 @@ def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
             "(or folder:PATH, idx:DIRECTORY, synthetic, or any tfds name)"
         )
     try:
-        builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format=FILE_FORMAT)
+        builder: Any = tfds.builder(dataset, data_dir=data_dir)
     except (ValueError, AssertionError) as error:  # an unknown version or configuration
-        raise DatasetError(f"{dataset} cannot be had from tfds: {_first_line(error)}") from None
+        reason = _innermost(error).split('}": ')[-1]  # what comes before repeats the request
+        raise DatasetError(f"{dataset} cannot be had from tfds: {reason}") from None
+    if builder.info.splits and not is_prepared(builder) and (Path(builder.data_dir) / "features.json").exists():
+        builder = tfds.builder_from_directory(builder.data_dir)  # the other one forgets formats that were added
     features = builder.info.features or {}
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise DatasetError(f"{dataset} is not an image classification dataset: its features are {list(features)}")
@@ -108,5 +117,8 @@ def is_prepared(builder: Any) -> bool:
     return bool(builder.info.splits) and any(str(getattr(kind, "value", kind)) == FILE_FORMAT for kind in there)
 
 
-def _first_line(error: Exception) -> str:
+def _innermost(error: BaseException) -> str:
+    """The first line of what was raised first; tfds wraps it in what it was doing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

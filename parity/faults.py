@@ -195,8 +195,8 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
 def bgr() -> Any:
     from input_pipeline.preprocess import Views
 
-    decode = Views.decode
-    return mock.patch.object(Views, "decode", lambda self, image: decode(self, image)[..., ::-1])
+    pixels = Views.pixels
+    return mock.patch.object(Views, "pixels", lambda self, image: pixels(self, image)[..., ::-1])
 
 
 @fault("resize without half-pixel centres", "pixels", "evaluation: ")
@@ -386,13 +386,14 @@ def turned_image() -> Any:
     """A few images of the split are read upside down, as where an EXIF tag is honoured on one side alone."""
     from input_pipeline.preprocess import Views
 
-    evaluation = Views.evaluation
+    pixels = Views.pixels
 
-    def turning(self, pixels):
-        chosen = zlib.crc32(pixels.tobytes()) % 30 == 0  # by content: threads come in any order
-        return evaluation(self, pixels[::-1, ::-1] if chosen else pixels)
+    def turned(self, image):
+        decoded = pixels(self, image)
+        chosen = zlib.crc32(decoded[..., 0].tobytes()) % 30 == 0  # by content: threads come in any order
+        return decoded[::-1, ::-1] if chosen else decoded
 
-    return mock.patch.object(Views, "evaluation", turning)
+    return mock.patch.object(Views, "pixels", turned)
 
 
 def _rounded(x: Any, bits: int) -> Any:

@@ -1,10 +1,11 @@
 """Sources and loader: what is read, in which order, and that position alone decides it."""
 
+import contextlib
 import gzip
-import io
-import sys
-import tarfile
-from pathlib import Path
+import os
+import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from input_pipeline import DatasetError, Loader, Views, few_shot, open_source
-from input_pipeline.preprocess import decode, native_area
-from input_pipeline.sources import ArraySource
+from input_pipeline import DamagedImage, DatasetError, Loader, Views, few_shot, open_source
+from input_pipeline.examples import ArraySource
+from input_pipeline.loader import READ_AHEAD
+from input_pipeline.preprocess import decode
+from input_pipeline.sources import split_names
 
-VIEWS = Views(resize=12, crop=8, flip=True)
+VIEWS = Views(resize_to=12, crop=8, flip=True)
 
 
 def numbered(count: int, classes: int = 3) -> ArraySource:
@@ -31,11 +34,10 @@ def rows_of(batches) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def by_hosts(source, global_batch, hosts, read) -> dict[str, np.ndarray]:
+def by_hosts(source, global_batch, hosts, read, **settings) -> dict[str, np.ndarray]:
     """What all hosts read together, in global order."""
-    shares = [
-        [b for _, b in read(Loader(source, VIEWS, global_batch, 5, host=host, hosts=hosts))] for host in range(hosts)
-    ]
+    loaders = [Loader(source, VIEWS, global_batch, 5, host=host, hosts=hosts, **settings) for host in range(hosts)]
+    shares = [[batch for _, batch in read(loader)] for loader in loaders]
     assert len({len(share) for share in shares}) == 1
     return rows_of((0, batch) for step in zip(*shares, strict=True) for batch in step)
 
@@ -153,11 +155,11 @@ def test_each_epoch_is_another_permutation():
 
 def test_augmentation_differs_between_epochs_and_flips_half():
     source = numbered(200)
-    loader = Loader(source, Views(resize=10, crop=10, flip=True), 100, seed=0)
+    loader = Loader(source, Views(resize_to=10, crop=10, flip=True), 100, seed=0)
     rows = rows_of(loader.train(0, 4))
     flipped = []
     for image, index in zip(rows["image"], rows["index"], strict=True):
-        original = np.asarray(decode(source[index]["image"]))
+        original = decode(source[index]["image"])
         assert np.array_equal(image, original) or np.array_equal(image, original[:, ::-1])
         flipped.append(not np.array_equal(image, original))
     assert 0.4 < np.mean(flipped) < 0.6  # 400 fair coins: six standard deviations are 0.15
@@ -167,69 +169,218 @@ def test_augmentation_differs_between_epochs_and_flips_half():
     assert first != second
 
 
-def test_evaluation_resizes_straight_to_the_crop():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
-    expected = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(VIEWS.evaluation(image), expected)
+class Damaged(ArraySource):
+    """Some of its images are not."""
+
+    damaged: frozenset[int] = frozenset()
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | ({"image": b"damaged"} if index in self.damaged else {})
 
 
-def test_encoded_images():
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG")
-    np.testing.assert_array_equal(np.asarray(decode(encoded.getvalue())), pixels)
-    assert native_area(encoded.getvalue()) == 63
-    for broken in (b"no image", encoded.getvalue()[:60]):
-        with pytest.raises(DatasetError, match="not a readable image"):
-            decode(broken)
+def damaged(count, *which):
+    source = numbered(count)
+    source.__class__ = Damaged
+    source.damaged = frozenset(which)
+    return source
 
 
 def test_a_damaged_image_is_named():
-    class Damaged(ArraySource):
-        def __getitem__(self, index):
-            return super().__getitem__(index) | ({"image": b"damaged"} if index == 3 else {})
+    for read in (lambda loader: loader.train(0, 2), lambda loader: loader.evaluation()):
+        with pytest.raises(DamagedImage, match="example 3 of numbered is not a readable image"):
+            rows_of(read(Loader(damaged(8, 3), VIEWS, 4)))
 
+
+def test_a_damaged_image_is_replaced_by_the_next_the_same_on_any_number_of_hosts(caplog):
+    def read(source, hosts, start=0):
+        return by_hosts(source, 8, hosts, lambda loader: loader.train(start, 6), skip_damaged=True)
+
+    whole, source = read(numbered(16), 1), damaged(16, 3, 4, 15)
+    rows = read(source, 1)
+    replaced = rows["index"] < -1
+    np.testing.assert_array_equal(np.where(replaced, -2 - rows["index"], rows["index"]), whole["index"])
+    np.testing.assert_array_equal(replaced, np.isin(whole["index"], [3, 4, 15]))
+    stand_in = {3: 5, 4: 5, 15: 0}
+    expected = [stand_in.get(index, index) % 3 for index in whole["index"]]
+    np.testing.assert_array_equal(rows["label"], expected)
+    np.testing.assert_array_equal(rows["image"][~replaced], whole["image"][~replaced])
+    assert "example 15 of numbered is not a readable image" in caplog.text
+    for hosts, start in ((2, 0), (4, 3)):
+        for name, part in read(source, hosts, start).items():
+            np.testing.assert_array_equal(part, rows[name][8 * start :])
+
+
+def test_too_many_damaged_images_in_a_row_are_a_damaged_dataset():
+    with pytest.raises(DatasetError, match=r"10 examples of numbered from number \d+ on are damaged"):
+        rows_of(Loader(damaged(16, *range(2, 14)), VIEWS, 8, skip_damaged=True).train(0, 2))
+
+
+def test_evaluation_never_replaces_an_image():
+    with pytest.raises(DamagedImage, match="example 3"):
+        rows_of(Loader(damaged(8, 3), VIEWS, 4, skip_damaged=True).evaluation())
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_is_an_error(label):
     source = numbered(8)
-    source.__class__ = Damaged
-    with pytest.raises(DatasetError, match="example 3 of numbered"):
-        rows_of(Loader(source, VIEWS, 4).train(0, 2))
+    source.labels[5] = label
+    for read in (lambda loader: loader.train(0, 2), lambda loader: loader.evaluation()):
+        with pytest.raises(DatasetError, match=f"example 5 of numbered has label {label}, but there are 3 classes"):
+            rows_of(read(Loader(source, VIEWS, 4)))
+
+
+def test_threads_end_with_the_batches():
+    before = set(threading.enumerate())
+    batches = Loader(numbered(40), VIEWS, 8, threads=3).train(0, 1000)
+    next(batches)
+    assert set(threading.enumerate()) - before
+    batches.close()
+    rows_of(Loader(numbered(40), VIEWS, 8, threads=3).evaluation())
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+def test_batches_are_read_ahead_and_no_further():
+    """Memory stays bounded however slow training is: what is read ahead is, and no more."""
+    placed = []
+    loader = Loader(numbered(40), VIEWS, 4, place=lambda batch: placed.append(1) or batch)
+    batches = loader.train(0, 1000)
+    time.sleep(0.5)
+    assert 1 <= len(placed) <= READ_AHEAD + 1
+    for _ in range(50):
+        next(batches)
+    time.sleep(0.5)
+    assert 50 <= len(placed) <= 50 + READ_AHEAD + 1
+    batches.close()
+
+
+def test_50_000_examples_over_7_hosts():
+    """Which rows each host has, without reading any image."""
+    counted = np.zeros(50_000, int)
+    for host in range(7):
+        loader = Loader(Counted(50_000), Views(1, 1, flip=False), 7 * 64, host=host, hosts=7)
+        for _, batch in loader.evaluation():
+            np.add.at(counted, batch["index"][batch["mask"]], 1)
+    assert (counted == 1).all()
+
+
+class Counted:
+    """Single pixels."""
+
+    name, class_names = "counted", ("one",)
+
+    def __init__(self, count):
+        self.labels = np.zeros(count, np.int32)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((1, 1, 3), np.uint8), "label": 0, "id": str(index)}
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder of three classes, of 3, 2 and 1 images, made in an order that no sorting gives."""
+    for name in ("train/dog/b.png", "train/Zebra/a.JPG", "train/cat/z.png", "train/dog/a.png", "test/cat/1.png"):
+        write_image(tmp_path / name, seed=len(name))
+    write_image(tmp_path / "train" / "dog" / "B.jpeg", seed=3)
+    return tmp_path
+
+
+def write_image(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(path, "PNG" if path.suffix == ".png" else "JPEG")
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(pets):
+    source = open_source(f"folder:{pets}", "train")
+    assert list(source.class_names) == ["Zebra", "cat", "dog"]
+    assert [source[i]["id"] for i in range(5)] == ["Zebra/a.JPG", "cat/z.png", "dog/B.jpeg", "dog/a.png", "dog/b.png"]
+    np.testing.assert_array_equal(source.labels, [0, 1, 2, 2, 2])
+    assert [source[i]["label"] for i in range(5)] == source.labels.tolist()
+    assert source[1]["image"] == (pets / "train" / "cat" / "z.png").read_bytes()
+    assert source.name == f"{pets.name}/train"
+    assert split_names(f"folder:{pets}") == ["test", "train"]
+    assert len(open_source(f"folder:{pets}", "train[20%:]")) == 4
+
+
+def test_the_same_folder_listed_in_another_order(pets, monkeypatch):
+    expected = [open_source(f"folder:{pets}", "train")[i]["id"] for i in range(5)]
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def backwards(path):
+        with scandir(path) as entries:
+            yield iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
+
+    monkeypatch.setattr(os, "scandir", backwards)
+    assert [open_source(f"folder:{pets}", "train")[i]["id"] for i in range(5)] == expected
+
+
+def test_folders_that_are_not_as_they_should_be(pets):
+    def said(dataset, split="train"):
+        with pytest.raises(DatasetError) as refused:
+            open_source(dataset, split)
+        return str(refused.value)
+
+    assert "its directories are test, train" in said(f"folder:{pets}", "validation")
+    assert "is not a directory" in said("folder:nowhere")
+    assert "unknown dataset 'folder'" in said("folder")
+    (pets / "train" / "empty").mkdir()
+    assert "empty has no images; fill" in said(f"folder:{pets}")
+    (pets / "train" / "empty" / ".hidden").write_text("")
+    (pets / "train" / "empty" / "notes.txt").write_text("")
+    assert "notes.txt is not an image file" in said(f"folder:{pets}")
+    (pets / "test" / "stray.png").write_bytes(b"")
+    assert "stray.png is not a class directory" in said(f"folder:{pets}", "test")
+    (pets / "none").mkdir()
+    assert "no class directories" in said(f"folder:{pets}", "none")
+
+
+def test_a_folder_that_vanishes_is_an_error_and_no_damaged_image(pets):
+    batches = Loader(open_source(f"folder:{pets}", "train"), VIEWS, 4, skip_damaged=True).train(0, 1000)
+    next(batches)
+    shutil.rmtree(pets)
+    with pytest.raises(DatasetError, match=r"cannot be read \(No such file or directory\); is .* still there"):
+        list(batches)
+
+
+def test_synthetic_is_as_large_as_imagenet_and_needs_no_resizing():
+    source = open_source("synthetic", "train")
+    assert (len(source), len(source.class_names)) == (1_281_167, 1000)
+    assert source[1_281_166]["image"].shape == (512, 512, 3)
+    assert len(open_source("synthetic", "validation")) == 50_000
+    with pytest.raises(DatasetError, match="train, validation, test"):
+        open_source("synthetic", "holdout")
+
+
+@pytest.mark.parametrize(
+    ("spec", "first", "count"),
+    [("train[:98%]", 0, 1409), ("train[98%:]", 1409, 29), ("train[-10:]", 1428, 10), ("train[5:8]", 5, 3), ("train", 0, 1438)],
+)
+def test_slices(spec, first, count):
+    """98 % of 1,438 is 1,409.24; tfds rounds to the nearest too."""
+    source, whole = open_source("digits", spec), open_source("digits", "train")
+    assert len(source) == count
+    assert source[0]["id"] == str(first)
+    np.testing.assert_array_equal(source.labels, whole.labels[first : first + count])
+
+
+@pytest.mark.parametrize("spec", ["train[", "train[1]", "train[a:b]", "train+test", ""])
+def test_malformed_slices(spec):
+    with pytest.raises(DatasetError, match="neither a name nor a slice"):
+        open_source("digits", spec)
+
+
+def test_an_empty_slice():
+    with pytest.raises(DatasetError, match="no examples"):
+        open_source("digits", "train[10:10]")
 
 
 def test_crop_larger_than_resize():
     with pytest.raises(DatasetError, match="crop 9"):
-        Views(resize=8, crop=9, flip=False)
-
-
-@pytest.fixture
-def tiny_imagenet(tmp_path):
-    """A data directory in which tfds's own builder prepared nine training and five validation images."""
-    with tarfile.open(Path(__file__).parent / "data" / "imagenet2012_tiny.tar.gz") as archive:
-        # an attribute, because Python before 3.11.4 knows no `filter` argument
-        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
-        archive.extractall(tmp_path)
-    return tmp_path
-
-
-def test_tfds_imagenet_without_tensorflow(tiny_imagenet):
-    train = open_source("imagenet2012", "train", tiny_imagenet)
-    assert (len(train), len(train.class_names)) == (9, 1000)
-    np.testing.assert_array_equal(np.bincount(train.labels, minlength=1000)[[0, 1, 999]], [3, 2, 4])
-    for index in range(9):
-        example = train[index]
-        assert example["label"] == train.labels[index]
-        assert example["id"].startswith(train.class_names[example["label"]])
-        assert example["image"].startswith(b"\xff\xd8")  # still a JPEG
-    rows = rows_of(Loader(train, VIEWS, 4).evaluation())
-    np.testing.assert_array_equal(rows["label"][rows["mask"]], train.labels)
-    assert rows["image"][rows["mask"]].std() > 10
-    assert len(open_source("imagenet2012", "train[:4]", tiny_imagenet)) == 4
-    assert len(open_source("imagenet2012", "validation", tiny_imagenet)) == 5
-    assert "tensorflow" not in sys.modules
-
-
-def test_tfds_splits_that_are_not_there(tiny_imagenet):
-    for split in ("test", "train[:"):
-        with pytest.raises(DatasetError, match="train, validation"):
-            open_source("imagenet2012", split, tiny_imagenet)
-    with pytest.raises(DatasetError, match=r"has 3 examples of class|has 0 examples of class|has 2 examples of class"):
-        few_shot(open_source("imagenet2012", "train", tiny_imagenet), 4, seed=0)
+        Views(resize_to=8, crop=9, flip=False)

@@ -110,7 +110,7 @@ def test_final_weights_give_the_reported_accuracy(finished):
     model, params = bit_jax.load(finished / "final.npz")
     source = open_source("digits", "test")
     views = Views(36, 32, flip=False)
-    pixels = np.stack([views.evaluation(views.decode(source[i]["image"])) for i in range(len(source))])
+    pixels = np.stack([views.evaluation(source[i]["image"]) for i in range(len(source))])
     logits = model.apply({"params": params}, steps.normalize(jnp.asarray(pixels), np.dtype(np.float32)))
     assert (
         np.mean(np.argmax(logits, axis=1) == source.labels)

@@ -1,0 +1,215 @@
+"""Pixels, bit for bit: what Pillow, torchvision and TensorFlow make of the same files, ordinary and not."""
+
+import io
+
+import numpy as np
+import PIL
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from input_pipeline import DamagedImage, Views
+from input_pipeline.preprocess import decode, native_area
+from input_pipeline.resample import Window, resample
+from parity import torch_pipeline
+from parity.inputs import pictures
+
+PHOTO = pictures(1, 97, 131, 0)[0]
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **settings) -> bytes:
+    file = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **settings)
+    return file.getvalue()
+
+
+@st.composite
+def windows(draw):
+    """Image height and width, side resized to, and a window in it; shrinking and growing, wide and high."""
+    height, width = draw(st.integers(1, 400)), draw(st.integers(1, 400))
+    side = draw(st.integers(1, 250))
+    size = draw(st.integers(1, side))
+    top, left = draw(st.integers(0, side - size)), draw(st.integers(0, side - size))
+    return height, width, side, Window(top, left, size, draw(st.booleans()))
+
+
+def noise(height, width):
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def shown(image, window):
+    top, left, size, mirrored = window
+    view = image[top : top + size, left : left + size]
+    return view[:, ::-1] if mirrored else view
+
+
+@settings(max_examples=150, deadline=None)
+@given(windows())
+def test_pillow_bit_for_bit(case):
+    height, width, side, window = case
+    pixels = noise(height, width)
+    whole = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resample(pixels, side, window), shown(whole, window))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"),
+    [(375, 500, 512), (500, 375, 480), (333, 500, 480), (2000, 1500, 512), (768, 1024, 160), (8, 8, 160), (1, 700, 32)],
+)
+def test_pillow_bit_for_bit_at_imagenets_sizes(height, width, side):
+    pixels = noise(height, width)
+    whole = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resample(pixels, side, Window(0, 0, side)), whole)
+
+
+def test_which_pass_comes_first_is_this_pillows(monkeypatch):
+    """Pillow 13 began to shrink columns first where that is cheaper, which rounds otherwise; another Pillow may not."""
+    assert int(PIL.__version__.split(".")[0]) == 13, "see resample._vertical_first"
+    upright = noise(500, 375)
+    monkeypatch.setattr("input_pipeline.resample._vertical_first", lambda *_: False)
+    other = np.asarray(Image.fromarray(upright).resize((480, 480), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(resample(upright, 480, Window(0, 0, 480)) - other).max() == 1
+
+
+def bilinear_of_tensorflow_2(pixels, side):
+    """tf.image.resize(pixels, [side, side]), written out: float32, half-pixel centres, the four nearest pixels."""
+
+    def places(size):
+        at = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(np.float32(size) / np.float32(side))
+        at = at - np.float32(0.5)
+        low = np.floor(at)
+        return np.maximum(low, 0).astype(int), np.minimum(np.ceil(at), size - 1).astype(int), at - low
+
+    (up, down, y), (left, right, x) = places(pixels.shape[0]), places(pixels.shape[1])
+    pixels, x, y = pixels.astype(np.float32), x[None, :, None], y[:, None, None]
+    top = pixels[up][:, left] + (pixels[up][:, right] - pixels[up][:, left]) * x
+    bottom = pixels[down][:, left] + (pixels[down][:, right] - pixels[down][:, left]) * x
+    return top + (bottom - top) * y
+
+
+@settings(max_examples=100, deadline=None)
+@given(windows())
+def test_tensorflows_resize_to_the_nearest_grey_level(case):
+    height, width, side, window = case
+    pixels = noise(height, width)
+    whole = np.floor(bilinear_of_tensorflow_2(pixels, side) + np.float32(0.5)).astype(np.uint8)
+    np.testing.assert_array_equal(resample(pixels, side, window, "tf"), shown(whole, window))
+
+
+def test_tensorflow_itself():
+    """The formula above and the decoder are TensorFlow's own, where it is installed."""
+    tf = pytest.importorskip("tensorflow")
+    for height, width, side in ((97, 131, 64), (50, 40, 96), (300, 20, 33)):
+        pixels = noise(height, width)
+        np.testing.assert_array_equal(tf.image.resize(pixels, [side, side]), bilinear_of_tensorflow_2(pixels, side))
+    jpeg = encoded(PHOTO, quality=90)
+    np.testing.assert_array_equal(decode(jpeg, fast=True), tf.io.decode_image(jpeg, channels=3))
+    np.testing.assert_array_equal(decode(jpeg), tf.image.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE"))
+    sixteen = encoded(np.arange(0, 60000, 1000, dtype=np.uint16).reshape(6, 10), "PNG")
+    np.testing.assert_array_equal(decode(sixteen), tf.io.decode_image(sixteen, channels=3))
+
+
+JPEGS = {
+    "4:2:0": {},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "progressive": {"progressive": True},
+    "worst": {"quality": 5},
+    "best": {"quality": 100},
+    "kept as RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpegs_are_decoded_as_pillow_does(name):
+    jpeg = encoded(PHOTO, **JPEGS[name])
+    np.testing.assert_array_equal(decode(jpeg), torch_pipeline.decode(jpeg))
+
+
+def unusual():
+    photo = Image.fromarray(PHOTO)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees"
+    alpha = photo.convert("RGBA")
+    alpha.putalpha(Image.fromarray(PHOTO[..., 0]))
+    return {
+        "CMYK JPEG": encoded(photo.convert("CMYK")),
+        "grey JPEG": encoded(photo.convert("L")),
+        "EXIF rotation": encoded(photo, exif=turned),
+        "PNG": encoded(photo, "PNG"),
+        "grey PNG": encoded(photo.convert("L"), "PNG"),
+        "palette PNG": encoded(photo.convert("P"), "PNG"),
+        "two colours": encoded(photo.convert("1"), "PNG"),
+        "alpha": encoded(alpha, "PNG"),
+        "BMP": encoded(photo, "BMP"),
+        "GIF": encoded(photo, "GIF"),
+        "WebP": encoded(photo, "WEBP"),
+    }
+
+
+@pytest.mark.parametrize("name", unusual())
+def test_unusual_files_are_seen_as_torchvision_sees_them(name):
+    """Evaluation at ImageNet's size and training views, bit for bit; nothing is rotated, alpha is dropped."""
+    data = unusual()[name]
+    assert decode(data).shape == (97, 131, 3)
+    assert native_area(data) == 97 * 131
+    views = Views(64, 48, flip=True)
+    image = torch_pipeline.decode(data)
+    np.testing.assert_array_equal(views.evaluation(data), torch_pipeline.evaluation(image, 48))
+    for seed in range(4):
+        top, left, _, mirrored = views.draw(np.random.default_rng(seed))
+        seen = torch_pipeline.train(image, 64, 48, top, left, mirrored)
+        np.testing.assert_array_equal(views.train(data, np.random.default_rng(seed)), seen)
+
+
+def test_sixteen_bits_keep_the_upper_eight():
+    """Pillow alone would show every one of these greys as white; TensorFlow takes the upper byte too."""
+    grey = np.arange(0, 65535, 771, dtype=np.uint16).reshape(5, 17)
+    data = encoded(grey, "PNG")
+    np.testing.assert_array_equal(decode(data), np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    assert np.unique(torch_pipeline.decode(data)).size < 5
+
+
+def test_the_first_bytes_say_what_a_file_is():
+    """ImageNet has a PNG that is named .JPEG; names are not even asked for."""
+    assert not encoded(PHOTO, "PNG").startswith(b"\xff\xd8")
+    np.testing.assert_array_equal(decode(encoded(PHOTO, "PNG")), PHOTO)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("JPEG", 20), ("JPEG", 2000), ("PNG", 300), ("PNG", 20000)])
+def test_damaged_files(kind, cut):
+    with pytest.raises(DamagedImage, match="not a readable image"):
+        decode(encoded(PHOTO, kind)[:-cut])
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8", b"\xff\xd8\xff\xe0 and on", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image(data):
+    for read in (decode, native_area):
+        with pytest.raises(DamagedImage, match="not a readable image"):
+            read(data)
+
+
+def test_the_difference_of_tensorflows_pixels_is_what_the_docs_say():
+    jpeg = encoded(pictures(1, 375, 500, 1)[0], quality=92)
+    pillow, tf = (Views(512, 480, flip=False, resize=how).evaluation(jpeg).astype(int) for how in ("pillow", "tf"))
+    assert 0 < np.abs(pillow - tf).max()
+    fast = decode(jpeg, fast=True).astype(int) - decode(jpeg)
+    assert 0 < np.abs(fast).max() <= 21  # 0.16 in [-1, 1]
+
+
+def test_memory_that_is_used_again_changes_no_result():
+    small, large = encoded(PHOTO[:40, :30]), encoded(PHOTO)
+    views = Views(32, 32, flip=False)
+    first = views.evaluation(small)
+    kept = first.copy()
+    views.evaluation(large)
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(views.evaluation(small), kept)
+
+
+def test_grey_arrays_become_three_channels():
+    np.testing.assert_array_equal(decode(PHOTO[..., 0]), np.repeat(PHOTO[..., :1], 3, axis=2))
+    assert simplejpeg.decode_jpeg_header(encoded(PHOTO))[:2] == PHOTO.shape[:2]

@@ -15,9 +15,7 @@ from bit_jax.workdir import Workdir
 
 
 def main() -> None:
-    cfg = tyro.extras.overridable_config_cli(
-        config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     result = run(cfg)
     Console(width=120).print(metrics.flagperf_row(result))
     print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/")

@@ -5,6 +5,7 @@
 """
 
 import io
+import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,11 +28,11 @@ def main(folder: tyro.conf.Positional[Path], count: int = 2000, classes: int = 1
         classes: that they are spread over in turn.
         seed: of the pictures.
     """
-    jobs = [(folder / "train" / f"class{number % classes:03d}" / f"{number:05d}.jpg", number) for number in range(count)]
-    for directory in {path.parent for path, _ in jobs}:
+    paths = [folder / "train" / f"class{number % classes:03d}" / f"{number:05d}.jpg" for number in range(count)]
+    for directory in {path.parent for path in paths}:
         directory.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        sizes = list(pool.map(_write, *zip(*((path, seed, number) for path, number in jobs), strict=True), chunksize=16))
+        sizes = list(pool.map(_write, paths, itertools.repeat(seed), range(count), chunksize=16))
     print(f"{folder}: {count:,} images, {np.mean(sizes) / 1000:.0f} kB each on average")
 
 
@@ -58,7 +59,8 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     image = np.stack([light + 0.5 * noise(1.4) for _ in range(3)], axis=-1)
     y, x = np.mgrid[0:height, 0:width]
     for _ in range(12):
-        row, column, radius, stretch = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(10, 80), rng.uniform(0.3, 3)
+        row, column = rng.uniform(0, height), rng.uniform(0, width)
+        radius, stretch = rng.uniform(10, 80), rng.uniform(0.3, 3)
         inside = (y - row) ** 2 + stretch * (x - column) ** 2 < radius**2
         image[inside] = image[inside] * rng.uniform(0.4, 1) + rng.uniform(-1.2, 1.2, 3)
     return np.clip(118 + 52 * image, 0, 255).astype(np.uint8)

@@ -6,5 +6,13 @@ from input_pipeline.preprocess import Views, native_area
 from input_pipeline.sources import open_source
 
 __all__ = [
-    "Batch", "DamagedImage", "DatasetError", "Loader", "Source", "Views", "few_shot", "native_area", "open_source"
+    "Batch",
+    "DamagedImage",
+    "DatasetError",
+    "Loader",
+    "Source",
+    "Views",
+    "few_shot",
+    "native_area",
+    "open_source",
 ]

@@ -1,7 +1,8 @@
 """Images/s of training input on this machine: this package's loader beside tf.data and PyTorch's DataLoader.
 
 Each pipeline lives in a process of its own and takes turns with the others; when it is not its turn it is stopped, so
-that none fills its buffers while another is measured. `python -m input_pipeline.bench ARM FOLDER BATCH` is such a process.
+that none fills its buffers while another is measured. `python -m input_pipeline.bench ARM FOLDER BATCH` is
+such a process.
 """
 
 import dataclasses
@@ -144,7 +145,9 @@ class Process:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise DatasetError(f"the pipeline {self._name} died with exit code {self._process.wait()}; run it by itself")
+            raise DatasetError(
+                f"the pipeline {self._name} died with exit code {self._process.wait()}; run it by itself"
+            )
         return line
 
     def _watch(self, done: threading.Event) -> None:

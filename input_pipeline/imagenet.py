@@ -154,7 +154,8 @@ def _class_images(path: Path, outer: tarfile.TarFile, member: tarfile.TarInfo, s
             for image in images:
                 if not image.isreg() or not re.fullmatch(rf"{synset}_\d+\.JPEG", image.name) or image.name in names:
                     raise DatasetError(
-                        f"{path}: {member.name} holds {image.name!r}, not {synset}_NUMBER.JPEG, each once; fetch it again"
+                        f"{path}: {member.name} holds {image.name!r}, not {synset}_NUMBER.JPEG, each once; "
+                        "fetch it again"
                     )
                 names.add(image.name)
     except tarfile.TarError as error:

@@ -119,9 +119,7 @@ class Loader:
             raise DamagedImage(f"example {example['id']} of {self.source.name} is {error}") from None
         batch["label"][row], batch["mask"][row], batch["index"][row] = label, True, index
 
-    def _batches(
-        self, fill: Callable[[Batch, int, int], None], start: int, stop: int
-    ) -> Iterator[tuple[int, Any]]:
+    def _batches(self, fill: Callable[[Batch, int, int], None], start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """(number, placed batch); `fill` writes one row of a batch, given the row and its position in the order."""
         import grain
 

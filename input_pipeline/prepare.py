@@ -156,7 +156,7 @@ def _conversion() -> Any:
 
 
 def _remove_incomplete(target: Path, console: Console) -> None:
-    """What an attempt left that was killed: tfds writes into a directory beside the target and renames it at the end."""
+    """What a killed attempt left: tfds writes into a directory beside the target and renames it at the end."""
     for path in target.parent.glob(f"incomplete.*_{target.name}"):
         if re.fullmatch(rf"incomplete\.[A-Z0-9]{{6}}_{re.escape(target.name)}", path.name):
             console.print(f"removing {path}, which an interrupted attempt left")

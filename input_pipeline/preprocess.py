@@ -40,9 +40,7 @@ class Views:
         if not 0 < self.crop <= self.resize_to:
             raise DatasetError(f"crop {self.crop} does not fit into resize-to {self.resize_to}; crop at most that")
 
-    def train(
-        self, image: np.ndarray | bytes, rng: np.random.Generator, into: np.ndarray | None = None
-    ) -> np.ndarray:
+    def train(self, image: np.ndarray | bytes, rng: np.random.Generator, into: np.ndarray | None = None) -> np.ndarray:
         """An encoded file or an array, see `decode` -> uint8 [crop, crop, 3], in `into` where given.
 
         Raises:
@@ -82,7 +80,7 @@ def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
             if colours in JPEG_COLOURS:
-                buffer = scratch("decoded", height, width) if reuse else None
+                buffer = scratch("decoded", int(height), int(width)) if reuse else None
                 return simplejpeg.decode_jpeg(image, "RGB", fastdct=fast, buffer=buffer)
         except ValueError:
             pass  # Pillow decides what cannot be read, because the comparison with PyTorch does

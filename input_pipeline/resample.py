@@ -120,7 +120,7 @@ def _antialiased(size: int, side: int):
     scale = size / side
     width = max(scale, 1.0)
     first, count = np.empty(side, np.int64), np.empty(side, np.int64)
-    weights = np.zeros((side, 2 * int(math.ceil(width)) + 1), np.int32)
+    weights = np.zeros((side, 2 * math.ceil(width) + 1), np.int32)
     for position in range(side):
         centre = (position + 0.5) * scale
         low, high = max(int(centre - width + 0.5), 0), min(int(centre + width + 0.5), size)
@@ -136,7 +136,7 @@ def _antialiased(size: int, side: int):
 
 @_compiled
 def _along_columns(source, first, count, weights, start, target):
-    """Rows of `target` [rows, n] as weighted sums of rows of `source` [height, n]; `start`: the first one's position."""
+    """Rows of `target` [rows, n] as weighted sums of rows of `source` [height, n], from position `start` on."""
     n = target.shape[1]
     total = np.empty(n, np.int32)
     for y in range(target.shape[0]):

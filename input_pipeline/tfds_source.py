@@ -66,9 +66,7 @@ def open_tfds(dataset: str, split: str, data_dir: str | os.PathLike | None) -> T
     return TfdsSource(f"{dataset}/{split}", records, builder.info.features["label"].names)
 
 
-def _why_not(
-    dataset: str, split: str, data_dir: str | os.PathLike | None, builder: Any, error: Exception
-) -> str:
+def _why_not(dataset: str, split: str, data_dir: str | os.PathLike | None, builder: Any, error: Exception) -> str:
     splits, command = list(builder.info.splits or ()), "python -m input_pipeline"
     where = f"{dataset} --data-dir {data_dir or builder.data_dir_root}"
     if not splits:
@@ -76,7 +74,7 @@ def _why_not(
     if not set(re.findall(r"[A-Za-z_]\w*", split)) <= set(splits) or "parsing split" in str(error):
         return f"{dataset} has no split {split!r}; it has {', '.join(splits)}, and slices such as train[:98%]"
     if not is_prepared(builder):
-        return f"{builder.data_dir} is in another format than {FILE_FORMAT}; {command} convert {where} converts it, once"
+        return f"{builder.data_dir} is in another format than {FILE_FORMAT}; {command} convert {where} converts it"
     return (
         f"{dataset}/{split} cannot be read from {builder.data_dir} ({_innermost(error)}); "
         f"see what {command} check {where} says, or prepare it again"

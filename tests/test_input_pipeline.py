@@ -360,7 +360,13 @@ def test_synthetic_is_as_large_as_imagenet_and_needs_no_resizing():
 
 @pytest.mark.parametrize(
     ("spec", "first", "count"),
-    [("train[:98%]", 0, 1409), ("train[98%:]", 1409, 29), ("train[-10:]", 1428, 10), ("train[5:8]", 5, 3), ("train", 0, 1438)],
+    [
+        ("train[:98%]", 0, 1409),
+        ("train[98%:]", 1409, 29),
+        ("train[-10:]", 1428, 10),
+        ("train[5:8]", 5, 3),
+        ("train", 0, 1438),
+    ],
 )
 def test_slices(spec, first, count):
     """98 % of 1,438 is 1,409.24; tfds rounds to the nearest too."""

@@ -85,11 +85,7 @@ def test_a_killed_attempt_leaves_nothing_that_looks_whole_and_the_next_starts_cl
 
 def test_every_image_and_label_is_there(prepared):
     train, validation = (open_source("imagenet2012", split, prepared) for split in ("train", "validation"))
-    expected = {
-        name: content
-        for _, inner in archives.train_members()
-        for name, content in _members(inner)
-    }
+    expected = {name: content for _, inner in archives.train_members() for name, content in _members(inner)}
     assert {train[index]["id"]: train[index]["image"] for index in range(len(train))} == expected
     for index in range(len(train)):
         synset = train[index]["id"].split("_")[0]
@@ -139,7 +135,7 @@ def test_splits_slices_and_few_shots(prepared):
             open_source("imagenet2012", split, prepared)
     with pytest.raises(DatasetError, match=r"has \d examples of class"):
         few_shot(open_source("imagenet2012", "train", prepared), 4, seed=0)
-    with pytest.raises(DatasetError, match="only: 5.1.0"):
+    with pytest.raises(DatasetError, match=r"only: 5\.1\.0"):
         open_source("imagenet2012:4.9.9", "train", prepared)
 
 
@@ -194,7 +190,7 @@ def test_wrong_requests(manual_dir, tmp_path, flags, said):
 
 def test_a_validation_archive_that_is_missing(manual_dir, tmp_path):
     shutil.copy(manual_dir / imagenet.TRAIN.name, tmp_path)
-    with pytest.raises(DatasetError, match="img_val.tar is missing"):
+    with pytest.raises(DatasetError, match=r"img_val\.tar is missing"):
         imagenet.find(tmp_path, imagenet.VALIDATION, subset=True)
 
 
@@ -221,7 +217,8 @@ def test_the_whole_archives_are_held_to_size_number_and_md5(tmp_path, monkeypatc
     path.write_bytes(archives.tar(members[:-1]))
     with pytest.raises(DatasetError, match="lacks 1 of 1,000 classes, n15075141"):
         imagenet.train_images(path, synsets, subset=False, advance=nothing)
-    path.write_bytes(archives.tar([(members[0][0], archives.tar([("n01440764_1.JPEG", image), ("n01440764_2.JPEG", image)])), *members[1:]]))
+    two = archives.tar([("n01440764_1.JPEG", image), ("n01440764_2.JPEG", image)])
+    path.write_bytes(archives.tar([("n01440764.tar", two), *members[1:]]))
     with pytest.raises(DatasetError, match="holds 1,001 images, not 1,000"):
         imagenet.train_images(path, synsets, subset=False, advance=nothing)
 
@@ -229,7 +226,7 @@ def test_the_whole_archives_are_held_to_size_number_and_md5(tmp_path, monkeypatc
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, monkeypatch):
     imagenet.check_room(tmp_path / "not" / "there" / "yet", 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=10 * 2**30))
-    with pytest.raises(DatasetError, match="has 10.0 GiB free, but 10.5 GiB are needed"):
+    with pytest.raises(DatasetError, match=r"has 10\.0 GiB free, but 10\.5 GiB are needed"):
         imagenet.check_room(tmp_path, 10 * 2**30)
 
 
@@ -249,7 +246,7 @@ def tfrecord(tmp_path_factory):
     import tensorflow_datasets as tfds
 
     folder = tmp_path_factory.mktemp("tfrecord")
-    members = archives.train_members() + [("n01484850.tar", archives.tar([("n01484850_7.JPEG", b"not an image")]))]
+    members = [*archives.train_members(), ("n01484850.tar", archives.tar([("n01484850_7.JPEG", b"not an image")]))]
     archives.write(folder, archives.tar(members))
     settings = tfds.download.DownloadConfig(manual_dir=str(folder))
     tfds.builder("imagenet2012", data_dir=folder).download_and_prepare(
@@ -299,7 +296,7 @@ def test_a_truncated_shard_and_a_directory_that_is_gone(prepared, tmp_path):
         read_all(tmp_path)
     assert run("check", "imagenet2012", "--data-dir", tmp_path)[0] == 1
     shard.unlink()
-    with pytest.raises(DatasetError, match=f"cannot be read.*check imagenet2012 --data-dir {tmp_path} says"):
+    with pytest.raises(DatasetError, match=r"cannot be read .*; is the directory still there"):
         read_all(tmp_path)
     shutil.rmtree(tmp_path / "imagenet2012")
     with pytest.raises(DatasetError, match="not prepared"):

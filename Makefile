@@ -30,5 +30,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/main.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity,prepare,dev]'
 	@touch $@

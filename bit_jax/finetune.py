@@ -122,7 +122,8 @@ def _description(cfg: Config, architecture: Architecture, mesh: Mesh, global_bat
     }
 
 
-INPUT_KEEPS_UP = 0.01  # share of the training time spent waiting for input, from which on it is worth a sentence
+# waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
+INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
 
 
 @dataclasses.dataclass
@@ -216,7 +217,7 @@ class _Loop:
 
     def say_who_waits(self) -> None:
         """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""
-        slow = self.input_wait() > INPUT_KEEPS_UP
+        slow = self.input_wait() > INPUT_KEEPS_UP and self.timeline["input"] > HARDLY_WAITED
         if slow and not self.input_is_slow:
             self.log.note(
                 f"the devices wait for input, {self.input_wait():.0%} of the time so far: reading, decoding and "

@@ -95,7 +95,7 @@ class Loader:
                 )
             except DamagedImage as error:
                 if not self.skip_damaged:
-                    raise
+                    raise DamagedImage(f"{error}; --skip-damaged shows the example after it instead") from None
                 log.warning("%s; the example after it is shown instead", error)
             else:
                 batch["index"][row] = index if shown == index else -2 - index

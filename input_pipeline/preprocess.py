@@ -10,7 +10,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from input_pipeline.examples import DamagedImage, DatasetError
 from input_pipeline.resample import Method, Window, resample, scratch
@@ -91,7 +91,7 @@ def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False
                 return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(opened.convert("RGB"))
     except Exception as error:  # readers of two dozen formats raise what they come across
-        raise DamagedImage(f"not a readable image ({error})") from None
+        raise _damaged(error) from None
 
 
 def native_area(image: np.ndarray | bytes) -> int:
@@ -102,4 +102,9 @@ def native_area(image: np.ndarray | bytes) -> int:
         with Image.open(io.BytesIO(image)) as opened:
             return opened.width * opened.height
     except Exception as error:  # as above
-        raise DamagedImage(f"not a readable image ({error})") from None
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> DamagedImage:
+    reason = "its first bytes are no known format's" if isinstance(error, UnidentifiedImageError) else error
+    return DamagedImage(f"not a readable image ({reason})")

@@ -1,18 +1,25 @@
 """Eight virtual CPU devices and strict dtype promotion for every test; both must be said before JAX starts."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import archives
 import jax
 import numpy as np
 import pytest
 
 from bit_jax import weights
+from input_pipeline import DatasetError, open_source
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+ROOT = Path(__file__).parent.parent
 SMALL = weights.Architecture((1, 1, 1, 1), 0.5, 10)
 
 
@@ -39,3 +46,43 @@ def x64():
     """64-bit mode for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def manual_dir(tmp_path_factory):
+    return archives.write(tmp_path_factory.mktemp("archives"))
+
+
+@pytest.fixture(scope="session")
+def killed_and_prepared(manual_dir, tmp_path_factory):
+    """A data directory in which one attempt was killed while tfds wrote, and the next, told the same, finished:
+    (the directory, what the killed one left, what was said of the dataset then, the second one's standard error)."""
+    data_dir = tmp_path_factory.mktemp("data")
+    command = [
+        sys.executable,
+        "-m",
+        "input_pipeline",
+        "prepare",
+        "imagenet2012",
+        "--manual-dir",
+        manual_dir,
+        "--data-dir",
+        data_dir,
+        "--subset",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (left := list(data_dir.glob("imagenet2012/incomplete.*/*"))):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    with pytest.raises(DatasetError) as unprepared:
+        open_source("imagenet2012", "train", data_dir)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return data_dir, left, str(unprepared.value), done.stderr
+
+
+@pytest.fixture(scope="session")
+def prepared(killed_and_prepared):
+    return killed_and_prepared[0]

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,6 @@ from input_pipeline.check import check
 from input_pipeline.examples import ArraySource
 
 ROOT = Path(__file__).parent.parent
-MODULE = [sys.executable, "-m", "input_pipeline"]
 VERSION = Path("imagenet2012") / "5.1.0"
 # TensorFlow and tfds warn of each other's doings
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,35 +41,6 @@ def run(*arguments) -> tuple[int, str, str]:
     ):
         code = command_line.main()
     return code, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="session")
-def manual_dir(tmp_path_factory):
-    return archives.write(tmp_path_factory.mktemp("archives"))
-
-
-@pytest.fixture(scope="session")
-def killed_and_prepared(manual_dir, tmp_path_factory):
-    """A data directory in which one attempt was killed while tfds wrote, and the next, told the same, finished:
-    (the directory, what the killed one left, what was said of the dataset then, the second one's standard error)."""
-    data_dir = tmp_path_factory.mktemp("data")
-    command = [*MODULE, "prepare", "imagenet2012", "--manual-dir", manual_dir, "--data-dir", data_dir, "--subset"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (left := list(data_dir.glob("imagenet2012/incomplete.*/*"))):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    with pytest.raises(DatasetError) as unprepared:
-        open_source("imagenet2012", "train", data_dir)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return data_dir, left, str(unprepared.value), done.stderr
-
-
-@pytest.fixture(scope="session")
-def prepared(killed_and_prepared):
-    return killed_and_prepared[0]
 
 
 def test_a_killed_attempt_leaves_nothing_that_looks_whole_and_the_next_starts_clean(killed_and_prepared):

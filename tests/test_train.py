@@ -12,15 +12,18 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
+from PIL import Image
 
 import train
 from bit_jax.errors import exit_code
 from input_pipeline import DatasetError
+from parity.inputs import pictures
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = (
-    "--global-batch 16 --resize 36 --crop 32 --steps 6 --warmup-steps 2 --decay-steps 4 "
+    "--global-batch 16 --resize-to 36 --crop 32 --steps 6 --warmup-steps 2 --decay-steps 4 "
     "--log-every 2 --eval-every 4 --checkpoint-every 2"
 )
 
@@ -170,6 +173,76 @@ def test_a_finished_run_is_shown_and_left_alone(command, finished):
     assert (finished / "final.npz").stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder dataset of 40 pictures in two classes, one of them damaged."""
+    for number, pixels in enumerate(pictures(40, 40, 50, seed=0)):
+        split, name = ("train", "test")[number >= 32], ("cat", "dog")[number % 2]
+        path = tmp_path / "photographs" / split / name / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "photographs" / "train" / "cat" / "06.png").write_bytes(b"damaged")
+    return tmp_path / "photographs"
+
+
+def test_a_damaged_image_ends_the_run_or_is_replaced_and_counted(command, photographs, tmp_path):
+    flags = ("--dataset", f"folder:{photographs}", "--workdir", tmp_path / "run", "--log-every", "1")
+    done = subprocess.run(**command(*flags), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(
+        r"^error: example cat/06.png of photographs/train .*; --skip-damaged [^\n]+\n$", done.stderr, re.MULTILINE
+    )
+    continued = finish(command(*flags, "--skip-damaged"))
+    assert "example cat/06.png of photographs/train is not a readable image" in continued.stderr
+    # from the first epoch on: 6 steps of 16 are three epochs of 32
+    finish(command(*flags[:2], "--skip-damaged", "--workdir", tmp_path / "whole"))
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["replaced_examples"] == 3
+    assert (tmp_path / "whole" / "final.npz").read_bytes() == (tmp_path / "run" / "final.npz").read_bytes()
+    # the classes' names reach the predictions
+    image = photographs / "test" / "dog" / "33.png"
+    predict = [sys.executable, "-m", "bit_jax.predict", "--weights", tmp_path / "whole" / "final.npz", image]
+    shown = subprocess.run(predict, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert "cat  (0)" in shown
+    assert "dog  (1)" in shown
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_it_at_once_with_all_its_threads_and_processes(command, tmp_path, number, code):
+    flags = ("--workdir", tmp_path / "run", "--log-every", 1, "--steps", 10000, "--warmup-steps", 1)
+    process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, "it ended before the signal"
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - sent < 5
+    assert process.returncode == code
+    assert not any(child.is_running() for child in children)
+    assert "Traceback" not in said
+
+
+def test_flagperf_on_imagenet(command, prepared, tmp_path):
+    """FlagPerf's preset with a narrow model, on what tfds's own builder made of two small archives."""
+    flags = "--resize-to 36 --crop 32 --batch-per-device 4 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2"
+    arguments = command("--dataset", "imagenet2012", "--data-dir", prepared, "--workdir", tmp_path / "run")
+    arguments["args"][2:3] = ["flagperf"]
+    for flag in SHORT.split():
+        arguments["args"].remove(flag)
+    arguments["args"] += flags.split()
+    done = finish(arguments)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["dataset"], result["eval_dataset"]) == ("imagenet2012/train", "imagenet2012/validation")
+    assert (result["eval_examples"], result["steps"], result["batch_per_device"]) == (5, 6, 4)
+    assert result["architecture"].endswith("1,000 classes")
+    evaluated = [line["step"] for line in lines_of(tmp_path / "run") if "val_acc1" in line]
+    assert evaluated == [0, 3, 6]  # before training and after each epoch of 12
+    assert "p_core" in done.stdout
+
+
 def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path):
     flags = "--init random --examples-per-class 2 --eval-every 1 --eval-at-start True --target-acc1 0.01".split()
     done = finish(command(*flags, "--workdir", tmp_path / "run"))
@@ -215,6 +288,8 @@ def refused(capsys, monkeypatch, small_npz, *flags) -> str:
         ("--eval-split validation", "train and test"),
         ("--examples-per-class 1000", "at most"),
         ("--crop 64", "does not fit"),
+        ("--dataset folder:nowhere", "is not a directory"),
+        ("--train-split train[:x]", "neither a name nor a slice"),
         ("--workdir /dev/null/run", "/dev/null/run"),
     ],
 )
@@ -223,7 +298,9 @@ def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", ["--no-such-flag 1", "--steps many", "--steps 0", "--init magic"])
+@pytest.mark.parametrize(
+    "flags", ["--no-such-flag 1", "--steps many", "--steps 0", "--init magic", "--input-threads 0", "--resize 512"]
+)
 def test_malformed_flags(monkeypatch, capsys, tmp_path, flags):
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--workdir", str(tmp_path / "run"), *flags.split()])
     with pytest.raises(SystemExit) as ended:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from bit_jax import metrics, weights
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
-from bit_jax.errors import RunFailed
+from bit_jax.errors import RunFailed, deferring_interrupts, raise_if_interrupted
 from bit_jax.evaluate import Accuracy, evaluate
 from bit_jax.hyperrule import Recipe
 from bit_jax.program import Program, compile_program
@@ -142,7 +142,7 @@ class _Loop:
 
     def run(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
         """From step `start` to the end: the last state and its accuracy."""
-        with self.timeline("whole"):
+        with self.timeline("whole"), deferring_interrupts():
             accuracy = self.evaluate(state, start) if self.evaluates_before(start) else None
             if not self.reached(accuracy):
                 state, accuracy = self.train_from(state, start, batches, accuracy)
@@ -160,6 +160,7 @@ class _Loop:
             self.check(loss := float(sums["loss"]), step)
             self.replaced += int(sums["replaced"])
             self.log.advance(step)
+            raise_if_interrupted()
             if step % run.log_every == 0:
                 self.log.write(step, loss=loss, **self.speed(step - start))
                 self.say_who_waits()
@@ -173,10 +174,15 @@ class _Loop:
 
     def evaluate(self, state: TrainState, step: int) -> Accuracy:
         with self.timeline("evaluation"):
-            batches = (batch for _, batch in self.validation.batches.evaluation())
+            batches = self.interruptible(self.validation.batches.evaluation())
             accuracy = evaluate(self.program.eval_step, state.params, batches, self.validation.examples)
         self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
         return accuracy
+
+    def interruptible(self, batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+        for _, batch in batches:
+            raise_if_interrupted()
+            yield batch
 
     def evaluates_before(self, start: int) -> bool:
         # a run that was stopped between reaching its target and saying so must not train past it

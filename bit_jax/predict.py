@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ import numpy as np
 import tyro
 
 from bit_jax import hyperrule, steps, weights, zoo
+from bit_jax.class_names import imagenet1k, in_words
 from bit_jax.errors import RequestError, exit_code
 from input_pipeline import DatasetError, Views
 from input_pipeline.preprocess import native_area
@@ -67,12 +67,13 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
     model, params = weights.load(weight_file)
     names = class_names(weight_file, model.num_classes)
     size = size or _fine_tuned_size(weight_file)
+    resize = _config_beside(weight_file).get("config", {}).get("data.resize", "pillow")
     apply = jax.jit(lambda params, image: jax.nn.softmax(model.apply({"params": params}, image)[0]))
     for path in images:
         try:
             encoded = path.read_bytes()
             side = size or hyperrule.resolution(native_area(encoded))[1]
-            pixels = Views(side, side, flip=False).evaluation(encoded)
+            pixels = Views(side, side, flip=False, resize=resize).evaluation(encoded)
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
         except OSError as error:
@@ -87,10 +88,9 @@ def class_names(weight_file: Path, num_classes: int) -> list[str]:
     """Of a head: from the config.json that training left beside the file, ImageNet-1k's for 1,000, else numbers."""
     names = _config_beside(weight_file).get("class_names", [])
     if len(names) == num_classes:
-        return names
-    if num_classes == 1000:
-        table = resources.files("bit_jax").joinpath("imagenet1k_classes.txt").read_text()
-        return [line.split(" ", 1)[1] for line in table.splitlines() if not line.startswith("#")]
+        return in_words(names)
+    if num_classes == len(imagenet1k()):
+        return list(imagenet1k().values())
     return [f"class {label}" for label in range(num_classes)]
 
 

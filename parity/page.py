@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from bit_jax.class_names import in_words
 from bit_jax.errors import RequestError
 from bit_jax.files import replacing
 from input_pipeline.examples import DatasetError, Source
@@ -88,10 +89,16 @@ def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None)
         source = open_source(options["dataset"], options["eval_split"], options["data_dir"])
     except (DatasetError, RequestError, OSError):
         source = None
+    names = [] if source is None else in_words(source.class_names)
+
+    def named(label: int) -> str:
+        return names[label] if label < len(names) else f"class {label}"
+
     flips = sorted(rung["details"]["flips"], key=lambda flip: flip["expected"])[:SHOWN_FLIPS]
     return [
         flip
-        | {"id": str(logits["ids"][flip["row"]]), "label": int(logits["labels"][flip["row"]])}
+        | {"id": str(logits["ids"][flip["row"]]), "label": named(int(logits["labels"][flip["row"]]))}
+        | {who: named(flip[who]) for who in ("reference_class", "candidate_class")}
         | ({"url": _thumbnail(source, flip["row"])} if source is not None else {})
         for flip in flips
     ]

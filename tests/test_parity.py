@@ -144,6 +144,7 @@ def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     assert shown.returncode == 1
     page = (tmp_path / "flips.html").read_text()
     assert page.count("data:image/png;base64,") == 1  # the flipped image itself
+    assert re.search(r"7, label \w+: \w+ became \w+;", page)
     assert "unexplained" in page
     assert "FAILS at accuracy" in page
 

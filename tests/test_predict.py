@@ -55,6 +55,21 @@ def test_names_and_size_of_a_fine_tuned_model(tmp_path, image, capsys, monkeypat
     np.testing.assert_allclose(shown, probabilities[best], atol=1e-4)
 
 
+def test_a_dataset_that_names_classes_by_wordnet_ids(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"class_names": ["n01440764", "n02099601", "mine"]}))
+    assert predict.class_names(npz(tmp_path, 3), 3) == ["tench, Tinca tinca", "golden retriever", "mine"]
+
+
+def test_a_model_trained_on_tensorflows_pixels_is_shown_those(tmp_path, image):
+    """A large image shrinks most differently with and without antialiasing."""
+    path, shown = npz(tmp_path, 6), {}
+    for resize in ("pillow", "tf"):
+        (tmp_path / "config.json").write_text(json.dumps({"config": {"data.resize": resize}, "recipe": {"crop": 32}}))
+        [(_, predictions)] = predict.predict(path, [image])
+        shown[resize] = [prediction.probability for prediction in predictions]
+    assert shown["pillow"] != shown["tf"]
+
+
 def test_unknown_heads_are_numbered_and_small_ones_short(tmp_path, image):
     [(_, predictions)] = predict.predict(npz(tmp_path, 3), [image])
     assert {prediction.name for prediction in predictions} == {"class 0", "class 1", "class 2"}

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -116,9 +117,7 @@ class Log:
             with replacing(self._path) as file:
                 file.write("".join(kept).encode())
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
-        import tensorboardX  # here, because it brings PyTorch where that is installed
-
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._tensorboard = _tensorboard().SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)
         self._start, self._stop, self._global_batch = start, stop, global_batch
         self._began = time.perf_counter()
@@ -167,6 +166,20 @@ class Log:
         done = max(step - self._start, 1)
         left = (time.perf_counter() - self._began) / done * (self._stop - step)
         return f"step {step:>{len(str(self._stop))}}/{self._stop}  {shown}  {math.ceil(left)} s left"
+
+
+def _tensorboard() -> Any:
+    """tensorboardX without PyTorch, which it would load where that is installed: a second, and memory that would count
+    as this run's."""
+    torch = sys.modules.get("torch")
+    sys.modules["torch"] = None  # type: ignore[assignment]  (what makes an import fail)
+    try:
+        import tensorboardX
+    finally:
+        del sys.modules["torch"]
+        if torch is not None:
+            sys.modules["torch"] = torch
+    return tensorboardX
 
 
 def flagperf_row(result: dict[str, Any]) -> Table:

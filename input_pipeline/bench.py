@@ -75,6 +75,8 @@ def bench(
     source = open_source(f"folder:{folder}", "train")
     if min(batch, batches, rounds) < 1:
         raise DatasetError(f"--batch {batch}, --batches {batches} and --rounds {rounds} must be at least 1")
+    if len(source) < batch:
+        raise DatasetError(f"{folder} has {len(source)} training images, fewer than --batch {batch}; draw more")
     console = Console(stderr=True, highlight=False)
     arms = {name: arm for name, arm in ARMS.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
     for name in ARMS.keys() - arms.keys():

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 from PIL import Image
 
 import train
+from bit_jax import finetune, metrics
 from bit_jax.errors import exit_code
 from input_pipeline import DatasetError
 from parity.inputs import pictures
@@ -41,6 +44,7 @@ def command(small_npz, compilation_cache):
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         arguments = ["train.py", "digits", "--model", small_npz, *SHORT.split(), *flags]
         return {"args": [sys.executable, *map(str, arguments)], "cwd": REPOSITORY, "env": environment}
@@ -223,6 +227,20 @@ def test_a_signal_ends_it_at_once_with_all_its_threads_and_processes(command, tm
     assert process.returncode == code
     assert not any(child.is_running() for child in children)
     assert "Traceback" not in said
+
+
+def test_the_log_says_which_side_waits():
+    said: list[str] = []
+    log: Any = SimpleNamespace(note=said.append)
+    unused: Any = None
+    timeline = metrics.Timeline()
+    loop = finetune._Loop(unused, unused, unused, unused, unused, 16, unused, timeline, log)
+    for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
+        timeline.seconds.update(input=waited, steps=stepped)
+        loop.say_who_waits()
+        assert len(said) == notes, said
+    assert "the devices wait for input, 2% of the time so far" in said[0]
+    assert "input keeps up" in said[1]
 
 
 def test_flagperf_on_imagenet(command, prepared, tmp_path):

@@ -42,7 +42,8 @@ class Loader:
         place: what becomes of a host's batch ahead of its use, such as moving it to the devices.
         host, hosts: whose rows these are.
         threads: that read, decode and resize; all of them release the GIL. None: one a core.
-        skip_damaged: show the next example in place of a damaged one, in training; it is said in the log.
+        skip_damaged: show the next example in place of a damaged one, in training; each is said once in the log.
+        said: which were.
     """
 
     source: Source
@@ -54,6 +55,7 @@ class Loader:
     hosts: int = 1
     threads: int | None = None
     skip_damaged: bool = False
+    said: set[int] = dataclasses.field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self):
         if self.global_batch % self.hosts:
@@ -96,7 +98,9 @@ class Loader:
             except DamagedImage as error:
                 if not self.skip_damaged:
                     raise DamagedImage(f"{error}; --skip-damaged shows the example after it instead") from None
-                log.warning("%s; the example after it is shown instead", error)
+                if shown not in self.said:
+                    log.warning("%s; the example after it is shown instead", error)
+                    self.said.add(shown)
             else:
                 batch["index"][row] = index if shown == index else -2 - index
                 return

@@ -6,6 +6,7 @@ a time, and mirrored on the way. Numba compiles it once a machine and keeps the 
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numba
@@ -14,8 +15,14 @@ import numpy as np
 Method = Literal["pillow", "tf"]
 BITS = 22  # of Pillow's fixed-point weights: 32 less 8 for the pixel and 2 of head-room
 HALF = np.int32(1 << (BITS - 1))
-_compiled: Any = numba.njit(nogil=True, cache=True)
 _kept = threading.local()
+
+
+def _compiled(function: Callable) -> Any:
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in can be written: it is compiled in every process
+        return numba.njit(nogil=True)(function)
 
 
 class Window(NamedTuple):

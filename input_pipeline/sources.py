@@ -34,8 +34,8 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
     openers: dict[str, Callable[[str], Source]] = {
         "digits": _digits,
         "synthetic": SyntheticSource,
-        "folder": lambda whole: FolderSource(Path(place), whole),
-        "idx": lambda whole: open_idx(Path(place), whole),
+        "folder": lambda whole: FolderSource(Path(place).expanduser(), whole),
+        "idx": lambda whole: open_idx(Path(place).expanduser(), whole),
     }
     if kind in openers and bool(place) == (kind in ("folder", "idx")):
         whole, _, _ = parse_slice(split)
@@ -57,7 +57,7 @@ def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list
     if dataset == "synthetic":
         return list(SYNTHETIC_SPLITS)
     if kind == "folder":
-        return directory_names(Path(place))
+        return directory_names(Path(place).expanduser())
     if dataset == "digits" or kind == "idx":
         return ["train", "test"]
     return list(open_builder(dataset, data_dir).info.splits) or ["train"]

@@ -204,7 +204,7 @@ def test_a_damaged_image_is_replaced_by_the_next_the_same_on_any_number_of_hosts
     expected = [stand_in.get(index, index) % 3 for index in whole["index"]]
     np.testing.assert_array_equal(rows["label"], expected)
     np.testing.assert_array_equal(rows["image"][~replaced], whole["image"][~replaced])
-    assert "example 15 of numbered is not a readable image" in caplog.text
+    assert caplog.text.count("example 15 of numbered is not a readable image") == 1  # in three epochs
     for hosts, start in ((2, 0), (4, 3)):
         for name, part in read(source, hosts, start).items():
             np.testing.assert_array_equal(part, rows[name][8 * start :])

@@ -57,6 +57,7 @@ def prepare(
         _remove_incomplete(target, console)
         console.print(f"writing {target}: tfds reads everything, shuffles it, and writes it in shards")
         _download_and_prepare(builder, data_dir, manual_dir)
+        _compare_counts(open_builder(dataset, data_dir), made_from.get("images", {}))
         _write_record(target, made_from)
 
 
@@ -114,11 +115,20 @@ def _imagenet_preflight(
     verified = verify_md5 and not subset
     return {
         "subset": subset,
+        "images": {"train": images[imagenet.TRAIN], "validation": images[imagenet.VALIDATION]},
         "archives": {
-            archive.name: {"bytes": sizes[archive], "images": images[archive], "md5": archive.md5 if verified else None}
-            for archive in archives
+            archive.name: {"bytes": sizes[archive], "md5": archive.md5 if verified else None} for archive in archives
         },
     }
+
+
+def _compare_counts(builder: Any, expected: dict[str, int]) -> None:
+    """Whether what was written has as many examples as the archives; what has not is removed."""
+    for split, images in expected.items():
+        written = builder.info.splits[split].num_examples
+        if written != images:
+            shutil.rmtree(builder.data_dir)
+            raise DatasetError(f"tfds wrote {written:,} {split} examples of {images:,}; nothing was kept, start again")
 
 
 def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None) -> None:
@@ -190,7 +200,6 @@ def _sole(lock: Path) -> Iterator[None]:
         except BlockingIOError:
             raise DatasetError(f"another process prepares this dataset (it holds {lock}); wait for it") from None
         yield
-        lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -84,10 +84,42 @@ def test_reading_needs_no_tensorflow(prepared):
     assert subprocess.run([sys.executable, "-c", look, prepared], cwd=ROOT).returncode == 0
 
 
+def test_hosts_that_are_real_processes_read_the_batches_of_one(prepared, tmp_path):
+    """1, 2 and 4 hosts, started from step 2 on: rows, labels and augmented pixels of the global batches."""
+    read = (
+        "import sys, numpy as np, input_pipeline as i; host, hosts = map(int, sys.argv[2:4]); "
+        "s = i.open_source('imagenet2012', 'train', sys.argv[1]); "
+        "l = i.Loader(s, i.Views(40, 32, True), 8, seed=3, host=host, hosts=hosts); "
+        "batches = [b for _, b in l.train(2, 6)]; "
+        "np.savez(sys.argv[4], **{k: np.stack([b[k] for b in batches]) for k in batches[0]})"
+    )
+    shares = [(host, hosts, tmp_path / f"{host} of {hosts}.npz") for hosts in (1, 2, 4) for host in range(hosts)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", read, prepared, str(host), str(hosts), path], cwd=ROOT)
+        for host, hosts, path in shares
+    ]
+    assert [process.wait() for process in processes] == [0] * 7
+    of = {(host, hosts): np.load(path) for host, hosts, path in shares}
+    for hosts in (2, 4):
+        for name, rows in of[0, 1].items():
+            together = np.concatenate([of[host, hosts][name] for host in range(hosts)], axis=1)
+            np.testing.assert_array_equal(together, rows)
+
+
 def test_what_was_verified_is_written_beside_it(prepared):
     record = json.loads((prepared / VERSION / "prepared.json").read_text())
     assert record["subset"] is True
-    assert record["archives"][imagenet.TRAIN.name] == {"bytes": mock.ANY, "images": 12, "md5": None}
+    assert record["images"] == {"train": 12, "validation": 5}
+    assert record["archives"][imagenet.TRAIN.name] == {"bytes": mock.ANY, "md5": None}
+
+
+def test_an_image_that_went_missing_on_the_way_is_noticed_and_nothing_kept(manual_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(imagenet, "train_images", lambda *_, **__: 13)
+    flags = ["--manual-dir", manual_dir, "--data-dir", tmp_path, "--subset"]
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert code == 2
+    assert "tfds wrote 12 train examples of 13; nothing was kept" in err
+    assert not (tmp_path / VERSION).exists()
 
 
 def test_prepared_already(prepared):

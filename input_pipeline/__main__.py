@@ -55,7 +55,7 @@ def _prepare(
         skip_md5: of imagenet2012: do not read the archives once more to compare their MD5.
         skip_check: do not read every record afterwards.
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     preparing.prepare(dataset, data_dir, manual_dir, subset=subset, verify_md5=not skip_md5, console=console)
     if skip_check:
         console.print("skipped: reading every record, as --skip-check says; python -m input_pipeline check does it")
@@ -70,7 +70,7 @@ def _convert(dataset: tyro.conf.Positional[str], data_dir: Path) -> bool:
         dataset: its name.
         data_dir: where it is.
     """
-    preparing.convert(dataset, data_dir, Console(stderr=True, soft_wrap=True, highlight=False))
+    preparing.convert(dataset, data_dir, Console(stderr=True, soft_wrap=True, highlight=False, markup=False))
     return _check(dataset, data_dir)
 
 

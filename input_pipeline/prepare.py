@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -49,6 +50,7 @@ def prepare(
                 f"{target} is in another format than {FILE_FORMAT}; python -m input_pipeline convert {dataset} "
                 f"--data-dir {data_dir} converts it, without the archives"
             )
+        _require_tensorflow()  # before the archives are read for minutes
         made_from: dict[str, Any] = {}
         if builder.name == "imagenet2012":
             if manual_dir is None:
@@ -132,7 +134,8 @@ def _compare_counts(builder: Any, expected: dict[str, int]) -> None:
 
 
 def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None) -> None:
-    tfds = _with_tensorflow()
+    import tensorflow_datasets as tfds
+
     # downloads that other datasets need are kept beside them; imagenet2012 needs none
     settings = tfds.download.DownloadConfig(manual_dir=manual_dir and os.fspath(manual_dir))
     with _failures(f"tfds cannot prepare {builder.info.full_name}"):
@@ -141,23 +144,19 @@ def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None)
         )
 
 
-def _with_tensorflow() -> Any:
+def _require_tensorflow() -> None:
+    """tfds prepares and converts with TensorFlow's file system and readers."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces them
-    try:
-        import tensorflow  # noqa: F401 (tfds prepares with its file system)
-    except ImportError:
+    if importlib.util.find_spec("tensorflow") is None:
         raise DatasetError(
             "preparing a dataset needs TensorFlow, training does not; pip install -c constraints.txt -e '.[prepare]'"
-        ) from None
-    import tensorflow_datasets as tfds
-
-    return tfds
+        )
 
 
 def _conversion() -> Any:
     """tfds's conversion, which can run on Beam and is imported with it, but does not use it here."""
-    _with_tensorflow()
+    _require_tensorflow()
     beam: Any = types.ModuleType("apache_beam")
     beam.DoFn = object
     with mock.patch.dict(sys.modules, {"apache_beam": beam}):
@@ -184,9 +183,9 @@ def _failures(what: str) -> Iterator[None]:
     """Whatever tfds raises is what is wrong with the request or the machine; its first line says it."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a disk that is full, a folder that cannot be written: the sentence for it is another
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DatasetError(f"{what}: {lines[0][:400]}") from error
 

@@ -43,7 +43,7 @@ class Options:
     """Image files for the pixels rung; none: a few are drawn, one of each kind."""
 
     dataset: str = "digits"
-    """For curve and accuracy: digits, idx:DIRECTORY, or a tfds name prepared as array_record."""
+    """For curve and accuracy, as train.py's: digits, folder:PATH, idx:DIRECTORY, or a tfds name."""
     data_dir: Path | None = None
     """Where tfds keeps its datasets."""
     train_split: str = "train"

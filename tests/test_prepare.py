@@ -4,6 +4,7 @@ there, and read again whole."""
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import shutil
@@ -187,6 +188,15 @@ def test_wrong_requests(manual_dir, tmp_path, flags, said):
     code, _, err = run("prepare", "imagenet2012", "--data-dir", tmp_path, *flags)
     assert code == 2
     assert said in err.splitlines()[-1]
+
+
+def test_without_tensorflow_it_says_what_to_install_before_anything_is_read(manual_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    flags = ["--manual-dir", manual_dir, "--data-dir", tmp_path, "--subset"]
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert code == 2
+    assert err.splitlines() == [mock.ANY]
+    assert "needs TensorFlow" in err
 
 
 def test_a_validation_archive_that_is_missing(manual_dir, tmp_path):

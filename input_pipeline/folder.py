@@ -69,7 +69,9 @@ def _names(directory: Path, *, directories: bool) -> list[str]:
         with os.scandir(directory) as entries:
             found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
-        raise DatasetError(f"{directory} cannot be listed ({error.strerror})") from None
+        raise DatasetError(
+            f"{directory} cannot be listed ({error.strerror}); folder:PATH holds PATH/SPLIT/CLASS/IMAGE"
+        ) from None
     for name, is_directory in found:
         if is_directory != directories or not (directories or name.lower().endswith(SUFFIXES)):
             expected = "a class directory" if directories else f"an image file ({', '.join(SUFFIXES)})"

@@ -5,6 +5,7 @@ of hosts reads the same global batches, each its own contiguous rows.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -146,13 +147,26 @@ class Loader:
         reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
         ahead: Any = iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(reading))
         ahead.start_prefetch()
-        return _until_closed(ahead, pool, start)
+        return _ReadAhead(ahead, pool, start)
 
 
-def _until_closed(ahead: Any, pool: ThreadPoolExecutor, start: int) -> Iterator[tuple[int, Any]]:
-    """The batches; afterwards, also when not all are wanted, the threads end."""
-    try:
-        yield from enumerate(ahead, start)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        ahead.close()
+class _ReadAhead(Iterator):
+    """The numbered batches. Its threads end when it is exhausted, fails, is closed or forgotten, begun or not."""
+
+    def __init__(self, ahead: Any, pool: ThreadPoolExecutor, start: int):
+        self._ahead, self._pool, self._numbers = ahead, pool, itertools.count(start)
+
+    def __next__(self) -> tuple[int, Any]:
+        try:
+            batch = next(self._ahead)
+        except BaseException:
+            self.close()
+            raise
+        return next(self._numbers), batch
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._ahead.close()
+
+    def __del__(self):
+        self.close()

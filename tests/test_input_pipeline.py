@@ -236,6 +236,7 @@ def test_threads_end_with_the_batches():
     assert set(threading.enumerate()) - before
     batches.close()
     rows_of(Loader(numbered(40), VIEWS, 8, threads=3).evaluation())
+    Loader(numbered(40), VIEWS, 8, threads=3).train(0, 1000)  # forgotten before the first batch
     deadline = time.monotonic() + 5
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -192,7 +192,7 @@ def test_what_is_no_image(data):
             read(data)
 
 
-def test_the_difference_of_tensorflows_pixels_is_what_the_docs_say():
+def test_tensorflows_pixels_differ_in_decoding_and_in_resizing():
     jpeg = encoded(pictures(1, 375, 500, 1)[0], quality=92)
     pillow, tf = (Views(512, 480, flip=False, resize=how).evaluation(jpeg).astype(int) for how in ("pillow", "tf"))
     assert np.abs(pillow - tf).max() > 0

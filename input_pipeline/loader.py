@@ -151,7 +151,11 @@ class Loader:
 
 
 class _ReadAhead(Iterator):
-    """The numbered batches. Its threads end when it is exhausted, fails, is closed or forgotten, begun or not."""
+    """The numbered batches. Its threads end when it is exhausted, fails or is closed; forgotten, within READ_AHEAD batches.
+
+    No finalizer hurries the last case: garbage is collected at any allocation, also in a thread that holds an
+    executor's lock, and shutting down another executor there takes the same locks in the other order.
+    """
 
     def __init__(self, ahead: Any, pool: ThreadPoolExecutor, start: int):
         self._ahead, self._pool, self._numbers = ahead, pool, itertools.count(start)
@@ -167,6 +171,3 @@ class _ReadAhead(Iterator):
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._ahead.close()
-
-    def __del__(self):
-        self.close()

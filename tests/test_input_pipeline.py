@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -241,6 +243,25 @@ def test_threads_end_with_the_batches():
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not left
+
+
+FORGET_OFTEN = """
+import gc, numpy
+from input_pipeline import Loader, Views
+from input_pipeline.examples import ArraySource
+gc.set_threshold(20, 2, 2)
+source = ArraySource("noise", numpy.zeros((40, 10, 10), numpy.uint8), numpy.zeros(40, int), ["only"])
+for _ in range(100):
+    loader = Loader(source, Views(12, 8, True), 8, threads=3)
+    for _ in range(3):
+        forgotten = [loader.train(0, 1000)]
+        forgotten.append(forgotten)  # only the garbage collector ends it, in whichever thread it runs
+    assert len(list(loader.evaluation())) == 5
+"""
+
+
+def test_forgotten_batches_do_not_stop_others():
+    subprocess.run([sys.executable, "-c", FORGET_OFTEN], check=True, timeout=60)
 
 
 def test_batches_are_read_ahead_and_no_further():

@@ -151,7 +151,7 @@ class Loader:
 
 
 class _ReadAhead(Iterator):
-    """The numbered batches. Its threads end when it is exhausted, fails or is closed; forgotten, within READ_AHEAD batches.
+    """The numbered batches. Its threads end when it is exhausted, fails or is closed; forgotten, a few batches later.
 
     No finalizer hurries the last case: garbage is collected at any allocation, also in a thread that holds an
     executor's lock, and shutting down another executor there takes the same locks in the other order.

@@ -1,0 +1,302 @@
+"""What an optimized HLO module says of itself: convolutions, floating-point operations, memory traffic, collectives.
+
+`Module(compiled.as_text())` reads the text of a GPU executable. All figures are of one device. An instruction inside a
+loop counts as often as the loop runs.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
+CONVOLUTION = "__cudnn$conv"
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+# what moves nothing: names, views and the ends of what was counted where it started
+_FREE = set(
+    "parameter constant get-tuple-element tuple bitcast after-all optimization-barrier partition-id replica-id".split()
+)
+_INSTRUCTION = re.compile(
+    r"^  (?P<root>ROOT )?%(?P<name>[^ ]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w-]+)\((?P<rest>.*)$"
+)
+_ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<sizes>[\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation, in the order in which it is scheduled.
+
+    Attributes:
+        name, opcode: as the text has them.
+        root: it is its computation's result.
+        shape: the result's, as text; several arrays where it is a tuple.
+        operands: names; of a parameter, its number.
+        attributes: what follows the operands.
+    """
+
+    name: str
+    opcode: str
+    root: bool
+    shape: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def bytes(self) -> int:
+        return shape_bytes(self.shape)
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.attributes)
+        return found and found[1]
+
+    def called(self) -> str | None:
+        """The computation that a fusion, loop body or asynchronous wrapper runs."""
+        return self.attribute(r"(?:calls|body|to_apply)=%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    Attributes:
+        kind: such as "all-reduce".
+        bytes: of its larger side (what is reduced or gathered), on one device.
+        dtype: of its first array.
+        overlapped: it is asynchronous and computation is scheduled between its start and its end.
+        times: how often it runs a step.
+        group: devices that take part together.
+    """
+
+    kind: str
+    bytes: int
+    dtype: str
+    overlapped: bool
+    times: int
+    group: int
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """[(dtype, sizes)] of a shape's text."""
+    return [
+        (found["dtype"], tuple(int(size) for size in found["sizes"].split(",") if size))
+        for found in _ARRAY.finditer(shape)
+    ]
+
+
+def shape_bytes(shape: str) -> int:
+    def width(dtype: str) -> float:
+        if dtype in BYTES:
+            return BYTES[dtype]
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        assert bits is not None, f"unknown HLO type {dtype}"
+        return int(bits[1]) / 8
+
+    return math.ceil(sum(width(dtype) * math.prod(sizes) for dtype, sizes in arrays(shape)))
+
+
+class Module:
+    """The computations of a module, by name."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line.startswith(("ENTRY ", "%")) and line.endswith("{"):
+                name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+                current = self.computations[name] = []
+                if line.startswith("ENTRY "):
+                    self.entry = name
+            elif found := _INSTRUCTION.match(line):
+                operands, attributes = _split_operands(found["rest"])
+                names = tuple(_OPERAND.findall(operands)) if found["opcode"] != "parameter" else (operands,)
+                root = found["root"] is not None
+                current.append(Instruction(found["name"], found["opcode"], root, found["shape"], names, attributes))
+        if not self.entry:
+            raise ValueError("this is no HLO text: it has no ENTRY computation")
+
+    @functools.cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        return {instruction.name: instruction for lines in self.computations.values() for instruction in lines}
+
+    def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, int]]:
+        """(instruction, how often it runs) of the entry and of the loops and asynchronous parts that it runs.
+
+        What a fusion or reduction consists of is no instruction of its own: it touches no memory.
+        """
+        for instruction in self.computations[computation or self.entry]:
+            if instruction.opcode == "while":
+                trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
+                body = instruction.called()
+                assert body is not None
+                yield from self.executed(body, times * int(trips or 1))
+            elif instruction.opcode in ("call", "async-start"):
+                body = instruction.called()
+                assert body is not None
+                yield from self.executed(body, times)
+            else:
+                yield instruction, times
+
+    def rematerialized(self) -> int:
+        """Instructions that XLA itself repeats to save memory."""
+        return sum(times for instruction, times in self.executed() if ".remat" in instruction.name)
+
+    def convolutions(self) -> int:
+        return sum(times for instruction, times in self.executed() if _is_convolution(instruction))
+
+    def flops(self) -> float:
+        """Of convolutions and matrix products, two an accumulated product; what is padding counts too."""
+        return sum(times * self._flops(instruction) for instruction, times in self.executed())
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes read from and written to device memory, by what moves them: convolutions, collectives, copies, other.
+
+        The sum over instructions of operands and results, as if nothing stayed in a cache between two of them. Of an
+        array that a fusion only slices, the slices count.
+        """
+        total: dict[str, int] = dict.fromkeys(("convolutions", "collectives", "copies", "other"), 0)
+        for instruction, times in self.executed():
+            if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+                continue
+            if _is_convolution(instruction):
+                kind = "convolutions"
+            elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
+                kind = "collectives"
+            elif instruction.opcode == "copy":
+                kind = "copies"
+            else:
+                kind = "other"
+            total[kind] += times * self._moved(instruction)
+        return total
+
+    def collectives(self) -> list[Collective]:
+        found = []
+        for computation, times in self._running():
+            lines = self.computations[computation]
+            for place, line in enumerate(lines):
+                inner = self._asynchronous(line)
+                kind = inner.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                given = sum(self.instructions[name].bytes for name in inner.operands)
+                made = self._result_bytes(inner)
+                asynchronous = line.opcode.endswith("-start") and '"is_sync":true' not in line.attributes
+                overlapped = asynchronous and any(map(_computes, _until_done(line, lines[place + 1 :])))
+                dtype = arrays(inner.shape)[0][0]
+                found.append(Collective(kind, max(given, made), dtype, overlapped, times, _group(inner)))
+        return found
+
+    def _running(self) -> Iterator[tuple[str, int]]:
+        """(computation, how often it runs) of the entry and of loops' bodies."""
+
+        def inside(computation: str, times: int) -> Iterator[tuple[str, int]]:
+            yield computation, times
+            for line in self.computations[computation]:
+                if line.opcode in ("while", "call"):
+                    trips = line.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
+                    body = line.called()
+                    assert body is not None
+                    yield from inside(body, times * int(trips or 1))
+
+        return inside(self.entry, 1)
+
+    def _asynchronous(self, line: Instruction) -> Instruction:
+        """What an asynchronous start wraps, or the line itself."""
+        body = line.called() if line.opcode == "async-start" else None
+        return self.computations[body][-1] if body else line
+
+    def _result_bytes(self, line: Instruction) -> int:
+        """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too."""
+        if line.opcode.endswith("-start") and line.opcode != "all-reduce-start":
+            return line.bytes - sum(self.instructions[name].bytes for name in line.operands)
+        return line.bytes
+
+    def _moved(self, line: Instruction) -> int:
+        if line.opcode == "dynamic-slice":
+            return 2 * line.bytes
+        if line.opcode == "dynamic-update-slice":
+            return 2 * self.instructions[line.operands[1]].bytes
+        fused = self.computations.get(line.called() or "") if line.opcode == "fusion" else None
+        if fused is None:
+            return self._result_bytes(line) + sum(self.instructions[name].bytes for name in line.operands)
+        operands = [self.instructions[name] for name in line.operands]
+        return _written(fused) + sum(_read(fused, number, operand) for number, operand in enumerate(operands))
+
+    def _flops(self, line: Instruction) -> float:
+        if _is_convolution(line):
+            return self._convolution_flops(line)
+        if line.opcode == "fusion":
+            return sum(self._flops(part) for part in self.computations[line.called() or ""])
+        if line.opcode == "dot" or "__cublas" in line.attributes:
+            (_, left), (_, out) = arrays(self.instructions[line.operands[0]].shape)[0], arrays(line.shape)[0]
+            contracted = line.attribute(r"lhs_contracting_dim(?:ension)?s[=:\"]+[\[{]\"?(\d+)")
+            assert contracted is not None, line
+            return 2 * math.prod(out) * left[int(contracted)]
+        return 0
+
+    def _convolution_flops(self, line: Instruction) -> float:
+        """2 products an output value and kernel value that feeds it, in all three of a convolution's passes."""
+        kernel_labels = line.attribute(r"dim_labels=\w+_(\w+)->")
+        assert kernel_labels is not None
+        left, right = (arrays(self.instructions[name].shape)[0][1] for name in line.operands[:2])
+        result = arrays(line.shape)[0][1]
+        if "BackwardFilter" in line.attributes:
+            outputs, kernel = right, result
+        elif "BackwardInput" in line.attributes:
+            outputs, kernel = left, right
+        else:
+            outputs, kernel = result, right
+        return 2 * math.prod(outputs) * math.prod(kernel) / kernel[kernel_labels.index("o")]
+
+
+def _split_operands(rest: str) -> tuple[str, str]:
+    depth = 1
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return rest[:place], rest[place + 1 :]
+    raise ValueError(f"unbalanced parentheses in HLO text: {rest[:80]}")
+
+
+def _until_done(start: Instruction, after: list[Instruction]) -> Iterator[Instruction]:
+    return itertools.takewhile(lambda line: start.name not in line.operands, after)
+
+
+def _is_convolution(line: Instruction) -> bool:
+    return line.opcode == "custom-call" and CONVOLUTION in line.attributes
+
+
+def _computes(line: Instruction) -> bool:
+    return line.opcode == "fusion" or _is_convolution(line) or "__cublas" in line.attributes
+
+
+def _group(line: Instruction) -> int:
+    """Devices of one group: `replica_groups={{0,1},{2,3}}` or `[groups,devices]<=...`."""
+    explicit = line.attribute(r"replica_groups=\{\{([\d,]*)\}")
+    if explicit is not None:
+        return explicit.count(",") + 1
+    return int(line.attribute(r"replica_groups=\[\d+,(\d+)\]") or 1)
+
+
+def _read(fused: list[Instruction], number: int, operand: Instruction) -> int:
+    """Bytes that a fusion reads of its operand `number`."""
+    parameter = next(line for line in fused if line.opcode == "parameter" and line.operands == (str(number),))
+    uses = [line for line in fused if parameter.name in line.operands]
+    if uses and all(line.opcode == "dynamic-slice" for line in uses):
+        return sum(line.bytes for line in uses)
+    if uses and all(line.opcode == "dynamic-update-slice" and line.operands[0] == parameter.name for line in uses):
+        return 0  # updated in place
+    return operand.bytes
+
+
+def _written(fused: list[Instruction]) -> int:
+    by_name = {line.name: line for line in fused}
+    root = next(line for line in fused if line.root)
+    results = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return sum(
+        by_name[line.operands[1]].bytes if line.opcode == "dynamic-update-slice" else line.bytes for line in results
+    )

@@ -24,9 +24,12 @@ def main() -> None:
 def run(cfg: config.Config) -> dict:
     """One whole run, from configuration to the content of result.json."""
     choose(cfg.model.precision)  # before any array is made
-    devices = mesh.make_mesh()
+    devices = mesh.make_mesh(fsdp=mesh.parse_mesh(cfg.scale.mesh, jax.device_count()))
     global_batch = mesh.global_batch_size(
-        devices, global_batch=cfg.data.global_batch, batch_per_device=cfg.data.batch_per_device
+        devices,
+        global_batch=cfg.data.global_batch,
+        batch_per_device=cfg.data.batch_per_device,
+        microbatches=cfg.scale.microbatches,
     )
     train = input_pipeline.open_source(cfg.data.dataset, cfg.data.train_split, cfg.data.data_dir)
     validation = input_pipeline.open_source(cfg.data.dataset, cfg.data.eval_split, cfg.data.data_dir)

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from bit_jax.errors import RequestError
+from bit_jax.resnetv2 import Remat
 
 EMBEDDED = "embedded"  # --model's name for the small model under assets/
 
@@ -23,7 +24,7 @@ class ModelConfig:
     also an architecture: R50x1, R152x4, R14x0.5."""
     init: Literal["checkpoint", "random"] = "checkpoint"
     """Start from the file's weights with a new head of zeros, or from scratch in the same architecture."""
-    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
     """Of the products; parameters, statistics, loss and updates are float32 or wider in all of them."""
 
 
@@ -75,6 +76,20 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScaleConfig:
+    """How the work is spread and what is kept in memory; none of it changes what is computed."""
+
+    mesh: str = ""
+    """data=2,fsdp=8: batches are split over all devices, parameters, gradients and momentum over fsdp. Empty: all
+    devices data-parallel, each with all parameters."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it: nothing; norm, GroupNorm and ReLU, which repeats no
+    convolution; unit, whole residual units."""
+    microbatches: int = 1
+    """Passes that a step's batch is taken in, one after the other; the gradient is that of the whole batch."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Where the results go, and when to look at them."""
 
@@ -99,6 +114,7 @@ class Config:
     data: DataConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    scale: ScaleConfig = ScaleConfig()
 
     def __post_init__(self):
         positive = {
@@ -113,6 +129,7 @@ class Config:
             "--eval-every": None if self.run.eval_every == "epoch" else self.run.eval_every,
             "--log-every": self.run.log_every,
             "--checkpoint-every": self.run.checkpoint_every,
+            "--microbatches": self.scale.microbatches,
         }
         for flag, value in positive.items():
             if value is not None and value <= 0:
@@ -139,6 +156,9 @@ _FREE_TO_CHANGE = {
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "scale.mesh",
+    "scale.remat",
+    "scale.microbatches",
 }
 
 

@@ -64,16 +64,14 @@ class Collective:
 
     Attributes:
         kind: such as "all-reduce".
-        bytes: of its larger side (what is reduced or gathered), on one device.
-        dtype: of its first array.
+        bytes: of its larger side (what is reduced or gathered), on one device, by dtype.
         overlapped: it is asynchronous and computation is scheduled between its start and its end.
         times: how often it runs a step.
         group: devices that take part together.
     """
 
     kind: str
-    bytes: int
-    dtype: str
+    bytes: dict[str, int]
     overlapped: bool
     times: int
     group: int
@@ -146,11 +144,19 @@ class Module:
         return sum(times for instruction, times in self.executed() if ".remat" in instruction.name)
 
     def convolutions(self) -> int:
-        return sum(times for instruction, times in self.executed() if _is_convolution(instruction))
+        return sum(times for instruction, times in self.executed() if is_convolution(instruction))
 
     def flops(self) -> float:
         """Of convolutions and matrix products, two an accumulated product; what is padding counts too."""
         return sum(times * self._flops(instruction) for instruction, times in self.executed())
+
+    def roofline(self, flops: float, bandwidth: float) -> float:
+        """Seconds of the computation: of each instruction, its products' at so many a second or its bytes'."""
+        return sum(
+            times * max(self._flops(line) / flops, self._moved(line) / bandwidth)
+            for line, times in self.executed()
+            if not (_moves_nothing(line) or _is_collective(line))
+        )
 
     def traffic(self) -> dict[str, int]:
         """Bytes read from and written to device memory, by what moves them: convolutions, collectives, copies, other.
@@ -160,11 +166,11 @@ class Module:
         """
         total: dict[str, int] = dict.fromkeys(("convolutions", "collectives", "copies", "other"), 0)
         for instruction, times in self.executed():
-            if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+            if _moves_nothing(instruction):
                 continue
-            if _is_convolution(instruction):
+            if is_convolution(instruction):
                 kind = "convolutions"
-            elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            elif _is_collective(instruction):
                 kind = "collectives"
             elif instruction.opcode == "copy":
                 kind = "copies"
@@ -182,12 +188,12 @@ class Module:
                 kind = inner.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                given = sum(self.instructions[name].bytes for name in inner.operands)
-                made = self._result_bytes(inner)
+                given = _by_dtype(" ".join(self.instructions[name].shape for name in inner.operands))
+                made = _by_dtype(_result_shape(inner))
+                larger = max(given, made, key=lambda side: sum(side.values()))
                 asynchronous = line.opcode.endswith("-start") and '"is_sync":true' not in line.attributes
                 overlapped = asynchronous and any(map(_computes, _until_done(line, lines[place + 1 :])))
-                dtype = arrays(inner.shape)[0][0]
-                found.append(Collective(kind, max(given, made), dtype, overlapped, times, _group(inner)))
+                found.append(Collective(kind, larger, overlapped, times, _group(inner)))
         return found
 
     def _running(self) -> Iterator[tuple[str, int]]:
@@ -209,12 +215,6 @@ class Module:
         body = line.called() if line.opcode == "async-start" else None
         return self.computations[body][-1] if body else line
 
-    def _result_bytes(self, line: Instruction) -> int:
-        """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too."""
-        if line.opcode.endswith("-start") and line.opcode != "all-reduce-start":
-            return line.bytes - sum(self.instructions[name].bytes for name in line.operands)
-        return line.bytes
-
     def _moved(self, line: Instruction) -> int:
         if line.opcode == "dynamic-slice":
             return 2 * line.bytes
@@ -222,12 +222,12 @@ class Module:
             return 2 * self.instructions[line.operands[1]].bytes
         fused = self.computations.get(line.called() or "") if line.opcode == "fusion" else None
         if fused is None:
-            return self._result_bytes(line) + sum(self.instructions[name].bytes for name in line.operands)
+            return shape_bytes(_result_shape(line)) + sum(self.instructions[name].bytes for name in line.operands)
         operands = [self.instructions[name] for name in line.operands]
         return _written(fused) + sum(_read(fused, number, operand) for number, operand in enumerate(operands))
 
     def _flops(self, line: Instruction) -> float:
-        if _is_convolution(line):
+        if is_convolution(line):
             return self._convolution_flops(line)
         if line.opcode == "fusion":
             return sum(self._flops(part) for part in self.computations[line.called() or ""])
@@ -253,6 +253,20 @@ class Module:
         return 2 * math.prod(outputs) * math.prod(kernel) / kernel[kernel_labels.index("o")]
 
 
+def _result_shape(line: Instruction) -> str:
+    """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too."""
+    if line.opcode.endswith("-start") and line.opcode != "all-reduce-start" and len(arrays(line.shape)) > 1:
+        return " ".join(found[0] for found in list(_ARRAY.finditer(line.shape))[len(line.operands) :])
+    return line.shape
+
+
+def _by_dtype(shape: str) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for found in _ARRAY.finditer(shape):
+        total[found["dtype"]] = total.get(found["dtype"], 0) + shape_bytes(found[0])
+    return total
+
+
 def _split_operands(rest: str) -> tuple[str, str]:
     depth = 1
     for place, letter in enumerate(rest):
@@ -266,19 +280,31 @@ def _until_done(start: Instruction, after: list[Instruction]) -> Iterator[Instru
     return itertools.takewhile(lambda line: start.name not in line.operands, after)
 
 
-def _is_convolution(line: Instruction) -> bool:
+def _moves_nothing(line: Instruction) -> bool:
+    return line.opcode in _FREE or line.opcode.endswith("-done")
+
+
+def _is_collective(line: Instruction) -> bool:
+    return line.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def is_convolution(line: Instruction) -> bool:
     return line.opcode == "custom-call" and CONVOLUTION in line.attributes
 
 
 def _computes(line: Instruction) -> bool:
-    return line.opcode == "fusion" or _is_convolution(line) or "__cublas" in line.attributes
+    return line.opcode == "fusion" or is_convolution(line) or "__cublas" in line.attributes
 
 
 def _group(line: Instruction) -> int:
-    """Devices of one group: `replica_groups={{0,1},{2,3}}` or `[groups,devices]<=...`."""
+    """Devices of one group: `replica_groups={{0,1},{2,3}}`, `[groups,devices]<=...` or `mesh['a'=2,'b'=4] {'b'}`."""
     explicit = line.attribute(r"replica_groups=\{\{([\d,]*)\}")
     if explicit is not None:
         return explicit.count(",") + 1
+    if (axes := line.attribute(r"replica_groups=mesh\[([^]]*)\]")) is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        together = line.attribute(r"replica_groups=mesh\[[^]]*\](?:, device_ids=\(.*?\))? \{([^}]*)\}") or ""
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", together))
     return int(line.attribute(r"replica_groups=\[\d+,(\d+)\]") or 1)
 
 

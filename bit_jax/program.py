@@ -1,6 +1,7 @@
 """The compiled training and evaluation steps of a run: shapes and shardings in, executables out, no array made."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ class Program:
     """What runs on the devices.
 
     Attributes:
-        train_step: (state, batch) -> (state, {"loss"}); the given state is used up.
+        train_step: (state, batch) -> (state, what `steps.make_train_step` says); the given state is used up.
         eval_step: (params, batch) -> sums.
         state_shape: shapes, dtypes and shardings of the state.
         optimizer: makes the state of a fresh run.
@@ -43,33 +44,97 @@ class Program:
 
         placed = jax.tree.map(place, params, self.state_shape.params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shape)
-        return jax.jit(lambda params: steps.init_state(params, self.optimizer), out_shardings=shardings)(placed)
+        scales_loss = self.state_shape.loss_scale is not None
+        init = functools.partial(steps.init_state, optimizer=self.optimizer, scales_loss=scales_loss)
+        return jax.jit(init, out_shardings=shardings)(placed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Both steps before they are compiled.
+
+    Attributes:
+        train_step, eval_step: functions of arrays laid out as `state` and `batch` say.
+        optimizer: of the training step.
+        state, batch: shapes, dtypes and shardings.
+    """
+
+    train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
+    eval_step: Callable[[Any, Any], dict]
+    optimizer: optax.GradientTransformation
+    state: steps.TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        return jax.jit(self.train_step, donate_argnums=0).lower(self.state, self.batch)
+
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        return jax.jit(self.eval_step).lower(self.state.params, self.batch)
+
+
+def make_steps(cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh) -> Steps:
+    """The steps of a run on the mesh's devices, which need not be here; no array is made."""
+    precision, scale = choose(cfg.model.precision), cfg.scale
+    model = architecture.model(precision.dtype, precision.product).clone(remat=scale.remat, gather=meshes.gather(mesh))
+    optimizer = sgd(recipe.schedule, cfg.optimizer.momentum)
+    train_step = steps.make_train_step(
+        model, optimizer, mixup=recipe.mixup, seed=cfg.run.seed, microbatches=scale.microbatches
+    )
+    dtype = param_dtype(precision.dtype)
+    return Steps(
+        train_step=train_step,
+        eval_step=steps.make_eval_step(model),
+        optimizer=optimizer,
+        state=abstract_state(architecture, dtype, optimizer, mesh, scales_loss=precision.scales_loss),
+        batch=abstract_batch(global_batch, recipe.crop, mesh),
+    )
 
 
 def compile_program(
     cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh
 ) -> Program:
     """Compiles both steps ahead of time, so that no training step pays for it."""
-    precision = choose(cfg.model.precision)
-    model = architecture.model(precision.dtype, precision.product)
-    optimizer = sgd(recipe.schedule, cfg.optimizer.momentum)
-    state = abstract_state(architecture, param_dtype(precision.dtype), optimizer, mesh)
-    batch = abstract_batch(global_batch, recipe.crop, mesh)
-    train_step = steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=cfg.run.seed)
+    made = make_steps(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
+    options = compiler_options(mesh)
     return Program(
-        train_step=jax.jit(train_step, donate_argnums=0).lower(state, batch).compile(),
-        eval_step=jax.jit(steps.make_eval_step(model)).lower(state.params, batch).compile(),
-        state_shape=state,
-        optimizer=optimizer,
+        train_step=made.lower_train_step().compile(compiler_options=options),
+        eval_step=made.lower_eval_step().compile(compiler_options=options),
+        state_shape=made.state,
+        optimizer=made.optimizer,
     )
 
 
+TOGETHER = 32 * 2**20  # bytes, over all devices, that one collective moves: enough for full bandwidth on NVLink
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+    """XLA's, beside its defaults: on several GPUs, collectives run behind computation.
+
+    By default XLA's GPU compiler runs almost all gradient collectives of this program synchronously, and gathers or
+    reduces as many arrays at once as it can, which would put much of a split model whole into memory.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_all_gather_combine_threshold_bytes": str(TOGETHER),
+        "xla_gpu_all_reduce_combine_threshold_bytes": str(TOGETHER),
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": str(TOGETHER // mesh.shape[meshes.FSDP]),  # of what remains
+    }
+
+
 def abstract_state(
-    architecture: Architecture, dtype: jnp.dtype, optimizer: optax.GradientTransformation, mesh: Mesh
+    architecture: Architecture,
+    dtype: jnp.dtype,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    scales_loss: bool = False,
 ) -> steps.TrainState:
     """Shapes, dtypes and shardings of the training state."""
     flat = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in weights.layout(architecture).items()}
-    shapes = jax.eval_shape(lambda params: steps.init_state(params, optimizer), weights.unflatten(flat))
+    init = functools.partial(steps.init_state, optimizer=optimizer, scales_loss=scales_loss)
+    shapes = jax.eval_shape(init, weights.unflatten(flat))
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.param_sharding(mesh, leaf.shape))

@@ -24,6 +24,7 @@ STANDARDIZE_EPS = 1e-10  # BiT; timm's is 1e-8, which float64 tells apart
 
 Remat = Literal["none", "norm", "unit"]
 CONVOLVED, STATISTICS = "convolved", "statistics"  # what `remat` "norm" keeps, by the name given where it is made
+GATHERED = "gathered"  # what is never kept
 FEEDS = (0, 1, 2)  # a kernel's axes that feed one output channel
 
 UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -63,14 +64,18 @@ class Numerics(NamedTuple):
     Attributes:
         dtype: of convolutions and activations between them.
         precision: of the products.
-        gather: (standardized kernel in `dtype`) -> the same where convolutions find it whole; see `mesh.gather`.
+        gather: (kernel in `dtype`, split over devices) -> the same, whole on each, used and dropped again: the backward
+            pass gathers it a second time. None where parameters are not split.
         recompute: the backward pass computes activations again from convolutions' outputs.
     """
 
     dtype: jnp.dtype
     precision: lax.Precision
-    gather: Callable[[Array], Array]
+    gather: Callable[[Array], Array] | None
     recompute: bool
+
+    def whole(self, kernel: Array) -> Array:
+        return kernel if self.gather is None else checkpoint_name(self.gather(kernel), GATHERED)
 
 
 def standardize(kernel: Float[Array, "kh kw cin cout"]) -> Float[Array, "kh kw cin cout"]:
@@ -201,7 +206,7 @@ class StdConv(nn.Module):
         pad = (self.size - 1) // 2
         convolved = lax.conv_general_dilated(
             x,
-            self.numerics.gather(standardize(kernel).astype(dtype)),
+            self.numerics.whole(standardize(kernel).astype(dtype)),
             window_strides=(self.stride, self.stride),
             padding=((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -289,7 +294,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width cin"]) -> Float[Array, "batch out_h out_w cout"]:
-        bottleneck = _rematerialized(BottleneckUnit, self.remat)
+        bottleneck = _rematerialized(BottleneckUnit, self.remat, sharded=self.numerics.gather is not None)
         for unit in range(1, self.units + 1):
             first = unit == 1
             stride = self.stride if first else 1
@@ -297,12 +302,14 @@ class Stage(nn.Module):
         return x
 
 
-def _rematerialized(unit: Any, remat: Remat) -> Any:
+def _rematerialized(unit: Any, remat: Remat, *, sharded: bool) -> Any:
     """The unit's class, keeping for the backward pass what `remat` says; its input is kept always."""
-    if remat == "none":
-        return unit
-    kept = (CONVOLVED, STATISTICS) if remat == "norm" else ()
-    return nn.remat(unit, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    policies = jax.checkpoint_policies
+    if remat == "norm":
+        return nn.remat(unit, policy=policies.save_only_these_names(CONVOLVED, STATISTICS))
+    if remat == "unit":
+        return nn.remat(unit)
+    return nn.remat(unit, policy=policies.save_anything_except_these_names(GATHERED)) if sharded else unit
 
 
 class RootBlock(nn.Module):
@@ -329,7 +336,7 @@ class HeadConv(nn.Module):
         shape = (1, 1, features.shape[-1], self.num_classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), dtype)
-        return jnp.dot(features, self.numerics.gather(kernel)[0, 0], precision=self.numerics.precision) + bias
+        return jnp.dot(features, self.numerics.whole(kernel)[0, 0], precision=self.numerics.precision) + bias
 
 
 class Head(nn.Module):
@@ -362,7 +369,7 @@ class ResNetV2(nn.Module):
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     precision: lax.Precision = lax.Precision.HIGHEST
     remat: Remat = "none"
-    gather: Callable[[Array], Array] = lambda kernel: kernel
+    gather: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:

@@ -15,16 +15,34 @@ TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
 
 
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of PyTorch's GradScaler
+
+
+class LossScale(flax.struct.PyTreeNode):
+    """What the loss is multiplied by before it is differentiated in float16, and gradients divided by afterwards.
+
+    A step whose gradients are not finite changes no parameter and halves the scale; 2000 good steps in a row double
+    it. As PyTorch's GradScaler.
+    """
+
+    scale: Any  # float32 []
+    good_steps: Any  # int32 []: since the scale last changed
+    skipped: Any  # int32 []: steps that changed no parameter
+
+
 class TrainState(flax.struct.PyTreeNode):
     """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed."""
 
     step: Any  # int32 [], an array or its shape: how many steps were taken
     params: Any
     opt_state: Any
+    loss_scale: Any = None  # a LossScale in float16
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(params: Any, optimizer: optax.GradientTransformation, *, scales_loss: bool = False) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    loss_scale = LossScale(jnp.float32(FIRST_SCALE), zero, zero) if scales_loss else None
+    return TrainState(zero, params, optimizer.init(params), loss_scale)
 
 
 def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) -> Float[Array, "batch height width 3"]:
@@ -85,13 +103,24 @@ def loss_and_gradients(
     images: Float[Array, "batch height width 3"],
     targets: Float[Array, "batch classes"],
     microbatches: int = 1,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """The batch's mean cross-entropy and its gradient; with `microbatches`, a divisor of the batch, that many passes
-    one after the other, each over an equal share of every device's rows."""
+    one after the other, each over an equal share of every device's rows. Differentiated times `scale`, if given."""
 
     def loss_of(params, images, targets):
-        return cross_entropy(apply_model(model, params, images), targets).mean()
+        loss = cross_entropy(apply_model(model, params, images), targets).mean()
+        return loss if scale is None else loss * scale
 
+    if scale is not None:
+        scaled = _accumulated(loss_of, params, images, targets, microbatches)
+        return jax.tree.map(lambda leaf: leaf / scale, scaled)
+    return _accumulated(loss_of, params, images, targets, microbatches)
+
+
+def _accumulated(
+    loss_of: Callable[..., Any], params: Any, images: Array, targets: Array, microbatches: int
+) -> tuple[Array, Any]:
     if microbatches == 1:
         return jax.value_and_grad(loss_of)(params, images, targets)
 
@@ -108,22 +137,50 @@ def loss_and_gradients(
 
 def update(state: TrainState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainState:
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def update_if_finite(state: TrainState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """`update`, by the rules of the state's `LossScale`."""
+    old = state.loss_scale
+    assert old is not None
+    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
+    good = jnp.where(finite, old.good_steps + 1, 0)
+    grows = good == GROWTH_INTERVAL
+    loss_scale = LossScale(
+        scale=old.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5),
+        good_steps=jnp.where(grows, 0, good),
+        skipped=old.skipped + ~finite,
+    )
+
+    def kept(new, old):  # what counts steps counts on, so that the schedule is that of the step number
+        return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old)
+
+    updated = update(state, gradients, optimizer)
+    return jax.tree.map(kept, updated.replace(loss_scale=None), state.replace(loss_scale=None)).replace(
+        loss_scale=loss_scale
+    )
 
 
 def make_train_step(
-    model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int
+    model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int, microbatches: int = 1
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
-    example than the one in order, because that one is damaged})."""
+    example than the one in order, because that one is damaged}); with a `LossScale` also its "scale"."""
     dtype = param_dtype(model.dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
         images, targets = prepare(batch, model.num_classes, dtype, weight)
-        loss, gradients = loss_and_gradients(model, state.params, images, targets)
         replaced = (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)
-        return update(state, gradients, optimizer), {"loss": loss, "replaced": replaced}
+        if state.loss_scale is None:
+            loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches)
+            return update(state, gradients, optimizer), {"loss": loss, "replaced": replaced}
+        scale = state.loss_scale.scale
+        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
+        state = update_if_finite(state, gradients, optimizer)
+        return state, {"loss": loss, "replaced": replaced, "scale": scale}
 
     return train_step
 

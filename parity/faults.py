@@ -282,10 +282,10 @@ def summed_loss() -> Any:
 
     mean = steps.loss_and_gradients
 
-    def summed(model, params, images, targets, microbatches=1):
+    def summed(model, params, images, *rest):
         import jax
 
-        return jax.tree.map(lambda leaf: leaf * images.shape[0], mean(model, params, images, targets, microbatches))
+        return jax.tree.map(lambda leaf: leaf * images.shape[0], mean(model, params, images, *rest))
 
     return mock.patch("bit_jax.steps.loss_and_gradients", summed)
 

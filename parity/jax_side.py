@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import input_pipeline
 from bit_jax import mesh as meshes
 from bit_jax import metrics, optimizer, resnetv2, steps, weights
 from bit_jax.hyperrule import Schedule
-from bit_jax.precision import Precision, choose
+from bit_jax.precision import choose, products
 from input_pipeline.examples import Subset
-from parity import faults, inputs, probe
+from parity import faults, inputs
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side
@@ -55,7 +54,7 @@ class JaxSide:
 
     def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
         model, params = self.model()
-        matrix, convolution = _products(self.precision)
+        matrix, convolution = products(self.precision)
         device = self.mesh.devices.flat[0]
         return {
             "framework": "jax",
@@ -276,21 +275,6 @@ def record_units(
     with nn.intercept_methods(record):
         logits = steps.apply_model(model, params, images)
     return outputs | {"logits": logits}
-
-
-def _products(precision: Precision) -> tuple[str, str]:
-    """What a matrix product and a convolution multiply with."""
-    left, right = (jnp.asarray(operand, precision.dtype) for operand in probe.operands())
-    matrix = jax.jit(lambda a, b: jnp.dot(a, b, precision=precision.product))(left, right)
-    image, kernel = left[None, :, None, :], right[None, None]
-
-    def convolve(image, kernel):
-        return lax.conv_general_dilated(
-            image, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision.product
-        )
-
-    convolved = jax.jit(convolve)(image, kernel)
-    return probe.multiplied_in(np.asarray(matrix)), probe.multiplied_in(np.asarray(convolved))
 
 
 def _schedule(fields: dict[str, Any]) -> Schedule:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from bit_jax import probe
 from bit_jax.errors import RequestError
 from input_pipeline.examples import Source, Subset
 from input_pipeline.sources import open_source
-from parity import faults, inputs, probe, torch_names, torch_pipeline, torch_reference
+from parity import faults, inputs, torch_names, torch_pipeline, torch_reference
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side

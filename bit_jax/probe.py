@@ -1,7 +1,8 @@
 """What a product really multiplies with, read off its result: flags say what was asked for, this what was done.
 
 The left operand's columns hold 1 + 2^-9, 1 + 2^-12 and 1 + 2^-30 in turn, the right one is the identity, so that every
-result is one product. bfloat16 (8 bits) keeps none of the three, TF32 (11 bits) the first, float32 (24 bits) two.
+result is one product. bfloat16 (8 bits) keeps none of the three, TF32 and float16 (11 bits) the first, float32
+(24 bits) two.
 """
 
 import numpy as np
@@ -16,10 +17,10 @@ def operands() -> tuple[np.ndarray, np.ndarray]:
 
 
 def multiplied_in(product: np.ndarray) -> str:
-    """float64, float32, tf32 or bfloat16 (or anything as narrow).
+    """float64, float32, tf32 (float16, where that is the product's type) or bfloat16 (or anything as narrow).
 
     Args:
         product: of the operands, [..., SIZE], the right operand's columns last.
     """
     kept = sum(bool((product[..., kind::3] != 1).all()) for kind in range(3))
-    return ("bfloat16", "tf32", "float32", "float64")[kept]
+    return ("bfloat16", "float16" if product.dtype == np.float16 else "tf32", "float32", "float64")[kept]

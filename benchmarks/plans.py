@@ -1,0 +1,65 @@
+"""The table of docs/scaling.md: plan's figures for three models, three precisions and four sizes of machine.
+
+    python benchmarks/plans.py [--json benchmarks/results/plans.json]
+
+Compiles 36 programs, about half an hour on two cores; what the JSON file already holds is not compiled again.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import tyro
+
+from bit_jax import metrics
+from bit_jax.accelerators import GIB
+from bit_jax.plan import Request, demands
+
+MODELS, PRECISIONS, SIZES = ("R50x1", "R152x2", "R152x4"), ("fp32", "tf32", "bf16"), ((1, 1), (1, 8), (2, 8), (4, 8))
+
+
+def request(model: str, precision: str, hosts: int, devices: int) -> Request:
+    split = "" if model != "R152x4" or hosts * devices == 1 else f"data={hosts},fsdp={devices}"
+    return Request(f"BiT-M-{model}", hosts=hosts, devices=devices, precision=precision, mesh=split, remat="norm")
+
+
+def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    found = json.loads(json_file.read_text()) if json_file.exists() else {}
+    print(
+        "| model | precision | hosts x GPUs | split | peak GiB | with workspace, of 35.5 | traffic GB | TFLOP "
+        "| collectives MB (overlapped) | roofline ms | images/s at most |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for model, precision, (hosts, devices) in itertools.product(MODELS, PRECISIONS, SIZES):
+        case = f"{model} {precision} {hosts}x{devices}"
+        if case not in found:
+            found[case] = demands(request(model, precision, hosts, devices))
+            metrics.write_json(json_file, found)
+        print(row(found[case]), flush=True)
+
+
+def row(result: dict) -> str:
+    asked, memory, about = result["request"], result["memory"], result["estimate"]
+    moved = sum(sum(one["bytes"].values()) for one in result["collectives"])
+    behind = sum(one["overlapped_bytes"] for one in result["collectives"])
+    used = memory["peak"] + memory["workspace"]
+    cells = (
+        asked["model"].removeprefix("BiT-M-"),
+        asked["precision"],
+        f"{asked['hosts']}x{asked['devices']}",
+        asked["mesh"] or "data",
+        f"{memory['peak'] / GIB:.1f}",
+        f"{used / GIB:.1f}" + ("" if memory["fits"] else ", does not fit"),
+        f"{sum(result['traffic'].values()) / 1e9:.0f}",
+        f"{result['flops'] / 1e12:.1f}",
+        f"{moved / 1e6:,.0f} ({behind / max(moved, 1):.0%})" if moved else "",
+        f"{about['step'] * 1e3:.0f}",
+        f"{about['images_per_s']:,.0f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

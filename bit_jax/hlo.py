@@ -312,7 +312,7 @@ def _read(fused: list[Instruction], number: int, operand: Instruction) -> int:
     """Bytes that a fusion reads of its operand `number`."""
     parameter = next(line for line in fused if line.opcode == "parameter" and line.operands == (str(number),))
     uses = [line for line in fused if parameter.name in line.operands]
-    if uses and all(line.opcode == "dynamic-slice" for line in uses):
+    if uses and all(line.opcode in ("slice", "dynamic-slice") for line in uses):
         return sum(line.bytes for line in uses)
     if uses and all(line.opcode == "dynamic-update-slice" and line.operands[0] == parameter.name for line in uses):
         return 0  # updated in place

@@ -75,7 +75,9 @@ class Steps:
 def make_steps(cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh) -> Steps:
     """The steps of a run on the mesh's devices, which need not be here; no array is made."""
     precision, scale = choose(cfg.model.precision), cfg.scale
-    model = architecture.model(precision.dtype, precision.product).clone(remat=scale.remat, gather=meshes.gather(mesh))
+    model = architecture.model(precision.dtype, precision.product).clone(
+        remat=scale.remat, gather=meshes.gather(mesh), paced=_hides_collectives(mesh)
+    )
     optimizer = sgd(recipe.schedule, cfg.optimizer.momentum)
     train_step = steps.make_train_step(
         model, optimizer, mixup=recipe.mixup, seed=cfg.run.seed, microbatches=scale.microbatches
@@ -104,6 +106,11 @@ def compile_program(
     )
 
 
+def _hides_collectives(mesh: Mesh) -> bool:
+    """Whether collectives are to run behind computation: where there are several GPUs."""
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
+
+
 TOGETHER = 32 * 2**20  # bytes, over all devices, that one collective moves: enough for full bandwidth on NVLink
 
 
@@ -113,7 +120,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     By default XLA's GPU compiler runs almost all gradient collectives of this program synchronously, and gathers or
     reduces as many arrays at once as it can, which would put much of a split model whole into memory.
     """
-    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+    if not _hides_collectives(mesh):
         return {}
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,

@@ -1,13 +1,17 @@
 """Fine-tunes a BiT model: `python train.py PRESET --workdir DIR`; see `--help` of each preset for its flags."""
 
+import os
 import sys
+from collections.abc import Callable
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
 import jax
 import tyro
 from rich.console import Console
 
 import input_pipeline
-from bit_jax import config, finetune, hyperrule, mesh, metrics, weights, zoo
+from bit_jax import config, finetune, hosts, hyperrule, loop, mesh, metrics, weights, zoo
 from bit_jax.errors import RequestError, exit_code
 from bit_jax.precision import choose
 from bit_jax.resnetv2 import is_architecture_name, parse_architecture
@@ -16,7 +20,11 @@ from bit_jax.workdir import Workdir
 
 def main() -> None:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    result = run(cfg)
+    with hosts.joined(cfg.scale):
+        result = run(cfg)
+        first = hosts.is_first()
+    if not first:
+        return
     Console(width=120).print(metrics.flagperf_row(result))
     print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/")
 
@@ -46,10 +54,11 @@ def run(cfg: config.Config) -> dict:
     workdir = Workdir(cfg.run.workdir)
     workdir.claim(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
     if result := workdir.finished():
-        print(f"{workdir.path} holds this run, finished; its result:", file=sys.stderr)
+        if hosts.is_first():
+            print(f"{workdir.path} holds this run, finished; its result:", file=sys.stderr)
         return result
 
-    def loader(source: input_pipeline.Source) -> finetune.Split:
+    def loader(source: input_pipeline.Source) -> loop.Split:
         batches = input_pipeline.Loader(
             source,
             views,
@@ -61,7 +70,7 @@ def run(cfg: config.Config) -> dict:
             threads=cfg.data.input_threads,
             skip_damaged=cfg.data.skip_damaged,
         )
-        return finetune.Split(source.name, len(source), batches)
+        return loop.Split(source.name, len(source), batches)
 
     return finetune.finetune(
         cfg,
@@ -75,16 +84,26 @@ def run(cfg: config.Config) -> dict:
     )
 
 
-def initial_model(cfg: config.Config, *, num_classes: int):
-    """The architecture with a head for `num_classes`, and a function that gives the parameters to start from."""
+def initial_model(
+    cfg: config.Config, *, num_classes: int
+) -> tuple[weights.Architecture, Callable[[weights.Params], weights.Params]]:
+    """The architecture with a head for `num_classes`, and what makes the parameters to start from: given their shapes,
+    dtypes and shardings, it makes each device's part there."""
     name, seed = cfg.model.model, cfg.run.seed
     if cfg.model.init == "random" and is_architecture_name(name):
         architecture = weights.Architecture(*parse_architecture(name), num_classes)
     else:
         architecture, arrays = weights.read(zoo.find(name), num_classes=num_classes)
-    if cfg.model.init == "random":
-        return architecture, lambda: architecture.model().init_params(seed)
-    return architecture, lambda: weights.unflatten(dict(arrays))
+
+    def read(like: weights.Params) -> weights.Params:
+        shapes = weights.flatten(like)
+        return weights.unflatten({key: mesh.place(array, shapes[key]) for key, array in arrays})
+
+    def draw(like: weights.Params) -> weights.Params:
+        model = architecture.model(jax.tree.leaves(like)[0].dtype)
+        return jax.jit(lambda: model.init_params(seed), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
+
+    return architecture, draw if cfg.model.init == "random" else read
 
 
 if __name__ == "__main__":

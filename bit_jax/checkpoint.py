@@ -6,19 +6,21 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint import v1 as orbax
 
-from bit_jax import metrics
+from bit_jax import hosts, metrics
 from bit_jax.errors import RequestError
 
 MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
 
 # Where one write fails Orbax logs pages about each of the others before it raises. What it raises says all of it, and
 # CheckpointError says that in a sentence.
+log = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
@@ -29,26 +31,43 @@ class CheckpointError(RequestError):
 class Checkpoints:
     """The newest few training states of a run, by step.
 
+    Attributes:
+        newest: step of the newest one, None where there is none. Damaged ones are set aside before, which the log says.
+
     Saving copies the state off the devices and returns; writing goes on behind. A run killed at any moment finds its
-    last whole checkpoint; what it was writing is cleared away.
+    last whole checkpoint; what it was writing is cleared away. Several hosts share the directory: each writes its part,
+    the first what says that it is whole.
     """
 
     def __init__(self, directory: Path, *, keep: int):
         self._directory = directory
+        self._first = hosts.is_first()
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
         with self._writing():
-            directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.iterdir():
-                if path.is_dir() and not (path / MANIFEST).exists():
-                    shutil.rmtree(path)
+            if hosts.is_first():
+                directory.mkdir(parents=True, exist_ok=True)
+                for path in directory.iterdir():
+                    if path.is_dir() and not (path / MANIFEST).exists():
+                        shutil.rmtree(path)
+            self.newest = hosts.agree(self._find() if hosts.is_first() else 0) or None
             keep_newest: Any = orbax.training.preservation_policies.LatestN(n=keep)
             self._orbax = orbax.training.Checkpointer(str(directory.absolute()), preservation_policy=keep_newest)
 
-    @property
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        return max((int(path.parent.name) for path in self._directory.glob(f"*/{MANIFEST}")), default=None)
+    def _find(self) -> int:
+        """Step of the newest whose files are as they were written; newer ones are set aside. 0 where there is none."""
+        steps = sorted((int(path.parent.name) for path in self._directory.glob(f"*/{MANIFEST}")), reverse=True)
+        for step in steps:
+            path = self._directory / str(step)
+            if (damage := _damage(path)) is None:
+                return step
+            aside = self._directory.with_name("damaged") / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+            log.warning(
+                "checkpoint %s is damaged: %s; it is now %s, and the one before it is used", path, damage, aside
+            )
+        return 0
 
     def save(self, state: Any) -> None:
         """Starts saving `state` under `state.step`; waits for the save before, and raises if that one failed."""
@@ -58,6 +77,7 @@ class Checkpoints:
             response = self._orbax.save_async(step, state, force=True)
         assert response is not None  # None is for a save that a policy declined; force leaves none to decline
         self._pending = self._behind.submit(self._finish, step, response)
+        self.newest = step
 
     def wait(self) -> None:
         """Returns once everything is written; raises CheckpointError if it was not."""
@@ -70,22 +90,16 @@ class Checkpoints:
         """The state of that step, laid out as `abstract_state` says (shapes, dtypes and shardings).
 
         Raises:
-            CheckpointError: a file of it is missing or differs from what was written, or it is of another model.
+            CheckpointError: it is of another model.
         """
         path = self._directory / str(step)
-        remedy = "delete that folder to continue from the checkpoint before it, or from the start"
-        try:
-            written = json.loads((path / MANIFEST).read_text())
-            found = _digests(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path} is damaged ({error}); {remedy}") from None
-        differing = sorted(name for name in written | found if written.get(name) != found.get(name))
-        if differing:
-            raise CheckpointError(f"checkpoint {path} is damaged: {differing[0]} is not as written; {remedy}")
         try:
             return self._orbax.load(step, abstract_state)
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"checkpoint {path} does not fit this run ({_cause(error)}); {remedy}") from None
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this run ({_cause(error)}); "
+                "delete that folder to continue from the checkpoint before it, or from the start"
+            ) from None
 
     def close(self) -> None:
         try:
@@ -98,7 +112,8 @@ class Checkpoints:
     def _finish(self, step: int, response: Any) -> None:
         response.result()
         path = self._directory / str(step)
-        metrics.write_json(path / MANIFEST, _digests(path))
+        if self._first:
+            metrics.write_json(path / MANIFEST, _digests(path))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -110,6 +125,16 @@ class Checkpoints:
                 f"cannot write a checkpoint to {self._directory}: {_cause(error)}; free space or mend the folder, "
                 "then start again to continue from the last whole one"
             ) from None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What of it is not as it was written."""
+    try:
+        written, found = json.loads((checkpoint / MANIFEST).read_text()), _digests(checkpoint)
+    except (OSError, ValueError) as error:
+        return str(error)
+    differing = sorted(name for name in written | found if written.get(name) != found.get(name))
+    return f"{differing[0]} is not as written" if differing else None
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:

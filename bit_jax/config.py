@@ -87,6 +87,16 @@ class ScaleConfig:
     convolution; unit, whole residual units."""
     microbatches: int = 1
     """Passes that a step's batch is taken in, one after the other; the gradient is that of the whole batch."""
+    coordinator: str = ""
+    """Several hosts, all started with the same command: host 0's ADDRESS:PORT. Not needed under SLURM (srun), Open MPI
+    (mpirun) and in a Kubernetes indexed job."""
+    hosts: int | None = None
+    host: int | None = None
+    """This one's number, from 0."""
+    start_timeout: int = 300
+    """Seconds that hosts wait for each other at the start."""
+    host_timeout: int = 60
+    """Seconds without a sign of life after which a host is taken for dead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +140,9 @@ class Config:
             "--log-every": self.run.log_every,
             "--checkpoint-every": self.run.checkpoint_every,
             "--microbatches": self.scale.microbatches,
+            "--hosts": self.scale.hosts,
+            "--start-timeout": self.scale.start_timeout,
+            "--host-timeout": self.scale.host_timeout,
         }
         for flag, value in positive.items():
             if value is not None and value <= 0:
@@ -145,7 +158,7 @@ class Config:
             raise RequestError(f"--mixup {self.optimizer.mixup} must not be negative")
 
 
-# what changes nothing about the parameters a run ends with may differ when it is continued
+# what changes nothing about the parameters a run ends with may differ when it is continued; all of `scale` too
 _FREE_TO_CHANGE = {
     "data.data_dir",
     "data.skip_damaged",  # a run that met no damaged image yet computed the same either way
@@ -156,9 +169,6 @@ _FREE_TO_CHANGE = {
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
-    "scale.mesh",
-    "scale.remat",
-    "scale.microbatches",
 }
 
 
@@ -168,6 +178,7 @@ def identity(cfg: Config) -> dict[str, object]:
         f"{section.name}.{name}": value
         for section in dataclasses.fields(cfg)
         for name, value in dataclasses.asdict(getattr(cfg, section.name)).items()
+        if section.name != "scale"
     }
     kept = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}

@@ -1,7 +1,8 @@
 """Wrong requests, told from defects and from failed runs.
 
-Exit codes: 0 done, 1 a run or comparison failed, 2 the request was wrong. A `RequestError` ends in its one sentence and
-exit code 2; a defect keeps its traceback.
+Exit codes: 0 done; 1 a run or comparison failed, or another host did; 2 the request was wrong; 130 and 143 ended by
+Ctrl-C and SIGTERM, 128 and the signal's number, as shells count. A `RequestError` ends in its one sentence and exit
+code 2; a defect keeps its traceback.
 """
 
 import contextlib
@@ -20,6 +21,14 @@ class RunFailed(RuntimeError):
     """The request was right, but the run cannot go on; the message says why."""
 
 
+class Stopped(BaseException):
+    """A signal ended the run; the message says what is saved. As KeyboardInterrupt, it is nothing to recover from."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
 def exit_code(main: Callable[[], object], *wrong_request: type[Exception]) -> int:
     """Runs a command's `main` and turns what it raises into a sentence on standard error and an exit code.
 
@@ -28,7 +37,7 @@ def exit_code(main: Callable[[], object], *wrong_request: type[Exception]) -> in
         wrong_request: further exceptions that mean a wrong request, such as another package's own.
     """
     try:
-        with _handling_interrupts():
+        with _handling_signals():
             main()
     except (RequestError, *wrong_request) as error:
         return _say(str(error), 2)
@@ -39,52 +48,68 @@ def exit_code(main: Callable[[], object], *wrong_request: type[Exception]) -> in
             raise
         where = f" {error.filename}" if error.filename else ""
         return _say(f"the operating system refuses{where}: {os.strerror(error.errno)}; mend that and start again", 2)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
+    except Stopped as stopped:
+        return _say(str(stopped), 128 + stopped.number)
     return 0
 
 
 @dataclasses.dataclass
-class _Interrupts:
-    asked: bool = False
+class _Ending:
+    abrupt: bool = False
+
+
+_ending = _Ending()
+
+
+def end_abruptly(abrupt: bool = True) -> None:
+    """Whether `exit_code`, on an error, ends the process without what Python does at its end."""
+    _ending.abrupt = abrupt
+
+
+@dataclasses.dataclass
+class _Signals:
+    asked: int = 0  # the signal that asked this process to end
     deferred: bool = False
 
 
-_interrupts = _Interrupts()
+_signals = _Signals()
 
 
 @contextlib.contextmanager
-def deferring_interrupts() -> Iterator[None]:
-    """Within, Ctrl-C only makes the next `raise_if_interrupted` raise, so that libraries are not interrupted half-way
-    through a step or a save, where some have been seen to swallow the exception. A second one interrupts at once."""
-    _interrupts.deferred = True
+def deferring_signals() -> Iterator[None]:
+    """Within, the first Ctrl-C or SIGTERM only shows in `signal_asked`, so that libraries are not interrupted half-way
+    through a step or a save, where some have been seen to swallow the exception. A second one ends at once."""
+    _signals.deferred = True
     try:
         yield
     finally:
-        _interrupts.deferred = False
+        _signals.deferred = False
 
 
-def raise_if_interrupted() -> None:
-    if _interrupts.asked:
-        raise KeyboardInterrupt
+def signal_asked() -> int:
+    """The number of the signal that asked this process to end; 0 where none did."""
+    return _signals.asked
 
 
 @contextlib.contextmanager
-def _handling_interrupts() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        again, _interrupts.asked = _interrupts.asked, True
-        if again or not _interrupts.deferred:
-            raise KeyboardInterrupt
-        os.write(2, b"interrupted: ending after this step; interrupt again to end at once\n")
+def _handling_signals() -> Iterator[None]:
+    def handle(number: int, _: object) -> None:
+        again, _signals.asked = _signals.asked, number
+        if again or not _signals.deferred:
+            raise Stopped(number, "interrupted")
+        os.write(2, b"asked to end: the step under way is finished and saved; ask again to end at once\n")
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        _interrupts.asked = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signals.asked = 0
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if _ending.abrupt:
+        os._exit(code)
     return code

@@ -13,19 +13,27 @@ class Accuracy:
     examples: int
 
 
-def evaluate(eval_step: Callable[[Any, Any], dict], params: Any, batches: Iterable[Any], expected: int) -> Accuracy:
+def evaluate(
+    eval_step: Callable[[Any, Any], dict],
+    params: Any,
+    batches: Iterable[Any],
+    expected: int,
+    check: Callable[[dict], None] = lambda sums: None,
+) -> Accuracy:
     """Runs `eval_step` over the batches of one split.
 
     Args:
         eval_step: (params, batch) -> sums of loss, correct1, correct5, seen.
         batches: device batches with a mask.
         expected: examples in the split.
+        check: is shown each batch's sums, and may raise.
 
     Raises:
         RuntimeError: the batches did not cover the split exactly, so an accuracy would be of something else.
     """
     totals = dict.fromkeys(("loss", "correct1", "correct5", "seen"), 0)
     for sums in _one_behind(eval_step(params, batch) for batch in batches):
+        check(sums)
         totals = {name: total + sums[name].item() for name, total in totals.items()}
     seen = totals["seen"]
     if seen != expected:

@@ -94,6 +94,25 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
+def own_rows(rows: Array) -> np.ndarray:
+    """The rows of a batch that lie on this host's devices."""
+    return np.concatenate([np.asarray(shard.data) for shard in rows.addressable_shards])
+
+
+def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
+    """The array laid out as `like` says, each device given its own part only."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda part: np.asarray(array[part], like.dtype))
+
+
+def fetch(array: Array) -> np.ndarray:
+    """The whole array on this host; every host has to ask for it where hosts share it."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        assert isinstance(array.sharding, NamedSharding)
+        replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda array: array, out_shardings=replicated)(array)
+    return np.asarray(array)
+
+
 def global_batch_size(mesh: Mesh, *, global_batch: int, batch_per_device: int | None, microbatches: int = 1) -> int:
     """The global batch, checked against the mesh.
 

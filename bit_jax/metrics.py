@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -106,19 +107,23 @@ def write_json(path: Path, content: Any) -> None:
 class Log:
     """metrics.jsonl, TensorBoard events and the progress bar of one run.
 
-    A continued run drops the lines of steps that will be trained again.
+    A continued run drops the lines of steps that will be trained again. Quiet, it writes and prints nothing.
     """
 
-    def __init__(self, workdir: Path, *, start: int, stop: int, global_batch: int):
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            with replacing(self._path) as file:
-                file.write("".join(kept).encode())
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
-        self._tensorboard = _tensorboard().SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._console = Console(stderr=True)
+    def __init__(self, workdir: Path, *, start: int, stop: int, global_batch: int, quiet: bool = False):
+        path = workdir / "metrics.jsonl"
+        self._last: list[dict[str, Any]] = []  # what a continued run finds said of its first step
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            self._last = [entry for entry in map(json.loads, kept) if entry["step"] == start]
+            if not quiet:
+                with replacing(path) as file:
+                    file.write("".join(kept).encode())
+        self._file = open(os.devnull if quiet else path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
+        board = None if quiet else str(workdir / "tensorboard")
+        self._tensorboard = _tensorboard().SummaryWriter(board, purge_step=start + 1, write_to_disk=not quiet)
+        self._console = Console(stderr=True, quiet=quiet)
         self._start, self._stop, self._global_batch = start, stop, global_batch
         self._began = time.perf_counter()
         self._progress = Progress(
@@ -143,6 +148,10 @@ class Log:
             self._progress.stop()
         self._tensorboard.close()
         self._file.close()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of the step from which the run continues is in metrics.jsonl."""
+        return any(entry["step"] == step and "val_acc1" in entry for entry in self._last)
 
     def advance(self, step: int) -> None:
         """After `step` steps in all."""

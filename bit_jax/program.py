@@ -37,16 +37,11 @@ class Program:
     optimizer: optax.GradientTransformation
 
     def initial_state(self, params: Params) -> steps.TrainState:
-        """Step 0 with these parameters, laid out as `state_shape` says."""
-
-        def place(leaf, like):
-            return jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding)
-
-        placed = jax.tree.map(place, params, self.state_shape.params)
+        """Step 0 with these parameters, which lie as `state_shape` says."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shape)
         scales_loss = self.state_shape.loss_scale is not None
         init = functools.partial(steps.init_state, optimizer=self.optimizer, scales_loss=scales_loss)
-        return jax.jit(init, out_shardings=shardings)(placed)
+        return jax.jit(init, out_shardings=shardings)(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,5 +152,6 @@ def abstract_batch(global_batch: int, crop: int, mesh: Mesh) -> dict[str, jax.Sh
         "label": ((global_batch,), jnp.int32),
         "mask": ((global_batch,), jnp.bool_),
         "index": ((global_batch,), jnp.int32),
+        "signal": ((global_batch,), jnp.int32),
     }
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in fields.items()}

@@ -167,32 +167,39 @@ def make_train_step(
     model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int, microbatches: int = 1
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
-    example than the one in order, because that one is damaged}); with a `LossScale` also its "scale"."""
+    example than the one in order, because that one is damaged}); with a `LossScale` also its "scale", and "signal",
+    the largest of the batch's, if it has any."""
     dtype = param_dtype(model.dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
         images, targets = prepare(batch, model.num_classes, dtype, weight)
-        replaced = (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)
+        said = {"replaced": (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)} | _signal(batch)
         if state.loss_scale is None:
             loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches)
-            return update(state, gradients, optimizer), {"loss": loss, "replaced": replaced}
+            updated = update(state, gradients, optimizer)
+            # a step with a loss that is not finite changes nothing, so that it can be looked at
+            finite = jnp.isfinite(loss)
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), said | {"loss": loss}
         scale = state.loss_scale.scale
         loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
-        state = update_if_finite(state, gradients, optimizer)
-        return state, {"loss": loss, "replaced": replaced, "scale": scale}
+        return update_if_finite(state, gradients, optimizer), said | {"loss": loss, "scale": scale}
 
     return train_step
 
 
 def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
-    """(params, batch) -> sums over the rows whose mask is True: loss, correct1, correct5, seen."""
+    """(params, batch) -> sums over the rows whose mask is True: loss, correct1, correct5, seen; and "signal"."""
     dtype = param_dtype(model.dtype)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch)
+        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch) | _signal(batch)
 
     return eval_step
+
+
+def _signal(batch: dict) -> dict:
+    return {"signal": batch["signal"].max()} if "signal" in batch else {}
 
 
 def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,10 @@ def read(
     return architecture, with_new_head()
 
 
-def save(path: str | os.PathLike, params: Params) -> None:
+def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.ndarray] = np.asarray) -> None:
     """Writes parameters in the official layout, float32 (float64 stays float64), atomically.
 
-    The same parameters give the same bytes.
+    The same parameters give the same bytes. `fetch` brings an array to this host.
 
     Raises:
         WeightsError: the parameters are not those of a ResNetV2.
@@ -149,7 +149,7 @@ def save(path: str | os.PathLike, params: Params) -> None:
         for key, array in flat.items():
             # force_zip64 as numpy.savez does: a member's size is not known when its header is written
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                np.lib.format.write_array(member, fetch(array), allow_pickle=False)
 
 
 def flatten(params: Params) -> dict[str, Any]:

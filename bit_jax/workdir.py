@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bit_jax import metrics
+from bit_jax import hosts, metrics
 from bit_jax.config import Config, identity
 from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Recipe
@@ -42,6 +42,17 @@ class Workdir:
         Raises:
             RequestError: the folder cannot be written, or holds another configuration's run.
         """
+        if not hosts.is_first():
+            hosts.wait_for_all("work directory")
+            if not self.config.exists():
+                raise RequestError(f"{self.path} is not the first host's; put --workdir on a disk that all hosts share")
+        try:
+            self._claim(cfg, derived)
+        finally:
+            if hosts.is_first():
+                hosts.wait_for_all("work directory")
+
+    def _claim(self, cfg: Config, derived: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps({"config": identity(cfg), **derived}, default=_plain))
         try:
             self.path.mkdir(parents=True, exist_ok=True)

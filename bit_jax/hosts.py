@@ -1,0 +1,217 @@
+"""Several hosts that compute one run: start-up, and noticing in time when one of them is gone.
+
+Every host runs the same command and computes the same steps; the first, host 0, alone writes and prints.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from bit_jax import coordinator, errors
+from bit_jax.config import ScaleConfig
+from bit_jax.errors import RequestError
+
+BEAT = 1.0  # seconds between two signs of life
+AGAIN = "start all hosts again to continue from the last checkpoint"
+# hosts that a scheduler starts together, by the variable that says how many
+SCHEDULERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def is_first() -> bool:
+    """Whether this is the host that writes and prints."""
+    return jax.process_index() == 0
+
+
+def agree(number: int) -> int:
+    """Host 0's number, on every host."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(number))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def joined(scale: ScaleConfig) -> Iterator[None]:
+    """Within, all hosts of the run are one JAX program, by SLURM, Open MPI, Kubernetes or the flags; alone without any.
+
+    A host that dies or is cut off makes the others end with exit code 1 and a sentence that names it, after
+    `--host-timeout` seconds; one that fails by itself, at once.
+
+    Raises:
+        RequestError: the hosts do not find each other.
+    """
+    arguments = _arguments(scale)
+    if arguments is None:
+        yield
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `errors`
+    try:
+        _initialize(
+            **arguments,
+            initialization_timeout=scale.start_timeout,
+            heartbeat_timeout_seconds=10 * scale.host_timeout,  # JAX's own, which aborts without a sentence
+            shutdown_timeout_seconds=scale.host_timeout,
+        )
+    except Exception as error:  # of several kinds
+        raise RequestError(
+            f"the hosts did not find each other in {scale.start_timeout} s ({str(error).splitlines()[0]}); start all "
+            "of them with the same --coordinator and --hosts, and see that its port is reachable from each"
+        ) from None
+    watch = _Watch(scale.host_timeout)
+    errors.end_abruptly()  # an orderly end would wait for hosts that are gone
+    try:
+        yield
+    except BaseException as error:
+        watch.leave(_sentence(error), hardware=isinstance(error, jax.errors.JaxRuntimeError))
+        raise
+    wait_for_all("end")
+    watch.stop()
+    jax.distributed.shutdown()
+    errors.end_abruptly(False)
+
+
+def _initialize(**arguments: Any) -> None:
+    """`jax.distributed.initialize` with the coordinator in a process of its own.
+
+    JAX has it in host 0's. When that is killed, all others abort at once with a stack trace; so they are told which
+    host it was.
+    """
+    from jax._src import distributed  # JAX offers no public way to put the service elsewhere
+
+    runtime: Any = distributed._jax  # type: ignore[attr-defined]
+    start = runtime.get_distributed_runtime_service
+    runtime.get_distributed_runtime_service = coordinator.start
+    try:
+        jax.distributed.initialize(**arguments)
+    finally:
+        runtime.get_distributed_runtime_service = start
+
+
+def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
+    """Of `jax.distributed.initialize`; None for a host alone."""
+    if scale.coordinator:
+        if scale.hosts is None or scale.host is None:
+            raise RequestError(f"--coordinator {scale.coordinator} needs --hosts and --host too")
+        if not 0 <= scale.host < scale.hosts:
+            raise RequestError(f"--host {scale.host} is not one of --hosts {scale.hosts}, which are numbered from 0")
+        if ":" not in scale.coordinator:
+            raise RequestError(f"--coordinator {scale.coordinator} has no port; write ADDRESS:PORT")
+        return {
+            "coordinator_address": scale.coordinator,
+            "num_processes": scale.hosts,
+            "process_id": scale.host,
+            "cluster_detection_method": "deactivate",
+        }
+    if scale.hosts is not None or scale.host is not None:
+        raise RequestError("--hosts and --host need --coordinator ADDRESS:PORT, which is host 0's")
+    if any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULERS) or _in_kubernetes_job():
+        return {"local_device_ids": _own_gpus()}
+    return None
+
+
+def _in_kubernetes_job() -> bool:
+    """Whether JAX can ask Kubernetes for the other pods: this is an indexed job's, and its client is installed."""
+    import importlib.util
+
+    indexed = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    return indexed and importlib.util.find_spec("kubernetes") is not None
+
+
+def _own_gpus() -> list[int] | None:
+    """All GPUs of the host where it runs one process; None, which is one by the process's number, where several."""
+    tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_STEP_GPUS", ""))
+    return list(range(visible.count(",") + 1)) if tasks == "1" and visible else None
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class _Watch:
+    """Signs of life of all hosts in the coordinator's store, looked at by a thread of each."""
+
+    def __init__(self, timeout: float):
+        from jax._src.distributed import global_state  # JAX offers no public way to this store
+
+        self._client: Any = global_state.client
+        self._timeout = timeout
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+        self._stopping = threading.Event()
+        now = time.monotonic()
+        # host: (its last beat, when that was new)
+        self._seen: dict[int, tuple[int, float]] = dict.fromkeys(range(self._hosts), (0, now))
+        self._heard = now  # when the store last answered
+        self._failed: dict[int, str] = {}
+        threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def leave(self, sentence: str, *, hardware: bool) -> None:
+        """Tells the others why this host ends, and gives them the time to read it.
+
+        Args:
+            hardware: the devices or the network between them failed, which may be another host's doing: the watch has
+                its time to find out whose.
+        """
+        if hardware:
+            time.sleep(self._timeout + 5 * BEAT)
+        with contextlib.suppress(Exception):  # the store may be what is gone
+            self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
+            self._stopping.set()
+            time.sleep(3 * BEAT)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stopping.wait(BEAT):
+            count += 1
+            try:
+                self._client.key_value_set(f"bit_jax/alive/{self._host}", str(count), allow_overwrite=True)
+                alive = self._client.key_value_dir_get("bit_jax/alive/")
+                self._failed = {_number(key): why for key, why in self._client.key_value_dir_get("bit_jax/failed/")}
+            except Exception:  # the store does not answer; how long, `_look` sees
+                continue
+            now = self._heard = time.monotonic()
+            for key, beat in alive:
+                if self._seen[_number(key)][0] != int(beat):
+                    self._seen[_number(key)] = int(beat), now
+
+    def _look(self) -> None:
+        silence = f"nothing for {self._timeout} s; it died, or is cut off"
+        while not self._stopping.wait(BEAT):
+            now = time.monotonic()
+            for host, why in self._failed.items():
+                if host != self._host:
+                    self._end(f"host {host} ended: {why}")
+            if now - self._heard > self._timeout:
+                self._end(f"host 0 is not heard any more: {silence}")
+            for host, (_, when) in self._seen.items():
+                if self._heard - when > self._timeout:
+                    self._end(
+                        f"host {host} is not heard any more: nothing for {self._timeout} s; it died, or is cut off"
+                    )
+
+    def _end(self, sentence: str) -> None:
+        if self._stopping.is_set():
+            return
+        sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
+        if self._host == 0:
+            time.sleep(3 * BEAT)  # the store is here: the others read it as long as this host lives
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _number(key: str) -> int:
+    return int(key.rsplit("/", 1)[1])

@@ -1,0 +1,91 @@
+"""Runs a command as several hosts on this machine: `python -m bit_jax.launch --hosts 2 -- train.py digits ...`.
+
+For trying out and testing what otherwise takes several machines, and for several processes on one. Every process is
+given --coordinator, --hosts and --host behind the command's own flags. Ctrl-C and SIGTERM go to all of them.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import tyro
+
+from bit_jax.errors import RequestError, exit_code
+
+
+def main() -> int:
+    own, command = _split(sys.argv[1:])
+
+    def launch(hosts: int = 2, devices: int | None = None, port: int | None = None) -> int:
+        """{doc}
+
+        Args:
+            hosts: how many processes.
+            devices: of each: virtual ones on a CPU, the host's next so many GPUs otherwise. None: all that it sees.
+            port: that the first listens on; None: a free one.
+        """
+        if hosts < 1 or (devices is not None and devices < 1):
+            raise RequestError(f"--hosts {hosts} and --devices {devices} must be at least 1")
+        if not command:
+            raise RequestError(
+                "nothing to run; write the command behind --: python -m bit_jax.launch -- train.py digits"
+            )
+        return run(command, hosts, devices, port or free_port())
+
+    launch.__doc__ = (launch.__doc__ or "").format(doc=__doc__)
+    return tyro.cli(launch, args=own)
+
+
+def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
+    """The first exit code that is not 0, of any process; 0 where there is none."""
+    processes = [
+        subprocess.Popen(
+            [
+                *([sys.executable] if command[0].endswith(".py") or command[0].startswith("-") else []),
+                *command,
+                *f"--coordinator 127.0.0.1:{port} --hosts {hosts} --host {host}".split(),
+            ],
+            env=os.environ | (_environment(host, devices) if devices is not None else {}),
+        )
+        for host in range(hosts)
+    ]
+
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    codes = [process.wait() for process in processes]
+    return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def _environment(host: int, devices: int) -> dict[str, str]:
+    flags = os.environ.get("XLA_FLAGS", "")
+    gpus = range(host * devices, (host + 1) * devices)
+    return {
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+if __name__ == "__main__":
+    codes: list[int] = []
+    code = exit_code(lambda: codes.append(main()))
+    sys.exit(code or codes[0])

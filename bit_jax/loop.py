@@ -1,0 +1,192 @@
+"""The training loop: steps, evaluations, checkpoints, and an end in good order when a signal or a NaN asks for one."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bit_jax import mesh as meshes
+from bit_jax import metrics
+from bit_jax.checkpoint import Checkpoints
+from bit_jax.config import Config
+from bit_jax.errors import RunFailed, Stopped, signal_asked
+from bit_jax.evaluate import Accuracy, evaluate
+from bit_jax.hyperrule import Recipe
+from bit_jax.program import Program
+from bit_jax.steps import TrainState
+from bit_jax.workdir import Workdir
+
+# waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
+INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
+LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are no matter of precision
+
+
+class Batches(Protocol):
+    """What is asked of a loader: (number, batch) pairs whose rows lie on the mesh."""
+
+    def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]: ...
+    def evaluation(self) -> Iterator[tuple[int, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A loader and what is said of it in the result."""
+
+    name: str
+    examples: int
+    batches: Batches
+
+
+class _Asked(Exception):
+    """Some host was asked to end, by the signal of that number; all hosts see it after the same step."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@dataclasses.dataclass
+class Loop:
+    cfg: Config
+    recipe: Recipe
+    program: Program
+    mesh: Mesh
+    train: Split
+    validation: Split
+    global_batch: int
+    workdir: Workdir
+    checkpoints: Checkpoints
+    timeline: metrics.Timeline
+    log: metrics.Log
+    replaced: int = 0  # rows so far that showed another example because their own is damaged
+    input_is_slow: bool = False
+
+    def run(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
+        """From step `start` to the end: the last state and its accuracy.
+
+        Raises:
+            Stopped: by a signal; the state of the last finished step is saved.
+            RunFailed: a loss is not finite; the state before that step is saved, and the step's batch.
+        """
+        with self.timeline("whole"):
+            accuracy = self.evaluate(state, start) if self.evaluates_before(start) else None
+            if not self.reached(accuracy):
+                state, accuracy = self.train_from(state, start, batches, accuracy)
+            return state, accuracy or self.evaluate(state, int(state.step))
+
+    def train_from(
+        self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
+    ) -> tuple[TrainState, Accuracy | None]:
+        """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
+        run, steps = self.cfg.run, self.recipe.schedule.steps
+        for index, batch in self.timeline.waiting("input", batches):
+            step = index + 1
+            with self.timeline("steps"):
+                state, said = jax.block_until_ready(self.program.train_step(state, self.with_signal(batch)))
+            self.check(said, step, state, batch)
+            self.replaced += int(said["replaced"])
+            self.log.advance(step)
+            if step % run.log_every == 0:
+                scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
+                self.log.write(step, loss=float(said["loss"]), **scale, **self.speed(step - start))
+                self.say_who_waits()
+            if number := int(said["signal"]):
+                self.end(number, state)
+            accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
+            if self.reached(accuracy):
+                self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
+                break
+            if step % run.checkpoint_every == 0 and step < steps:
+                self.checkpoints.save(state)
+        return state, accuracy
+
+    def evaluate(self, state: TrainState, step: int) -> Accuracy:
+        def check(sums: dict) -> None:
+            if number := int(sums["signal"]):
+                raise _Asked(number)
+
+        with self.timeline("evaluation"):
+            batches = (self.with_signal(batch) for _, batch in self.validation.batches.evaluation())
+            try:
+                accuracy = evaluate(self.program.eval_step, state.params, batches, self.validation.examples, check)
+            except _Asked as asked:
+                self.end(asked.number, state)
+        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
+        return accuracy
+
+    def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch and the signal that this host was asked to end by, for all hosts to see after the same step."""
+        rows = self.global_batch // jax.process_count()
+        return batch | meshes.shard_batch({"signal": np.full(rows, signal_asked(), np.int32)}, self.mesh)
+
+    def end(self, number: int, state: TrainState) -> None:
+        step = int(state.step)
+        if step and step != self.checkpoints.newest:
+            self.checkpoints.save(state)
+        self.checkpoints.close()
+        raise Stopped(number, f"ended by a signal after step {step}, which is saved; the same command continues")
+
+    def check(self, said: dict, step: int, state: TrainState, batch: dict) -> None:
+        """Raises RunFailed where the step's loss is not finite: then it changed nothing, and `state` is that before."""
+        loss = float(said["loss"])
+        overflows = "scale" in said and float(said["scale"]) >= LEAST_SCALE
+        if math.isfinite(loss) or overflows:
+            return
+        if step > 1 and self.checkpoints.newest != step - 1:
+            self.checkpoints.save(state)
+        self.checkpoints.close()
+        shown = self.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
+        arrays: dict[str, Any] = {name: meshes.own_rows(rows) for name, rows in batch.items()}
+        np.savez(shown, **arrays)
+        raise RunFailed(
+            f"the loss of step {step} is {loss}; {shown} holds its batch, and the checkpoints the state before it: the "
+            f"same command repeats the step. Lower --base-lr {self.cfg.optimizer.base_lr} in a new --workdir, or use a "
+            f"wider precision than {self.cfg.model.precision}"
+        )
+
+    def evaluates_before(self, start: int) -> bool:
+        # a run that ended within an evaluation, or between reaching its target and saying so
+        return (self.evaluates_after(start) and not self.log.evaluated(start)) or (
+            start == 0 and self.cfg.run.eval_at_start
+        )
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after that many steps; "epoch" means whenever one has just been completed."""
+        every = self.cfg.run.eval_every
+        if every is None or step == 0:
+            return False
+        if every == "epoch":
+            epochs, before = (s * self.global_batch // self.train.examples for s in (step, step - 1))
+            return epochs > before
+        return step % every == 0
+
+    def reached(self, accuracy: Accuracy | None) -> bool:
+        target = self.cfg.run.target_acc1
+        return target is not None and accuracy is not None and accuracy.acc1 >= target
+
+    def speed(self, steps_done: int) -> dict[str, float]:
+        """Since training began here: images/s over steps and input, and the share of that time that was input."""
+        training = self.timeline["steps"] + self.timeline["input"]
+        return {
+            "images_per_s": steps_done * self.global_batch / training,
+            "input_wait": self.input_wait(),
+        }
+
+    def input_wait(self) -> float:
+        return self.timeline["input"] / (self.timeline["steps"] + self.timeline["input"])
+
+    def say_who_waits(self) -> None:
+        """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""
+        slow = self.input_wait() > INPUT_KEEPS_UP and self.timeline["input"] > HARDLY_WAITED
+        if slow and not self.input_is_slow:
+            self.log.note(
+                f"the devices wait for input, {self.input_wait():.0%} of the time so far: reading, decoding and "
+                "resizing are the slower side; python -m input_pipeline bench measures them, --input-threads helps "
+                "where cores are idle"
+            )
+        if self.input_is_slow and not slow:
+            self.log.note(f"input keeps up: the devices waited {self.input_wait():.1%} of the time so far")
+        self.input_is_slow = slow

@@ -1,0 +1,93 @@
+"""Every mesh, micro-batching and rematerialization computes the same run: float64, several steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bit_jax import mesh as meshes
+from bit_jax import steps, weights
+from bit_jax.errors import RequestError
+from bit_jax.hyperrule import Schedule
+from bit_jax.optimizer import sgd
+from bit_jax.program import abstract_state
+
+ROWS, SIDE, STEPS = 32, 16, 3
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        yield {
+            "image": rng.integers(0, 256, (ROWS, SIDE, SIDE, 3), np.uint8),
+            "label": rng.integers(0, 10, ROWS).astype(np.int32),
+            "index": np.arange(ROWS, dtype=np.int32),
+        }
+
+
+def run(small_npz, *, devices=1, fsdp=1, microbatches=1, remat="none", paced=False):
+    """Parameters, momentum and losses after a few steps."""
+    mesh = meshes.make_mesh(jax.devices()[:devices], fsdp=fsdp)
+    architecture, arrays = weights.read(small_npz)
+    model = architecture.model(jnp.float64).clone(remat=remat, gather=meshes.gather(mesh), paced=paced)
+    optimizer = sgd(Schedule(0.05, 1, (2,), STEPS), 0.9)
+    like = abstract_state(architecture, jnp.dtype(jnp.float64), optimizer, mesh)
+    params = weights.unflatten({key: jnp.asarray(array, jnp.float64) for key, array in arrays})
+    state = jax.device_put(steps.init_state(params, optimizer), jax.tree.map(lambda leaf: leaf.sharding, like))
+    step = jax.jit(steps.make_train_step(model, optimizer, mixup=0.3, seed=1, microbatches=microbatches))
+    losses = []
+    for batch in batches():
+        state, said = step(state, meshes.shard_batch(batch, mesh))
+        losses.append(float(said["loss"]))
+    if fsdp > 1:  # the state stays where it belongs
+        jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), state, like)
+        kernel = state.params["block4"]["unit01"]["b"]["standardized_conv2d"]["kernel"]
+        assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // fsdp}
+    return jax.tree.map(np.asarray, (state.params, state.opt_state)), losses
+
+
+@pytest.fixture(scope="module")
+def alone(small_npz):
+    with jax.enable_x64(True):
+        return run(small_npz)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"devices": 8},
+        {"devices": 8, "microbatches": 4, "paced": True},
+        {"devices": 8, "fsdp": 4, "microbatches": 2, "remat": "norm"},
+        {"devices": 8, "fsdp": 8, "remat": "unit", "paced": True},
+        {"devices": 8, "fsdp": 8, "microbatches": 4},
+        {"microbatches": 2, "remat": "norm", "paced": True},
+    ],
+    ids=str,
+)
+def test_however_it_is_spread_the_run_is_the_same(x64, small_npz, alone, how):
+    (trees, losses), (expected, expected_losses) = run(small_npz, **how), alone
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
+    for one, other in zip(jax.tree.leaves(trees), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10 * (1 + np.abs(other).max()))
+
+
+def test_a_meshs_flag():
+    assert [meshes.parse_mesh(text, 8) for text in ("", "data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=2")] == [
+        1,
+        1,
+        8,
+        4,
+        2,
+    ]
+    for wrong, said in (
+        ("data=4", "data=4 has 4 places, but there are 8 devices"),
+        ("fsdp=3", "fsdp=3 has 6 places"),
+        ("fsdp=16", "fsdp=16 has 16 places"),
+        ("model=2", "not of the form"),
+        ("fsdp=2,", "not of the form"),
+        ("fsdp=0", "not of the form"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            meshes.parse_mesh(wrong, 8)
+    with pytest.raises(RequestError, match="--microbatches 4 does not divide the 2 rows of a device"):
+        meshes.global_batch_size(meshes.make_mesh(), global_batch=16, batch_per_device=None, microbatches=4)

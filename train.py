@@ -20,6 +20,7 @@ from bit_jax.workdir import Workdir
 
 def main() -> None:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    keep_compiled_programs()
     with hosts.joined(cfg.scale):
         result = run(cfg)
         first = hosts.is_first()
@@ -27,6 +28,12 @@ def main() -> None:
         return
     Console(width=120).print(metrics.flagperf_row(result))
     print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/")
+
+
+def keep_compiled_programs() -> None:
+    """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
 
 
 def run(cfg: config.Config) -> dict:

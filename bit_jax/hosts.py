@@ -55,29 +55,41 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
         yield
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `errors`
+    patience = threading.Timer(scale.start_timeout, _give_up, [scale.start_timeout])
+    patience.daemon = True
+    patience.start()
     try:
         _initialize(
             **arguments,
-            initialization_timeout=scale.start_timeout,
+            initialization_timeout=10 * scale.start_timeout,  # JAX's own, which aborts without a sentence
             heartbeat_timeout_seconds=10 * scale.host_timeout,  # JAX's own, which aborts without a sentence
             shutdown_timeout_seconds=scale.host_timeout,
         )
     except Exception as error:  # of several kinds
-        raise RequestError(
-            f"the hosts did not find each other in {scale.start_timeout} s ({str(error).splitlines()[0]}); start all "
-            "of them with the same --coordinator and --hosts, and see that its port is reachable from each"
-        ) from None
+        raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
+    finally:
+        patience.cancel()
     watch = _Watch(scale.host_timeout)
     errors.end_abruptly()  # an orderly end would wait for hosts that are gone
     try:
         yield
     except BaseException as error:
-        watch.leave(_sentence(error), hardware=isinstance(error, jax.errors.JaxRuntimeError))
+        watch.leave(_sentence(error), hardware=_of_hardware(error))
         raise
     wait_for_all("end")
     watch.stop()
     jax.distributed.shutdown()
     errors.end_abruptly(False)
+
+
+def _give_up(seconds: int) -> None:
+    """What JAX would say after that time is a stack trace."""
+    sys.stderr.write(
+        f"error: the hosts did not find each other in {seconds} s; start all of them with the same --coordinator and "
+        "--hosts, and see that its port is reachable from each\n"
+    )
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _initialize(**arguments: Any) -> None:
@@ -132,6 +144,13 @@ def _own_gpus() -> list[int] | None:
     tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_STEP_GPUS", ""))
     return list(range(visible.count(",") + 1)) if tasks == "1" and visible else None
+
+
+def _of_hardware(error: BaseException | None) -> bool:
+    """Whether it comes of a computation or transfer that failed on the devices."""
+    return error is not None and (
+        isinstance(error, jax.errors.JaxRuntimeError) or _of_hardware(error.__cause__ or error.__context__)
+    )
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,0 +1,95 @@
+"""Reading compiled modules, and compiling for a GPU that is not here."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bit_jax import hlo, plan
+from bit_jax.accelerators import ACCELERATORS
+from bit_jax.errors import RequestError
+
+ROOT = Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None if importlib.util.find_spec("jax_plugins") else True,
+    reason="XLA's compiler for NVIDIA GPUs is not installed; pip install '.[plan]'",
+)
+
+MODULE = (ROOT / "tests/data/module.hlo").read_text()
+IMAGES, KERNEL, OUT = 4 * 3 * 8 * 8 * 4, 8 * 27 * 4, 4 * 8 * 36 * 4  # bytes
+
+
+def test_what_a_module_says_of_itself():
+    module = hlo.Module(MODULE)
+    assert module.convolutions() == 2
+    assert module.flops() == 2 * (2 * (4 * 8 * 36) * 27)  # forward and kernel gradient, 27 products a value
+    assert module.rematerialized() == 5
+    assert module.traffic() == {
+        "convolutions": 2 * (IMAGES + KERNEL + OUT),
+        "collectives": 2 * KERNEL + (KERNEL + 8 * KERNEL),
+        "copies": 2 * KERNEL,
+        "other": 2 * 64 + 6 * 2 * OUT,  # the slice, and the loop's body five times
+    }
+    assert module.collectives() == [
+        hlo.Collective("all-reduce", {"f32": KERNEL}, overlapped=True, times=1, group=4),
+        hlo.Collective("all-gather", {"f32": 8 * KERNEL}, overlapped=False, times=1, group=8),
+    ]
+    # bytes bind at this bandwidth, products at that rate
+    moved = sum(moved for kind, moved in module.traffic().items() if kind != "collectives")
+    assert module.roofline(1e30, 1e9) == pytest.approx(moved / 1e9)
+    assert module.roofline(1e9, 1e30) == pytest.approx(module.flops() / 1e9)
+    with pytest.raises(ValueError, match="no HLO text"):
+        hlo.Module("nothing")
+
+
+def test_the_model_of_rings():
+    request = plan.Request(hosts=2, devices=8, mesh="data=2,fsdp=8", network_gbps=200)
+    link, network = request.gpu.link, 25e9
+    gather = hlo.Collective("all-gather", {"f32": 800}, True, 1, 8)  # within each host
+    assert plan._ring(gather, request, 2) == pytest.approx(800 * 7 / 8 / link)
+    parts = hlo.Collective("all-reduce", {"f32": 100}, True, 1, 2)  # each of 8 devices with its like elsewhere
+    assert plan._ring(parts, request, 2) == pytest.approx(8 * 200 * 1 / 2 / network)
+    assert plan._ring(parts, request, 4) == pytest.approx(8 * 200 * 3 / 4 / network)
+    everything = hlo.Collective("all-reduce", {"f32": 100}, True, 1, 16)
+    assert plan._ring(everything, request, 2) == pytest.approx(200 * 7 / 8 / link + 200 / 2 / network)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"device": "v100"}, "unknown --device 'v100'; there are a100-40g"),
+        ({"devices": 0}, "--devices 0 must be greater than 0"),
+        ({"precision": "fp64"}, "--precision fp64 is not planned for"),
+    ],
+)
+def test_wrong_requests(fields, said):
+    with pytest.raises(RequestError, match=said):
+        plan.Request(**fields).check()
+    with pytest.raises(RequestError, match="unknown --model"):
+        plan.Request(model="BiT-X").architecture()
+
+
+@needs_compiler
+def test_a_plan_on_the_command_line(tmp_path):
+    flags = "--model R14x0.5 --crop 64 --hosts 2 --devices 4 --mesh data=2,fsdp=4 --precision bf16 --remat norm"
+    command = [sys.executable, "-m", "bit_jax.plan", *flags.split(), "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("all-gather", "reduce-scatter", "an ESTIMATE", "communication MODEL", "it fits"):
+        assert said in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["convolutions"] == 3 * (1 + 4 + 12) - 1  # of each three passes, but no gradient of the image
+    assert found["with_xla_rematerialization"]["repeated_instructions"] == 0
+    assert found["memory"]["optimizer"] == pytest.approx(found["memory"]["parameters"], rel=0.01)
+    by_kind = {(one["kind"], one["group"]): one["bytes"] for one in found["collectives"]}
+    # kernels travel in bfloat16; only norms' parameters and the head are float32
+    gathered = by_kind["all-gather", 4]
+    assert gathered["bf16"] > 2 * gathered["f32"]
+    # gradients are reduced in parts: over fsdp by reduce-scatters, the parts over data
+    assert sum(by_kind["all-reduce", 2].values()) * 4 == pytest.approx(
+        sum(by_kind["reduce-scatter", 4].values()), rel=0.1
+    )
+    assert found["memory"]["pool"] + found["memory"]["outside_pool"] == ACCELERATORS["a100-40g"].memory

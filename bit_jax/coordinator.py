@@ -12,7 +12,13 @@ class Coordinator:
     """The service's process; it ends when the pipe to it closes, with this process at the latest."""
 
     def __init__(self, command: list[str]):
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # who waits for this host's output need not wait for it
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def shutdown(self) -> None:
         """Ends it at once."""

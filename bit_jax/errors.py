@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class RequestError(ValueError):
@@ -62,8 +63,15 @@ _ending = _Ending()
 
 
 def end_abruptly(abrupt: bool = True) -> None:
-    """Whether `exit_code`, on an error, ends the process without what Python does at its end."""
+    """Whether an error, of `exit_code`'s or any other, ends the process without what Python does at its end."""
     _ending.abrupt = abrupt
+    sys.excepthook = _show_and_end if abrupt else sys.__excepthook__
+
+
+def _show_and_end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    sys.__excepthook__(kind, error, traceback)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @dataclasses.dataclass

@@ -74,7 +74,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        watch.leave(_sentence(error), hardware=_of_hardware(error))
+        watch.leave(_sentence(error))
         raise
     wait_for_all("end")
     watch.stop()
@@ -146,13 +146,6 @@ def _own_gpus() -> list[int] | None:
     return list(range(visible.count(",") + 1)) if tasks == "1" and visible else None
 
 
-def _of_hardware(error: BaseException | None) -> bool:
-    """Whether it comes of a computation or transfer that failed on the devices."""
-    return error is not None and (
-        isinstance(error, jax.errors.JaxRuntimeError) or _of_hardware(error.__cause__ or error.__context__)
-    )
-
-
 def _sentence(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -175,15 +168,15 @@ class _Watch:
         threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
-    def leave(self, sentence: str, *, hardware: bool) -> None:
+    def leave(self, sentence: str) -> None:
         """Tells the others why this host ends, and gives them the time to read it.
 
-        Args:
-            hardware: the devices or the network between them failed, which may be another host's doing: the watch has
-                its time to find out whose.
+        An error here may be another host's death. So each of them has to give a sign of life first, one from after the
+        error; for one that does not, `_look` ends this host with the right sentence.
         """
-        if hardware:
-            time.sleep(self._timeout + 5 * BEAT)
+        failed = time.monotonic() + 2 * BEAT  # until then, what is seen may be from before
+        while not all(when > failed for host, (_, when) in self._seen.items() if host != self._host):
+            time.sleep(BEAT / 10)
         with contextlib.suppress(Exception):  # the store may be what is gone
             self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
             self._stopping.set()

@@ -331,9 +331,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_row("roofline: step", f"{about['step'] * 1e3:.1f}", f"ms: at most {about['images_per_s']:,.0f} images/s")
     console.print(table)
     if result["model_of_hosts"]:
-        shown = Table(
-            "hosts", "ms a step", "images/s", "of linear", title="communication model, beyond what is compiled"
-        )
+        console.print(f"communication MODEL: the same work a device, {request['network_gbps']:g} Gbit/s a host")
+        shown = Table("hosts", "ms a step", "images/s", "of linear")
         one = result["model_of_hosts"][0]
         for row in result["model_of_hosts"]:
             linear = row["images_per_s"] / row["hosts"] / (one["images_per_s"] / one["hosts"])

@@ -151,7 +151,7 @@ def update_if_finite(state: TrainState, gradients: Any, optimizer: optax.Gradien
     loss_scale = LossScale(
         scale=old.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5),
         good_steps=jnp.where(grows, 0, good),
-        skipped=old.skipped + ~finite,
+        skipped=old.skipped + (~finite).astype(jnp.int32),
     )
 
     def kept(new, old):  # what counts steps counts on, so that the schedule is that of the step number

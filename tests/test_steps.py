@@ -9,6 +9,8 @@ import bit_jax
 from bit_jax import mesh, steps
 from bit_jax.errors import RequestError
 from bit_jax.evaluate import evaluate
+from bit_jax.hyperrule import Schedule
+from bit_jax.optimizer import sgd
 
 
 def test_neighbours_are_mixed():
@@ -101,7 +103,7 @@ def test_micro_batches_give_the_whole_batchs_loss_and_gradient(x64, small_npz):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-12 * (1 + float(jnp.abs(one).max())))
 
 
-def test_parameters_are_split_along_their_longest_axis_that_fsdp_divides():
+def test_parameters_are_split_along_the_last_axis_that_fsdp_divides():
     devices = mesh.make_mesh(fsdp=4)
     assert devices.shape == {"data": 2, "fsdp": 4}
 
@@ -114,3 +116,25 @@ def test_parameters_are_split_along_their_longest_axis_that_fsdp_divides():
     assert mesh.batch_sharding(devices).shard_shape((16, 5)) == (2, 5)
     with pytest.raises(RequestError, match="fsdp=3 does not divide 8"):
         mesh.make_mesh(fsdp=3)
+
+
+def test_float16s_loss_scale_follows_gradscalers_rules():
+    """Half of a scale whose gradients overflow, with nothing else changed; double after 2,000 good steps in a row."""
+    optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
+    params = {"kernel": jnp.ones(3, jnp.float32)}
+    state = steps.init_state(params, optimizer, scales_loss=True)
+    good, bad = ({"kernel": jnp.full(3, value, jnp.float32)} for value in (1.0, jnp.inf))
+    step = jax.jit(lambda state, gradients: steps.update_if_finite(state, gradients, optimizer))
+
+    once = step(state, good)
+    assert (float(once.loss_scale.scale), int(once.loss_scale.good_steps)) == (2.0**16, 1)
+    assert (np.asarray(once.params["kernel"]) < 1).all()
+    skipped = step(once, bad)
+    assert (float(skipped.loss_scale.scale), int(skipped.loss_scale.good_steps)) == (2.0**15, 0)
+    assert (int(skipped.loss_scale.skipped), int(skipped.step)) == (1, 2)
+    np.testing.assert_array_equal(skipped.params["kernel"], once.params["kernel"])
+    momenta = [[leaf for leaf in jax.tree.leaves(at.opt_state) if leaf.dtype == jnp.float32] for at in (skipped, once)]
+    np.testing.assert_array_equal(*momenta)
+    nearly = skipped.replace(loss_scale=skipped.loss_scale.replace(good_steps=jnp.int32(1999)))
+    grown = step(nearly, good)
+    assert (float(grown.loss_scale.scale), int(grown.loss_scale.good_steps)) == (2.0**16, 0)

@@ -93,6 +93,7 @@ def alone(small_npz, environment, devices, *flags):
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
+@pytest.mark.timeout(600)
 def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environment, tmp_path):
     flags = ("--steps", 3, "--decay-steps", 2)
     alone(small_npz, environment, 8, *flags, "--workdir", tmp_path / "alone")
@@ -105,6 +106,7 @@ def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environme
     assert two["products"] == {"matrix": "float64", "convolution": "float64"}
 
 
+@pytest.mark.timeout(900)  # up to four processes at a time, on two cores
 def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, small_npz, environment, tmp_path):
     """Asked to end, killed, the first killed, out of disk: and then four hosts finish what two began."""
     workdir = tmp_path / "run"

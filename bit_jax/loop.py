@@ -15,6 +15,7 @@ from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
 from bit_jax.errors import RunFailed, Stopped, signal_asked
 from bit_jax.evaluate import Accuracy, evaluate
+from bit_jax.files import replacing
 from bit_jax.hyperrule import Recipe
 from bit_jax.program import Program
 from bit_jax.steps import TrainState
@@ -140,10 +141,11 @@ class Loop:
         self.checkpoints.close()
         shown = self.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: meshes.own_rows(rows) for name, rows in batch.items()}
-        np.savez(shown, **arrays)
+        with replacing(shown) as file:
+            np.savez(file, **arrays)
         raise RunFailed(
-            f"the loss of step {step} is {loss}; {shown} holds its batch, and the checkpoints the state before it: the "
-            f"same command repeats the step. Lower --base-lr {self.cfg.optimizer.base_lr} in a new --workdir, or use a "
+            f"the loss of step {step} is {loss}; {shown} holds its batch, the state before it is kept, and the same "
+            f"command repeats the step. Lower --base-lr {self.cfg.optimizer.base_lr} in a new --workdir, or use a "
             f"wider precision than {self.cfg.model.precision}"
         )
 

@@ -69,6 +69,8 @@ class Request:
         for flag in ("hosts", "devices", "batch_per_device", "microbatches", "crop", "classes", "network_gbps"):
             if getattr(self, flag) <= 0:
                 raise RequestError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be greater than 0")
+        if self.batch_per_device % 2:
+            raise RequestError(f"--batch-per-device {self.batch_per_device} must be even: mixup pairs neighbours")
         precisions = accelerator(self.device).flops
         if self.precision not in precisions:
             raise RequestError(f"--precision {self.precision} is not planned for; there are {', '.join(precisions)}")
@@ -373,6 +375,7 @@ def main() -> None:
         result: dict[str, Any] = {"request": dataclasses.asdict(request), "search": rows}
         show_search(rows, console)
     else:
+        Console(stderr=True).print("compiling twice: a minute or two each for a large model")
         result = plan(request)
         show(result, console)
     if arguments.json is not None:

@@ -62,6 +62,7 @@ def test_the_model_of_rings():
     [
         ({"device": "v100"}, "unknown --device 'v100'; there are a100-40g"),
         ({"devices": 0}, "--devices 0 must be greater than 0"),
+        ({"batch_per_device": 3}, "--batch-per-device 3 must be even"),
         ({"precision": "fp64"}, "--precision fp64 is not planned for"),
     ],
 )

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 import input_pipeline
-from bit_jax import config, finetune, hosts, hyperrule, loop, mesh, metrics, weights, zoo
+from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, weights, zoo
 from bit_jax.errors import RequestError, exit_code
 from bit_jax.precision import choose
 from bit_jax.resnetv2 import is_architecture_name, parse_architecture
@@ -22,6 +22,8 @@ def main() -> None:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     keep_compiled_programs()
     with hosts.joined(cfg.scale):
+        if cfg.scale.doctor:
+            return examine(cfg)
         result = run(cfg)
         first = hosts.is_first()
     if not first:
@@ -46,8 +48,7 @@ def run(cfg: config.Config) -> dict:
         batch_per_device=cfg.data.batch_per_device,
         microbatches=cfg.scale.microbatches,
     )
-    train = input_pipeline.open_source(cfg.data.dataset, cfg.data.train_split, cfg.data.data_dir)
-    validation = input_pipeline.open_source(cfg.data.dataset, cfg.data.eval_split, cfg.data.data_dir)
+    train, validation = open_sources(cfg)
     if cfg.data.examples_per_class is not None:
         train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
 
@@ -91,13 +92,36 @@ def run(cfg: config.Config) -> dict:
     )
 
 
+def examine(cfg: config.Config) -> None:
+    """Looks at everything that the run is made of and at what it runs on, and starts nothing."""
+    choose(cfg.model.precision)
+    inputs = {source.name: input_pipeline.fingerprint(source) for source in open_sources(cfg)}
+    if not starts_from_nothing(cfg.model):
+        inputs["weights"] = doctor.file_fingerprint(zoo.find(cfg.model.model))
+    doctor.examine(cfg, inputs)
+
+
+def open_sources(cfg: config.Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
+    """Of training and of evaluation."""
+    data = cfg.data
+    train, validation = (
+        input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
+    )
+    return train, validation
+
+
+def starts_from_nothing(model: config.ModelConfig) -> bool:
+    """Whether there is no weight file, not even for its architecture."""
+    return model.init == "random" and is_architecture_name(model.model)
+
+
 def initial_model(
     cfg: config.Config, *, num_classes: int
 ) -> tuple[weights.Architecture, Callable[[weights.Params], weights.Params]]:
     """The architecture with a head for `num_classes`, and what makes the parameters to start from: given their shapes,
     dtypes and shardings, it makes each device's part there."""
     name, seed = cfg.model.model, cfg.run.seed
-    if cfg.model.init == "random" and is_architecture_name(name):
+    if starts_from_nothing(cfg.model):
         architecture = weights.Architecture(*parse_architecture(name), num_classes)
     else:
         architecture, arrays = weights.read(zoo.find(name), num_classes=num_classes)

@@ -97,6 +97,9 @@ class ScaleConfig:
     """Seconds that hosts wait for each other at the start."""
     host_timeout: int = 60
     """Seconds without a sign of life after which a host is taken for dead."""
+    doctor: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Instead of training, compare versions, configuration, data and devices of all hosts, and measure the links
+    between them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -310,11 +310,14 @@ def _group(line: Instruction) -> int:
 
 def _read(fused: list[Instruction], number: int, operand: Instruction) -> int:
     """Bytes that a fusion reads of its operand `number`."""
-    parameter = next(line for line in fused if line.opcode == "parameter" and line.operands == (str(number),))
-    uses = [line for line in fused if parameter.name in line.operands]
+    names = {line.name for line in fused if line.opcode == "parameter" and line.operands == (str(number),)}
+    for line in fused:  # in order of use
+        if line.opcode == "bitcast" and line.operands[0] in names:
+            names.add(line.name)
+    uses = [line for line in fused if names & set(line.operands) and line.opcode != "bitcast"]
     if uses and all(line.opcode in ("slice", "dynamic-slice") for line in uses):
         return sum(line.bytes for line in uses)
-    if uses and all(line.opcode == "dynamic-update-slice" and line.operands[0] == parameter.name for line in uses):
+    if uses and all(line.opcode == "dynamic-update-slice" and line.operands[0] in names for line in uses):
         return 0  # updated in place
     return operand.bytes
 
@@ -323,6 +326,7 @@ def _written(fused: list[Instruction]) -> int:
     by_name = {line.name: line for line in fused}
     root = next(line for line in fused if line.root)
     results = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    results = [by_name[line.operands[0]] if line.opcode == "bitcast" else line for line in results]
     return sum(
         by_name[line.operands[1]].bytes if line.opcode == "dynamic-update-slice" else line.bytes for line in results
     )

@@ -40,6 +40,16 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def exchange(what: str, text: str) -> list[str]:
+    """What every host has to say, by number. It goes through the coordinator, so hosts of any versions understand."""
+    if jax.process_count() == 1:
+        return [text]
+    client = _store()
+    client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
+    forever = 10**9  # ms; a host that dies in the meantime ends this one
+    return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
+
+
 @contextlib.contextmanager
 def joined(scale: ScaleConfig) -> Iterator[None]:
     """Within, all hosts of the run are one JAX program, by SLURM, Open MPI, Kubernetes or the flags; alone without any.
@@ -55,20 +65,20 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
         yield
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `errors`
-    patience = threading.Timer(scale.start_timeout, _give_up, [scale.start_timeout])
-    patience.daemon = True
-    patience.start()
-    try:
-        _initialize(
-            **arguments,
-            initialization_timeout=10 * scale.start_timeout,  # JAX's own, which aborts without a sentence
-            heartbeat_timeout_seconds=10 * scale.host_timeout,  # JAX's own, which aborts without a sentence
-            shutdown_timeout_seconds=scale.host_timeout,
-        )
-    except Exception as error:  # of several kinds
-        raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
-    finally:
-        patience.cancel()
+    missing = (
+        f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
+        "and --hosts, and see that its port is reachable from each"
+    )
+    with within(scale.start_timeout, missing, 2):
+        try:
+            _initialize(
+                **arguments,
+                initialization_timeout=10 * scale.start_timeout,  # JAX's own, which aborts without a sentence
+                heartbeat_timeout_seconds=10 * scale.host_timeout,  # JAX's own, which aborts without a sentence
+                shutdown_timeout_seconds=scale.host_timeout,
+            )
+        except Exception as error:  # of several kinds
+            raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
     watch = _Watch(scale.host_timeout)
     errors.end_abruptly()  # an orderly end would wait for hosts that are gone
     try:
@@ -82,14 +92,23 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     errors.end_abruptly(False)
 
 
-def _give_up(seconds: int) -> None:
-    """What JAX would say after that time is a stack trace."""
-    sys.stderr.write(
-        f"error: the hosts did not find each other in {seconds} s; start all of them with the same --coordinator and "
-        "--hosts, and see that its port is reachable from each\n"
-    )
-    sys.stderr.flush()
-    os._exit(2)
+@contextlib.contextmanager
+def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
+    """Ends the process with the sentence and the exit code where what is within takes longer: JAX would wait on, or
+    end with a stack trace."""
+
+    def end() -> None:
+        sys.stderr.write(f"error: {sentence}\n")
+        sys.stderr.flush()
+        os._exit(code)
+
+    patience = threading.Timer(seconds, end)
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    finally:
+        patience.cancel()
 
 
 def _initialize(**arguments: Any) -> None:
@@ -154,9 +173,7 @@ class _Watch:
     """Signs of life of all hosts in the coordinator's store, looked at by a thread of each."""
 
     def __init__(self, timeout: float):
-        from jax._src.distributed import global_state  # JAX offers no public way to this store
-
-        self._client: Any = global_state.client
+        self._client = _store()
         self._timeout = timeout
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._stopping = threading.Event()
@@ -223,6 +240,13 @@ class _Watch:
             time.sleep(3 * BEAT)  # the store is here: the others read it as long as this host lives
         sys.stderr.flush()
         os._exit(1)
+
+
+def _store() -> Any:
+    """The coordinator's keys and values."""
+    from jax._src.distributed import global_state  # JAX offers no public way to it
+
+    return global_state.client
 
 
 def _number(key: str) -> int:

@@ -94,7 +94,7 @@ def peak_memory() -> tuple[float, str]:
 
 
 def versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 

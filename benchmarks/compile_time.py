@@ -1,0 +1,68 @@
+"""How long the train step of R152x2 takes to trace, lower and compile, on this machine's CPU and for an A100:
+`python benchmarks/compile_time.py`. Every case in a process of its own, three times, in turns; medians.
+
+`cached` is the compilation of the same program by a second process that finds it in the persistent cache.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CASES = [("cpu", "none"), ("cpu", "norm"), ("a100-40g", "none"), ("a100-40g", "norm")]
+ROUNDS = 3
+RESULTS = Path(__file__).parent / "results" / "compile_time.json"
+
+
+def once(device: str, remat: str) -> dict[str, float]:
+    """Seconds of each phase, in this process."""
+    from bit_jax import hyperrule, plan, program
+    from bit_jax.mesh import make_mesh
+
+    request = plan.Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
+    if device == "cpu":
+        cfg, mesh = request.config(), make_mesh()
+        recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
+        architecture = request.architecture()
+        steps = program.make_steps(cfg, recipe, architecture, global_batch=request.batch_per_device, mesh=mesh)
+    else:
+        steps, mesh = request.steps(plan.UNLIMITED)
+    start = time.perf_counter()
+    lowered = steps.lower_train_step()
+    traced = time.perf_counter()
+    lowered.compile(compiler_options=program.compiler_options(mesh))
+    return {"trace and lower": traced - start, "compile": time.perf_counter() - traced}
+
+
+def in_a_process(device: str, remat: str, cache: str) -> dict[str, float]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+    done = subprocess.run([sys.executable, __file__, device, remat], env=environment, capture_output=True, text=True)
+    done.check_returncode()
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    measured: dict[str, dict[str, list[float]]] = {}
+    for _ in range(ROUNDS):
+        for device, remat in CASES:
+            with tempfile.TemporaryDirectory() as cache:
+                seconds = in_a_process(device, remat, cache)
+                if device == "cpu":  # a compilation for a GPU that is not here is not kept
+                    seconds["cached"] = in_a_process(device, remat, cache)["compile"]
+            for phase, value in seconds.items():
+                measured.setdefault(f"{device} {remat}", {}).setdefault(phase, []).append(value)
+    medians = {
+        case: {phase: {"median": statistics.median(values), "all": values} for phase, values in phases.items()}
+        for case, phases in measured.items()
+    }
+    RESULTS.write_text(json.dumps(medians, indent=2) + "\n")
+    for case, phases in medians.items():
+        print(case, {phase: round(numbers["median"], 1) for phase, numbers in phases.items()})
+
+
+if __name__ == "__main__":
+    print(json.dumps(once(*sys.argv[1:]))) if len(sys.argv) > 1 else main()

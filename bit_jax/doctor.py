@@ -58,10 +58,9 @@ def examine(cfg: Config, inputs: dict[str, str]) -> None:
     late = f"the collectives were not done in {seconds} s; the hosts reach --coordinator, but do they reach each other?"
     with hosts.within(seconds, late, 1) if devices.size > 1 else contextlib.nullcontext():
         console.print(_links(measure(devices)))
-    shape = " x ".join(f"{size} {axis}" for axis, size in devices.shape.items())
-    console.print(
-        f"{len(found)} hosts, {devices.size} devices ({shape}): alike, and every collective's result is right"
-    )
+    shape = ",".join(f"{axis}={size}" for axis, size in devices.shape.items())
+    what = "alike, and every collective's result is right" if devices.size > 1 else "nothing to compare"
+    console.print(f"hosts: {len(found)}, devices: {devices.size} ({shape}); {what}")
 
 
 def _facts(cfg: Config, inputs: dict[str, str]) -> dict:
@@ -96,25 +95,23 @@ def file_fingerprint(path: Path) -> str:
 
 def _unused_gpus(found: list[dict]) -> list[str]:
     """One sentence for every machine that has more NVIDIA GPUs than the run would use, which may be meant so."""
-    used = {
-        one["machine"]: sum(other["devices"] for other in found if other["machine"] == one["machine"]) for one in found
-    }
+    used = dict.fromkeys((one["machine"] for one in found), 0)
+    for one in found:
+        used[one["machine"]] += one["devices"] if "cpu" not in one["alike"]["devices"] else 0
+    there = {one["machine"]: one["gpus"] for one in found}
     return [
-        f"{machine} has {one['gpus']} NVIDIA GPUs, and JAX sees {count} devices there: is jax[cuda] installed?"
+        f"{machine} has {there[machine]} NVIDIA GPUs, of which the run would use {count}"
         for machine, count in used.items()
-        for one in [next(one for one in found if one["machine"] == machine)]
-        if one["gpus"] > count or (one["gpus"] and "cpu" in one["alike"]["devices"])
+        if count < there[machine]
     ]
 
 
 def _comparison(found: list[dict]) -> Table:
     table = Table("", "host 0", "the others", title="What has to be the same on every host")
     for what, value in found[0]["alike"].items():
-        others = [
-            f"host {number}: {one['alike'][what]}" for number, one in enumerate(found) if one["alike"][what] != value
-        ]
-        table.add_row(what, value, "\n".join(others) or ("the same" if len(found) > 1 else ""))
-    table.add_row("machine", found[0]["machine"], "\n".join(one["machine"] for one in found[1:]))
+        values = {number: one["alike"][what] for number, one in enumerate(found)}
+        others = [f"host {number}: {other}" for number, other in values.items() if other != value]
+        table.add_row(what, value, "\n".join(others) or ("the same" if len(found) > 1 else "there are none"))
     return table
 
 
@@ -168,7 +165,12 @@ def _spread(devices: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> 
     """A global array whose first dimension lies along the axis, one row on each of its places."""
     rows, columns = devices.shape[axis], of_place(0).shape[1]
     sharding = NamedSharding(devices, PartitionSpec(axis))
-    return jax.make_array_from_callback((rows, columns), sharding, lambda part: of_place(part[0].start or 0))
+
+    def row(part: tuple[slice, ...] | None) -> np.ndarray:
+        assert part is not None
+        return of_place(part[0].start or 0)
+
+    return jax.make_array_from_callback((rows, columns), sharding, row)
 
 
 def _timed(collective: str, axis: str, size: int, run: Callable[[], Array], right: np.ndarray, *, sent: float) -> Link:
@@ -194,7 +196,6 @@ def _links(links: list[Link]) -> Table | str:
         "collective", "over", "devices", "ms", "GB/s a link", title=f"Collectives of {ELEMENTS * 4 / 2**20:.0f} MiB"
     )
     for link in links:
-        table.add_row(
-            link.collective, link.axis, f"{link.devices}", f"{link.seconds * 1e3:.1f}", f"{link.rate / 1e9:.2f}"
-        )
+        milliseconds, rate = f"{link.seconds * 1e3:.1f}", f"{link.rate / 1e9:.2f}"
+        table.add_row(link.collective, link.axis, str(link.devices), milliseconds, rate)
     return table

@@ -42,13 +42,7 @@ def examine(cfg: Config, inputs: dict[str, str]) -> None:
     found = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs)))]
     console = Console(width=120, quiet=not hosts.is_first())
     console.print(_comparison(found))
-    differing = [
-        f"{what} is {one['alike'][what]} on host {number}, {value} on host 0"
-        for number, one in enumerate(found)
-        for what, value in found[0]["alike"].items()
-        if one["alike"][what] != value
-    ]
-    if differing:
+    if differing := _differences([one["alike"] | one["flags"] for one in found]):
         raise RequestError(f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started")
     for warning in _unused_gpus(found):
         console.print(f"[yellow]{warning}[/yellow]")
@@ -65,18 +59,27 @@ def examine(cfg: Config, inputs: dict[str, str]) -> None:
 
 def _facts(cfg: Config, inputs: dict[str, str]) -> dict:
     """Of this host: what has to be the same on all, and what only has to be known."""
-    local = jax.local_devices()
+    local, flags = jax.local_devices(), identity(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
     alike = {
         **metrics.versions(),
         "program": _digest(path.read_bytes() for pattern in PROGRAM for path in sorted(ROOT.glob(pattern))),
-        "configuration": _digest([json.dumps(identity(cfg), sort_keys=True).encode()]),
+        "configuration": _digest([json.dumps(flags, sort_keys=True).encode()]),
         **inputs,
         "devices": f"{len(local)} x {local[0].device_kind}",
         "products": ", ".join(f"{kind} {width}" for kind, width in used.items()),
     }
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": alike}
+    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": alike, "flags": flags}
+
+
+def _differences(found: list[dict]) -> list[str]:
+    return [
+        f"{what} is {one[what]} on host {number}, {value} on host 0"
+        for number, one in enumerate(found)
+        for what, value in found[0].items()
+        if one[what] != value
+    ]
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -174,8 +177,12 @@ def _spread(devices: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> 
 
 
 def _timed(collective: str, axis: str, size: int, run: Callable[[], Array], right: np.ndarray, *, sent: float) -> Link:
-    for shard in run().addressable_shards:  # which compiles it and opens the connections
-        if not np.array_equal(shard.data, right):
+    try:
+        first = jax.block_until_ready(run())  # which compiles it and opens the connections
+    except jax.errors.JaxRuntimeError as error:
+        raise RunFailed(f"{collective} over {axis} fails: {str(error).splitlines()[0]}") from None
+    for shard in first.addressable_shards:
+        if not np.array_equal(np.asarray(shard.data), right):
             raise RunFailed(
                 f"{collective} over {axis} gives a wrong result on {shard.device}; a link or a device of its group is "
                 "broken: leave out one host after the other to find it"

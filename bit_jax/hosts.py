@@ -4,7 +4,9 @@ Every host runs the same command and computes the same steps; the first, host 0,
 """
 
 import contextlib
+import functools
 import os
+import socket
 import sys
 import threading
 import time
@@ -112,10 +114,13 @@ def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
 
 
 def _initialize(**arguments: Any) -> None:
-    """`jax.distributed.initialize` with the coordinator in a process of its own.
+    """`jax.distributed.initialize` with two things mended.
 
-    JAX has it in host 0's. When that is killed, all others abort at once with a stack trace; so they are told which
-    host it was.
+    JAX has the coordinator in host 0's process. When that is killed, all others abort at once with a stack trace; in a
+    process of its own, it lets them be told which host it was.
+
+    Between CPUs, Gloo tells the others the address that this machine's name has, which on many is the loopback's; it is
+    given the one that faces the coordinator.
     """
     from jax._src import distributed  # JAX offers no public way to put the service elsewhere
 
@@ -126,6 +131,17 @@ def _initialize(**arguments: Any) -> None:
         jax.distributed.initialize(**arguments)
     finally:
         runtime.get_distributed_runtime_service = start
+    own = _address_facing(distributed.global_state.coordinator_address or "")
+    runtime.make_gloo_tcp_collectives = functools.partial(runtime.make_gloo_tcp_collectives, hostname=own)
+
+
+def _address_facing(other: str) -> str:
+    """This machine's address on the way to HOST:PORT."""
+    host, port = other.rsplit(":", 1)
+    family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as route:  # of datagrams: connecting sends nothing
+        route.connect(address)
+        return route.getsockname()[0]
 
 
 def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ RUN = (
     "--log-every 1 --checkpoint-every 2 --eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05 "
     f"--host-timeout {TIMEOUT}"
 ).split()
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
 HARMLESS = ("[Gloo]", "step", "continuing")
 
 
@@ -153,6 +155,79 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     _, result = the_same_run(tmp_path / "alone", workdir)
     assert (result["hosts"], result["devices"], result["mesh"]) == (4, 4, {"data": 1, "fsdp": 4})
     assert result["resumed_from_step"] >= int(ended[0])
+
+
+@pytest.fixture
+def namespaces():
+    """Two network namespaces, each with an address of its own, and a cable between them: (run in one, cut or mend)."""
+    names = [f"bit{os.getpid()}n{host}" for host in range(2)]
+    ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+    def configure(line: str) -> None:
+        subprocess.run([ip, *line.split()], check=True, capture_output=True)
+
+    if ip is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        for name in names:
+            configure(f"netns add {name}")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+    try:
+        configure(f"link add cable0 netns {names[0]} type veth peer name cable1 netns {names[1]}")
+        for host, name in enumerate(names):
+            configure(f"-n {name} address add {ADDRESSES[host]}/24 dev cable{host}")
+            for device in ("lo", f"cable{host}"):
+                configure(f"-n {name} link set {device} up")
+        yield (
+            lambda host: [ip, "netns", "exec", names[host]],
+            lambda state: configure(f"-n {names[0]} link set cable0 {state}"),
+        )
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], check=True)
+
+
+@pytest.mark.timeout(600)
+def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, small_npz, environment, tmp_path):
+    within, cable = namespaces
+
+    def started(port, *flags):
+        """As on two machines: each on an address of its own, and none of them started by the other's parent."""
+        where = ["--coordinator", f"{ADDRESSES[0]}:{port}", "--hosts", 2, "--workdir", tmp_path / "run"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        lines = [
+            [*within(host), sys.executable, *RUN, "--steps", 40, "--model", small_npz, *where, "--host", host, *flags]
+            for host in range(2)
+        ]
+        one_device = environment | {"XLA_FLAGS": ""}
+        return [subprocess.Popen(list(map(str, line)), cwd=ROOT, env=one_device, **pipes) for line in lines]
+
+    examined = started(4001, "--doctor")
+    (code, said), (other_code, _) = (said_by(host) for host in examined)
+    assert (code, other_code) == (0, 0), said
+    assert "hosts: 2, devices: 2 (data=2,fsdp=1); alike, and every collective's result is right" in said
+    rates = [float(line.split("│")[5]) for line in said if re.match(r"│ all-(reduce|gather)", line)]
+    assert len(rates) == 2
+    assert min(rates) > 0
+
+    hosts = started(4002)
+    until_step(tmp_path / "run", 6, hosts[0])
+    cable("down")
+    cut = time.monotonic()
+    for number, host in enumerate(hosts):
+        code, said = said_by(host)
+        assert code == 1
+        assert time.monotonic() - cut < TIMEOUT + 15
+        named = f"error: host {number} of 2: host {1 - number} is not heard any more: nothing for {TIMEOUT} s"
+        assert any(line.startswith(named) for line in said), said
+
+    cable("up")
+    (code, said), (other_code, _) = (said_by(host) for host in started(4003))
+    assert (code, other_code) == (0, 0), said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["hosts"], result["steps"]) == (2, 40)
+    assert 2 <= result["resumed_from_step"] < 40
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(command, finish
     assert (tmp_path / "other" / "final.npz").read_bytes() != (finished / "final.npz").read_bytes()
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
-def test_killed_and_started_again_it_ends_the_same(command, finished, tmp_path, after):
+def test_killed_and_started_again_it_ends_the_same(command, finished, tmp_path):
     """SIGKILL as soon as a step's line is written, mid-way through whatever the process is doing then."""
+    after = 3
     flags = ("--workdir", tmp_path / "run", "--log-every", 1)
     process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run" / "metrics.jsonl"

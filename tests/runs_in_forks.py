@@ -1,0 +1,19 @@
+"""Imports train.py once, and runs it in a fork for every line on standard input: `runs_in_forks.py PRESET --flags`.
+
+Of each run it prints the process number at the start and the exit status at the end, so that starting twenty runs costs
+no more imports than one.
+"""
+
+import os
+import sys
+
+import train
+from bit_jax.errors import exit_code
+from input_pipeline import DatasetError
+
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(exit_code(train.main, DatasetError))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

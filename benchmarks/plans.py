@@ -1,4 +1,5 @@
-"""The table of docs/scaling.md: plan's figures for three models, three precisions and four sizes of machine.
+"""The two tables of docs/scaling.md: plan's figures for three models, three precisions and four sizes of machine; and
+its model of more hosts.
 
     python benchmarks/plans.py [--json benchmarks/results/plans.json]
 
@@ -14,9 +15,11 @@ import tyro
 
 from bit_jax import metrics
 from bit_jax.accelerators import GIB
-from bit_jax.plan import Request, demands
+from bit_jax.plan import HOSTS, Request, demands
 
 MODELS, PRECISIONS, SIZES = ("R50x1", "R152x2", "R152x4"), ("fp32", "tf32", "bf16"), ((1, 1), (1, 8), (2, 8), (4, 8))
+
+MODELLED = ("R50x1 bf16", "R152x2 fp32", "R152x2 tf32", "R152x2 bf16", "R152x4 tf32", "R152x4 bf16")
 
 
 def request(model: str, precision: str, hosts: int, devices: int) -> Request:
@@ -38,6 +41,15 @@ def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
             found[case] = demands(request(model, precision, hosts, devices))
             metrics.write_json(json_file, found)
         print(row(found[case]), flush=True)
+    print("\n| case |" + "".join(f" {count} hosts |" for count in HOSTS) + "\n" + "|---" * (1 + len(HOSTS)) + "|")
+    for case in MODELLED:
+        print(model_row(case, found[f"{case} 2x8"]))
+
+
+def model_row(case: str, result: dict) -> str:
+    """Milliseconds a step, and the share of linear scaling from one host."""
+    seconds = [one["step"] for one in result["model_of_hosts"]]
+    return f"| {case} | " + " | ".join(f"{1e3 * step:.0f}, {seconds[0] / step:.0%}" for step in seconds) + " |"
 
 
 def row(result: dict) -> str:

@@ -6,12 +6,13 @@ Every host runs the same command and computes the same steps; the first, host 0,
 import contextlib
 import functools
 import os
+import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -22,8 +23,17 @@ from bit_jax.errors import RequestError
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
-# hosts that a scheduler starts together, by the variable that says how many
-SCHEDULERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# processes that a scheduler starts together: how many, which, and both of its machine's alone
+SCHEDULERS = {
+    "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+}
+ALL: list[int] = []  # GPUs, for `jax.distributed.initialize`; by None it means one
 
 
 def is_first() -> bool:
@@ -146,24 +156,57 @@ def _address_facing(other: str) -> str:
 
 def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
     """Of `jax.distributed.initialize`; None for a host alone."""
+    task = _Task.find()
     if scale.coordinator:
-        if scale.hosts is None or scale.host is None:
+        hosts, host = scale.hosts, scale.host
+        if task is not None and hosts is None and host is None:
+            hosts, host = task.count, task.number
+        if hosts is None or host is None:
             raise RequestError(f"--coordinator {scale.coordinator} needs --hosts and --host too")
-        if not 0 <= scale.host < scale.hosts:
-            raise RequestError(f"--host {scale.host} is not one of --hosts {scale.hosts}, which are numbered from 0")
+        if not 0 <= host < hosts:
+            raise RequestError(f"--host {host} is not one of --hosts {hosts}, which are numbered from 0")
         if ":" not in scale.coordinator:
             raise RequestError(f"--coordinator {scale.coordinator} has no port; write ADDRESS:PORT")
         return {
             "coordinator_address": scale.coordinator,
-            "num_processes": scale.hosts,
-            "process_id": scale.host,
+            "num_processes": hosts,
+            "process_id": host,
+            "local_device_ids": task.own_gpus() if task else ALL,
             "cluster_detection_method": "deactivate",
         }
     if scale.hosts is not None or scale.host is not None:
         raise RequestError("--hosts and --host need --coordinator ADDRESS:PORT, which is host 0's")
-    if any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULERS) or _in_kubernetes_job():
-        return {"local_device_ids": _own_gpus()}
-    return None
+    if task is not None and task.count > 1:
+        if task.scheduler == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+            raise RequestError(
+                "this version of Open MPI does not say where its first process runs; add --coordinator ADDRESS:PORT, "
+                "with that machine's address and any free port"
+            )
+        return {"local_device_ids": task.own_gpus()}
+    return {"local_device_ids": ALL} if _in_kubernetes_job() else None
+
+
+class _Task(NamedTuple):
+    """What a scheduler says of this process: how many there are, which this is, and the same of its machine's alone."""
+
+    scheduler: str
+    count: int
+    number: int
+    local_count: int
+    local_number: int
+
+    @classmethod
+    def find(cls) -> "_Task | None":
+        for scheduler, variables in SCHEDULERS.items():
+            if all(name in os.environ for name in variables):
+                # SLURM's tasks a machine are listed as 8(x2),4
+                return cls(scheduler, *(int(re.findall(r"\d+", os.environ[name])[0]) for name in variables))
+        return None
+
+    def own_gpus(self) -> list[int]:
+        """Where several processes share a machine's GPUs, the one of this process's number."""
+        given_one = os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()
+        return ALL if self.local_count == 1 or given_one else [self.local_number]
 
 
 def _in_kubernetes_job() -> bool:
@@ -172,13 +215,6 @@ def _in_kubernetes_job() -> bool:
 
     indexed = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     return indexed and importlib.util.find_spec("kubernetes") is not None
-
-
-def _own_gpus() -> list[int] | None:
-    """All GPUs of the host where it runs one process; None, which is one by the process's number, where several."""
-    tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_STEP_GPUS", ""))
-    return list(range(visible.count(",") + 1)) if tasks == "1" and visible else None
 
 
 def _sentence(error: BaseException) -> str:

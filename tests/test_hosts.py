@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
+from bit_jax import hosts
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 8  # seconds without a sign of life
 RUN = (
@@ -157,6 +159,58 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     assert result["resumed_from_step"] >= int(ended[0])
 
 
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_PROCID": "{}",
+    "SLURM_LOCALID": "{}",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "{}",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "{}",
+}
+OPEN_MPI_4 = OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "401408.0;tcp://127.0.0.1:34911"}
+
+
+@pytest.mark.parametrize(
+    ("said", "flags"), [(SLURM, ""), (OPEN_MPI_4, ""), (OPEN_MPI, "--coordinator 127.0.0.1:4110")], ids=range(3)
+)
+def test_what_a_scheduler_says_of_its_processes_is_understood(small_npz, environment, tmp_path, said, flags):
+    command = [sys.executable, *RUN, "--model", small_npz, "--workdir", tmp_path / "run", "--doctor", *flags.split()]
+    processes = []
+    for number in range(2):
+        told = environment | {"XLA_FLAGS": ""} | {name: text.format(number) for name, text in said.items()}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=told, **pipes))
+    (code, printed), (other_code, other) = (said_by(process) for process in processes)
+    assert (code, other_code) == (0, 0), (printed, other)
+    assert "hosts: 2, devices: 2 (data=2,fsdp=1); alike, and every collective's result is right" in printed
+    assert not other
+
+
+def test_which_gpus_are_a_processes_own(monkeypatch):
+    for name, text in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x8),1"}).items():
+        monkeypatch.setenv(name, text.format(1))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def own() -> list[int]:
+        task = hosts._Task.find()
+        assert task is not None
+        return task.own_gpus()
+
+    assert own() == [1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # srun --gpus-per-task=1
+    assert own() == hosts.ALL
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")
+    assert own() == hosts.ALL
+
+
 @pytest.fixture
 def namespaces():
     """Two network namespaces, each with an address of its own, and a cable between them: (run in one, cut or mend)."""
@@ -211,11 +265,11 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, small
     assert len(rates) == 2
     assert min(rates) > 0
 
-    hosts = started(4002)
-    until_step(tmp_path / "run", 6, hosts[0])
+    cut_off = started(4002)
+    until_step(tmp_path / "run", 6, cut_off[0])
     cable("down")
     cut = time.monotonic()
-    for number, host in enumerate(hosts):
+    for number, host in enumerate(cut_off):
         code, said = said_by(host)
         assert code == 1
         assert time.monotonic() - cut < TIMEOUT + 15

@@ -1,0 +1,93 @@
+"""`train.py --doctor`: hosts that differ are told apart, and a collective that is wrong or late is no success."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bit_jax import doctor
+from bit_jax.errors import RunFailed
+from bit_jax.launch import free_port
+from bit_jax.mesh import make_mesh
+from input_pipeline import fingerprint
+from input_pipeline.examples import ArraySource
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(doctor, "ELEMENTS", 1024)
+
+
+def test_both_collectives_over_both_axes(small):
+    links = doctor.measure(make_mesh(fsdp=4))
+    assert [(link.collective, link.axis, link.devices) for link in links] == [
+        ("all-reduce", "data", 2),
+        ("all-gather", "data", 2),
+        ("all-reduce", "fsdp", 4),
+        ("all-gather", "fsdp", 4),
+    ]
+    for link, sent in zip(links, (1, 0.5, 1.5, 0.75), strict=True):
+        assert link.rate == pytest.approx(sent * 4 * 1024 / link.seconds)
+
+
+@pytest.mark.parametrize("collective", ["all-reduce", "all-gather"])
+def test_a_wrong_number_of_one_device_is_noticed(small, monkeypatch, collective):
+    right = doctor._spread
+
+    def with_a_broken_device(devices, axis, of_place):
+        def numbers(place):
+            made = of_place(place)
+            made[0, 100] += place == 2
+            return made
+
+        return right(devices, axis, numbers)
+
+    monkeypatch.setattr(doctor, "_spread", with_a_broken_device)
+    run = {"all-reduce": doctor._all_reduce, "all-gather": doctor._all_gather}[collective]
+    with pytest.raises(RunFailed, match=f"{collective} over data gives a wrong result on"):
+        run(make_mesh(), "data")
+
+
+def test_hosts_that_differ_are_told(tmp_path):
+    where = f"--coordinator 127.0.0.1:{free_port()} --hosts 2 --doctor --workdir {tmp_path / 'run'}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", "digits", *where.split(), "--host", str(host), "--seed", str(3 * host)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for process in processes:
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 2
+        assert "run.seed is 3 on host 1, 0 on host 0" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_differ_have_another_fingerprint():
+    images, labels = np.zeros((1000, 4, 4), np.uint8), np.arange(1000) % 2
+
+    def of(images=images, labels=labels, names=("cat", "dog")):
+        return fingerprint(ArraySource("test", images, labels, names))
+
+    last = images.copy()
+    last[-1, 3, 3] = 1
+    assert of() == of()
+    assert len({of(), of(last), of(labels=1 - labels), of(names=("cat", "dogs")), of(images[:-1], labels[:-1])}) == 5
+
+
+def test_what_takes_too_long_ends_with_its_sentence():
+    program = "import time; from bit_jax import hosts\nwith hosts.within(0.2, 'late', 1): time.sleep(60)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - start < 30
+    assert (done.returncode, done.stderr) == (1, "error: late\n")

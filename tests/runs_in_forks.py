@@ -7,6 +7,8 @@ no more imports than one.
 import os
 import sys
 
+import sklearn.datasets  # noqa: F401 (train.py imports it when it opens digits)
+
 import train
 from bit_jax.errors import exit_code
 from input_pipeline import DatasetError

@@ -112,7 +112,10 @@ def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environme
 
 @pytest.mark.timeout(900)  # up to four processes at a time, on two cores
 def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, small_npz, environment, tmp_path):
-    """Asked to end, killed, the first killed, out of disk: and then four hosts finish what two began."""
+    """Asked to end, the first killed, out of disk: and then four hosts finish what two began.
+
+    One that is killed is the same for the others as one that is cut off, which has a test of its own.
+    """
     workdir = tmp_path / "run"
     flags = ("--steps", 16, "--workdir", workdir)
 
@@ -131,21 +134,14 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     assert len(set(ended)) == 1  # both after the same step
 
     launcher = started_until(int(ended[0]) + 1)
-    host_of(launcher, 1).kill()
+    host_of(launcher, 0).kill()
     killed = time.monotonic()
     code, said = said_by(launcher)
     assert time.monotonic() - killed < TIMEOUT + 15
-    assert code == 1
-    named = f"error: host 0 of 2: host 1 is not heard any more: nothing for {TIMEOUT} s; it died, or is cut off"
-    assert any(line.startswith(named) for line in said), said
-
-    launcher = started_until(int(ended[0]) + 2)
-    host_of(launcher, 0).kill()
-    code, said = said_by(launcher)
     assert code == 128 + signal.SIGKILL
     assert [line for line in said if line.startswith("error: host 1 of 2: host 0 is not heard any more")], said
 
-    launcher = started_until(int(ended[0]) + 3)
+    launcher = started_until(int(ended[0]) + 2)
     subprocess.run(["prlimit", "--pid", str(host_of(launcher, 0).pid), "--fsize=0"], check=True)
     code, said = said_by(launcher)
     assert code in (1, 2)

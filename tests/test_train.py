@@ -133,27 +133,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(command, finish
     assert (tmp_path / "other" / "final.npz").read_bytes() != (finished / "final.npz").read_bytes()
 
 
-def test_killed_and_started_again_it_ends_the_same(command, finished, tmp_path):
-    """SIGKILL as soon as a step's line is written, mid-way through whatever the process is doing then."""
-    after = 3
-    flags = ("--workdir", tmp_path / "run", "--log-every", 1)
-    process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("loss") > after):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "run" / "final.npz").exists()
-    done = finish(command(*flags))
-    assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["resumed_from_step"] in range(0, after + 2, 2)
-    assert ("continuing" in done.stderr) == (result["resumed_from_step"] > 0)
-    steps = [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]
-    assert steps == list(range(1, 7))
-
-
 def test_a_finished_run_is_shown_and_left_alone(command, finished):
     before = (finished / "final.npz").stat().st_mtime_ns
     done = finish(command("--workdir", finished))

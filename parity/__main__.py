@@ -19,7 +19,7 @@ from bit_jax.errors import RequestError, exit_code
 from bit_jax.files import replacing
 from bit_jax.metrics import write_json
 from input_pipeline.examples import DatasetError
-from parity import report, rungs
+from parity import report, rungs, throughput
 from parity.accuracy import compare_logits
 from parity.attestation import attest
 from parity.difference import difference
@@ -30,11 +30,19 @@ from parity.selftest import selftest
 RUNS = Path("runs/parity")
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
+Measurement = Annotated[throughput.Throughput, tyro.conf.OmitArgPrefixes]
 
 
 def main() -> None:
     commands: dict[str, Callable] = {name: _rung_command(name, rung) for name, rung in rungs.RUNGS.items()}
-    commands = {"all": run_all, **commands, "selftest": run_selftest, "show": show, "diff": diff}
+    commands = {
+        "all": run_all,
+        **commands,
+        "selftest": run_selftest,
+        "throughput": run_throughput,
+        "show": show,
+        "diff": diff,
+    }
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m parity", description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
@@ -94,6 +102,15 @@ def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
         clean: also require that untouched pairs of several depths, widths and image sizes pass.
     """
     return selftest(faults, clean=clean, console=Console(width=140 if not sys.stdout.isatty() else None))
+
+
+def run_throughput(measurement: Measurement) -> bool:
+    """How fast each framework does the same work: a training step or a forward pass, eager, compiled, in either layout.
+
+    Each arm's loss is first held against float64; one that is wrong is not timed. Every arm runs in processes of its
+    own, in turns with the others; only finished work is timed.
+    """
+    return throughput.run(measurement)
 
 
 def show(run: tyro.conf.Positional[Path], html: Path | None = None, margin: float | None = None) -> bool:

@@ -55,6 +55,11 @@ def fault(what: str, rung: str, line: str, **more: str) -> Callable:
     return enter
 
 
+def of(framework: str) -> list[str]:
+    """Names of the faults that are written for a framework."""
+    return [name for name, fault in FAULTS.items() if fault.framework == framework]
+
+
 @contextlib.contextmanager
 def injected(name: str | None) -> Iterator[None]:
     """The fault of that name within the block; none for None."""

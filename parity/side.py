@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 from bit_jax.errors import RequestError
+from bit_jax.resnetv2 import Remat
 
-COUNTS = ("devices", "fsdp", "microbatches")
+COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ()}
+WORDS = {"jax": ("remat=norm", "remat=unit"), "torch": ("compile", "channels_last")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,9 @@ class Side:
         devices: JAX: how many; on a CPU they are virtual.
         fsdp: JAX: over how many of them parameters are split.
         microbatches: JAX: passes that a training step's batch is taken in.
+        remat: JAX: what the backward pass computes again, as train.py's --remat.
+        compile: torch: by torch.compile.
+        channels_last: torch: the layout of images and kernels.
         model: torch: `package.module:factory` in place of the reference.
         state_dict: torch: file that the model's parameters are then loaded from.
     """
@@ -27,12 +32,17 @@ class Side:
     devices: int = 1
     fsdp: int = 1
     microbatches: int = 1
+    remat: Remat = "none"
+    compile: bool = False
+    channels_last: bool = False
     model: str | None = None
     state_dict: str | None = None
 
     def __str__(self) -> str:
-        counts = [f"{name}={getattr(self, name)}" for name in COUNTS if getattr(self, name) != 1]
-        name = self.framework + (":" + ",".join(counts) if counts else "")
+        settings = [f"{name}={getattr(self, name)}" for name in COUNTS["jax"] if getattr(self, name) != 1]
+        settings += [f"remat={self.remat}"] if self.remat != "none" else []
+        settings += [word for word in WORDS["torch"] if getattr(self, word)]
+        name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
 
     def fields(self) -> dict[str, Any]:
@@ -51,18 +61,29 @@ class Side:
 
 
 def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None) -> Side:
-    """`torch`, `jax`, or `jax:devices=8,fsdp=4,microbatches=2`.
+    """`torch`, `torch:compile,channels_last`, `jax`, or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
 
     Raises:
         RequestError: it is of another form, or the counts do not fit each other.
     """
     framework, _, rest = text.partition(":")
     settings = rest.split(",") if rest else []
-    wrong = [setting for setting in settings if not re.fullmatch(rf"({'|'.join(COUNTS)})=[1-9]\d*", setting)]
-    if framework not in ("jax", "torch") or wrong or (framework == "torch" and settings):
-        raise RequestError(f"side {text!r} is neither torch nor jax[:devices=N,fsdp=N,microbatches=N]")
-    counts: dict[str, Any] = {name: int(count) for name, count in (setting.split("=") for setting in settings)}
-    side = Side(framework, **counts)
+    fields = [_field(framework, setting) for setting in settings]
+    if framework not in COUNTS or None in fields:
+        raise RequestError(
+            f"side {text!r} is neither torch[:compile,channels_last] nor jax[:devices=N,fsdp=N,microbatches=N,remat=R]"
+        )
+    side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
     return dataclasses.replace(side, model=model, state_dict=state_dict) if framework == "torch" else side
+
+
+def _field(framework: str, setting: str) -> tuple[str, Any] | None:
+    """(name, value) of one of the framework's settings."""
+    name, _, value = setting.partition("=")
+    if name in COUNTS.get(framework, ()) and re.fullmatch(r"[1-9]\d*", value):
+        return name, int(value)
+    if setting in WORDS.get(framework, ()):
+        return name, value or True
+    return None

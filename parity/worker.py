@@ -69,6 +69,7 @@ class Worker:
                 stderr=log,
                 env=_COMPILED_ONCE
                 | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
+                | {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
                 | os.environ
                 | side.environment(precision),
                 text=True,

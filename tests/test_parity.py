@@ -219,13 +219,14 @@ def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
 
 
 def test_one_jax_configuration_against_another(small_npz, tmp_path):
-    """4 virtual devices, parameters split over 2, in two passes, against one device: no PyTorch."""
-    sides = ["--reference", "jax", "--candidate", "jax:devices=4,fsdp=2,microbatches=2"]
+    """4 virtual devices, parameters split over 2, in two passes, normalization recomputed, against one device."""
+    candidate = "jax:devices=4,fsdp=2,microbatches=2,remat=norm"
+    sides = ["--reference", "jax", "--candidate", candidate]
     flags = ["--weights", small_npz, *QUICK, "--rows", "8", "--precision", "fp64", "--run", tmp_path / "run"]
     done = parity("curve", *sides, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     saved = report.load(tmp_path / "run")
-    assert saved["sides"]["candidate"] == "jax:devices=4,fsdp=2,microbatches=2"
+    assert saved["sides"]["candidate"] == candidate
     assert {line["verdict"] for line in saved["rungs"][0]["lines"]} <= {"equal", "rounding"}
     assert saved["attestation"]["sides"]["fp64"]["candidate"]["topology"]["devices"] == 4
 

@@ -145,8 +145,20 @@ def test_rank_is_the_pipelines_own():
 def test_sides_are_written_as_they_are_read():
     assert parse_side("jax:devices=8,fsdp=4,microbatches=2") == Side("jax", 8, 4, 2)
     assert str(parse_side("jax:devices=8,fsdp=4")) == "jax:devices=8,fsdp=4"
+    assert parse_side("jax:remat=norm") == Side("jax", remat="norm")
+    assert parse_side("torch:channels_last,compile") == Side("torch", compile=True, channels_last=True)
+    for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit"):
+        assert str(parse_side(text)) == text
     assert parse_side("torch", model="a:b").model == "a:b"
-    for wrong in ("tf", "torch:devices=2", "jax:device=2", "jax:devices=0", "jax:devices=4,fsdp=3", "jax:devices"):
+    for wrong in (
+        "tf",
+        "torch:devices=2",
+        "jax:device=2",
+        "jax:devices=0",
+        "jax:devices=4,fsdp=3",
+        "jax:devices",
+        "jax:compile",
+    ):
         with pytest.raises(RequestError):
             parse_side(wrong)
 

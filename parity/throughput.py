@@ -1,0 +1,348 @@
+"""XLA against PyTorch on the same work: first whether an arm computes the right thing, then how fast."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bit_jax import weights, zoo
+from bit_jax.errors import RequestError
+from bit_jax.metrics import write_json
+from parity import faults, flops, inputs, timing
+from parity.ladder import RANDOM, ULP, working_folder
+from parity.oracle import MULTIPLE, Line, calibrated
+from parity.side import Side, parse_side
+from parity.worker import Answer, Worker
+
+RANDOM_CLASSES = 1000
+BATCHES = 3  # that are worked on in turn
+REFERENCE = "torch"  # the arm that the others' errors are compared with, and PyTorch's default
+DEFAULTS = ("jax", "torch")
+DISTURBANCES = 3
+TITLES = {"jax": "JAX", "torch": "PyTorch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """What is measured; every default stands here once."""
+
+    weights: str = "random:R50x1"
+    """As of the other commands: a published name, an .npz, `embedded`, or random:R50x1."""
+    work: Literal["train", "forward"] = "train"
+    """A step of training (forward pass, gradients, SGD with momentum), or the forward pass alone."""
+    size: int = 128
+    """Side of the images."""
+    rows: int = 8
+    """Images a batch."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    arms: tuple[str, ...] = (
+        "torch",
+        "torch:channels_last",
+        "torch:compile",
+        "torch:compile,channels_last",
+        "jax",
+    )
+    """Sides as of the other commands. The first of each framework is its default."""
+    processes: int = 3
+    """Of each arm, one after the other, in turns with the other arms'."""
+    seconds: float = 10.0
+    """That each process is timed, behind compilation and warm-up."""
+    seed: int = 0
+    """Of weights, images and labels."""
+    json: Path | None = None
+    """Write the measurements here."""
+    compare: Path | None = None
+    """An earlier --json: what became slower ends in exit code 1."""
+
+    fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected into its framework's arms, see `faults.py`
+
+    def __post_init__(self):
+        for flag in ("size", "rows", "processes", "seconds"):
+            if getattr(self, flag) <= 0:
+                raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
+        if self.rows % 2:
+            raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
+        if REFERENCE not in self.arms:
+            raise RequestError(f"--arms needs {REFERENCE}, which the others' errors are compared with")
+        if self.compare is not None and not self.compare.exists():
+            raise RequestError(f"--compare {self.compare} does not exist")
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        return {arm: parse_side(arm) for arm in self.arms}
+
+
+def measure(options: Throughput, console: Console) -> dict[str, Any]:
+    """Everything that is reported, in JSON's types.
+
+    Raises:
+        RunFailed: a process failed.
+    """
+    with working_folder() as folder:
+        bench = _Bench(options, folder)
+        gate = bench.gate(console)
+        right = [arm for arm in options.arms if gate[arm].verdict != "bug"]
+        for arm in options.arms:
+            if arm not in right:
+                console.print(f"[bold red]{arm} is not timed:[/] {gate[arm].note}", highlight=False)
+        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in right}
+        ceilings: dict[str, list[float]] = {}
+        for process in range(options.processes):
+            for arm in _in_turn(right, process):
+                with bench.process(arm, options.precision, "timed") as ask:
+                    task = f"{options.work}_time"
+                    times = ask(task, mixed=bench.mixed, count=BATCHES, seconds=options.seconds).info
+                    ceilings.setdefault(arm.partition(":")[0], []).append(ask("ceiling").info)
+                measured[arm].append(times)
+                rate = options.rows / statistics.median(times["calls"])
+                console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
+        return _report(options, bench, gate, measured, ceilings)
+
+
+class _Bench:
+    """The files that arms are given, and their processes."""
+
+    def __init__(self, options: Throughput, folder: Path):
+        self.options, self.folder = options, folder
+        self.weight_file = folder / "random.npz"
+        if options.weights.startswith(RANDOM):
+            inputs.random_weights(self.weight_file, options.weights.removeprefix(RANDOM), RANDOM_CLASSES, options.seed)
+        else:
+            self.weight_file = zoo.find(options.weights).absolute()
+        self.architecture, _ = weights.read(self.weight_file)
+        self.sides = options.sides
+        self._started = 0
+        batches = [
+            inputs.picture_batch(
+                options.rows, options.size, options.size, self.architecture.num_classes, options.seed + number
+            )
+            for number in range(BATCHES)
+        ]
+        given = folder / "batches.npz"
+        arrays: dict[str, Any] = inputs.joined(batches).arrays()
+        np.savez(given, **arrays)
+        self._float64 = self.process(REFERENCE, "fp64", "gate")
+        self.mixed = self._float64("mix", batches=given).arrays.path
+
+    def process(self, arm: str, precision: str, phase: str) -> "_Asking":
+        """One process of an arm; what it compiles is kept for later ones of the same phase."""
+        self._started += 1
+        folder = self.folder / phase / f"{self._started:03d}"
+        return _Asking(Worker(self.sides[arm], precision, self.weight_file, folder))
+
+    def gate(self, console: Console) -> dict[str, Line]:
+        """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
+        against the best of the other arms."""
+        precision = self.options.precision
+        amplitude = MULTIPLE * ULP[precision]
+        with self._float64 as ask:
+            exact = self._losses(ask)
+            disturbed = [self._losses(ask, disturb=(seed, amplitude)) for seed in range(DISTURBANCES)]
+        losses = {}
+        for arm, side in self.sides.items():
+            fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
+            with self.process(arm, precision, "gate") as ask:
+                losses[arm] = self._losses(ask, fault=fault)
+        lines = {}
+        for arm, found in losses.items():
+            others = [other for name, other in losses.items() if name != arm] or [found]
+            best = min(others, key=lambda other: float(np.abs(other - exact).max()))
+            line = calibrated("loss", arm, precision, [exact], [best], [found], [[one] for one in disturbed])
+            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
+                line = dataclasses.replace(line, verdict="rounding", note="")
+            lines[arm] = line
+            console.print(f"{arm}: its loss is {line.candidate_error:.1e} off float64's", highlight=False)
+        return lines
+
+    def _losses(self, ask: "_Asking", **more: Any) -> np.ndarray:
+        if self.options.work == "forward":
+            return ask("loss", mixed=self.mixed, **more).arrays["loss of each row"]
+        training = {"schedule": timing.SCHEDULE, "momentum": timing.MOMENTUM, "count": BATCHES}
+        return ask("curve", mixed=self.mixed, **training, **more).arrays["losses"]
+
+
+class _Asking:
+    """A worker's tasks, for as long as the block lasts."""
+
+    def __init__(self, worker: Worker):
+        self._worker, self._asked = worker, 0
+
+    def __enter__(self) -> "_Asking":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._worker.close()
+
+    def __call__(self, task: str, **arguments: Any) -> Answer:
+        self._asked += 1
+        return self._worker.ask(task, save_as=f"{self._asked} {task}", progress=lambda done, of: None, **arguments)
+
+
+def _in_turn(arms: Sequence[str], process: int) -> Iterator[str]:
+    """Each arm once, starting with another one each time, so that none always runs on the warmest machine."""
+    return (arms[(place + process) % len(arms)] for place in range(len(arms)))
+
+
+def _report(
+    options: Throughput,
+    bench: _Bench,
+    gate: dict[str, Line],
+    measured: dict[str, list[dict[str, Any]]],
+    ceilings: dict[str, list[float]],
+) -> dict[str, Any]:
+    count = flops.training_step if options.work == "train" else flops.forward
+    per_image = count(bench.architecture, options.size, options.size)
+    ceiling = max(statistics.median(rates) for rates in ceilings.values())
+    arms = {arm: _arm(options, processes, per_image, ceiling) for arm, processes in measured.items()}
+    return {
+        "command": shlex.join(["python", "-m", "parity", *sys.argv[1:]]),
+        "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": machine(),
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
+        "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
+        "flops_per_image": per_image,
+        "matrix_product_flops": {name: statistics.median(rates) for name, rates in ceilings.items()},
+        "arms": arms,
+        "ratios": _ratios(options, arms),
+    }
+
+
+def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
+    rates = [options.rows / statistics.median(process["calls"]) for process in processes]
+    return {
+        "images_per_s": statistics.median(rates),
+        "images_per_s_of_processes": rates,
+        "mfu": statistics.median(rates) * per_image / ceiling,
+        "compile_cold": processes[0]["first"],
+        "compile_cached": statistics.median([process["first"] for process in processes[1:]] or [float("nan")]),
+        "memory_gib": max(process["memory"] for process in processes),
+        "memory_of": processes[0]["memory of"],
+        "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
+        "calls": [process["calls"] for process in processes],
+    }
+
+
+def _ratios(options: Throughput, arms: dict[str, Any]) -> dict[str, Any]:
+    """JAX over PyTorch, by process: those that ran in the same turn are compared."""
+
+    def best(framework: str) -> str | None:
+        own = [arm for arm in arms if arm.partition(":")[0] == framework]
+        return max(own, key=lambda arm: arms[arm]["images_per_s"]) if own else None
+
+    pairs = {"best against best": (best("jax"), best("torch")), "default against default": DEFAULTS}
+    ratios = {}
+    for what, (jax, torch) in pairs.items():
+        if jax in arms and torch in arms:
+            rates = (arms[arm]["images_per_s_of_processes"] for arm in (jax, torch))
+            found = [one / other for one, other in zip(*rates, strict=True)]
+            ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
+    return ratios
+
+
+def machine() -> dict[str, Any]:
+    import jax
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    options, arms = report["options"], report["arms"]
+    work = "training step" if options["work"] == "train" else "forward pass"
+    table = Table(
+        title=f"{options['weights']}, {work}, {options['rows']} x {options['size']}x{options['size']}, "
+        f"{options['precision']}; {report['machine']['processor']}, {report['machine']['cores']} cores",
+    )
+    columns = ("arm", "images/s", "of processes", "MFU", "compile cold s", "cached s", "GiB", "products")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("arm", "products") else "right")
+    for arm, found in sorted(arms.items(), key=lambda item: -item[1]["images_per_s"]):
+        rates = found["images_per_s_of_processes"]
+        table.add_row(
+            arm,
+            f"{found['images_per_s']:.2f}",
+            f"{min(rates):.2f} to {max(rates):.2f}",
+            f"{found['mfu']:.0%}",
+            f"{found['compile_cold']:.1f}",
+            f"{found['compile_cached']:.1f}",
+            f"{found['memory_gib']:.2f}",
+            found["products"]["convolution"],
+        )
+    console.print(table)
+    ceilings = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s ({TITLES[name]})" for name, rate in report["matrix_product_flops"].items()
+    )
+    console.print(
+        f"MFU: {report['flops_per_image'] / 1e9:.2f} GFLOP an image x images/s, over the better of the measured matrix "
+        f"products: {ceilings}"
+    )
+    for what, ratio in report["ratios"].items():
+        spread = f"{min(ratio['of_processes']):.2f} to {max(ratio['of_processes']):.2f}"
+        console.print(f"{what}: {ratio['jax']} is {ratio['median']:.2f} times {ratio['torch']} ({spread})")
+    for arm, line in report["gate"].items():
+        if line["verdict"] == "bug":
+            console.print(f"[bold red]{arm} was not timed:[/] its loss is wrong: {line['note']}")
+
+
+def slower(report: dict[str, Any], old: dict[str, Any], console: Console) -> list[str]:
+    """Arms that are slower than in an earlier report, by more than both spreads; all are printed."""
+    found = []
+    for arm, now in report["arms"].items():
+        if arm not in old["arms"]:
+            continue
+        before = old["arms"][arm]
+        worse = max(now["images_per_s_of_processes"]) < min(before["images_per_s_of_processes"])
+        ratio = now["images_per_s"] / before["images_per_s"]
+        console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}", highlight=False)
+        found += [arm] if worse else []
+    return found
+
+
+def run(options: Throughput) -> bool:
+    """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
+    console = Console(width=140 if not sys.stdout.isatty() else None)
+    old = json.loads(options.compare.read_text()) if options.compare else None
+    differing = [
+        name
+        for name in ("weights", "work", "size", "rows", "precision")
+        if old is not None and old["options"][name] != getattr(options, name)
+    ]
+    if old is not None and differing:
+        raise RequestError(
+            f"--compare {options.compare} measured other work: --{differing[0]} {old['options'][differing[0]]}"
+        )
+    report = measure(options, Console(stderr=True, soft_wrap=True))
+    show(report, console)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, report)
+    holds = all(line["verdict"] != "bug" for line in report["gate"].values())
+    return holds and not (old is not None and slower(report, old, console))

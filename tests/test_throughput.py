@@ -1,0 +1,128 @@
+"""`python -m parity throughput`: only what computes the right thing is timed, and only finished work."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from bit_jax import resnetv2
+from bit_jax.errors import RequestError
+from bit_jax.weights import Architecture
+from parity import flops, throughput, timing
+from parity.throughput import Throughput
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "parity", "throughput", *QUICK, *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("throughput") / "measured.json"
+    done = run("--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, done.stdout
+
+
+def test_what_is_measured_and_said(measured):
+    path, said = measured
+    report = json.loads(path.read_text())
+    assert set(report["arms"]) == {"torch", "jax"}
+    for arm in report["arms"].values():
+        assert len(arm["images_per_s_of_processes"]) == 2
+        for rate, calls in zip(arm["images_per_s_of_processes"], arm["calls"], strict=True):
+            assert rate == pytest.approx(4 / sorted(calls)[len(calls) // 2], rel=0.5)
+        assert arm["products"] == {"matrix": "float32", "convolution": "float32"}
+        assert arm["memory_gib"] > 0.1
+        assert 0 < arm["mfu"] < 1
+    assert report["arms"]["jax"]["compile_cold"] > report["arms"]["jax"]["compile_cached"] > 0
+    assert set(report["ratios"]) == {"best against best", "default against default"}
+    assert all(line["verdict"] == "rounding" for line in report["gate"].values())
+    assert "best against best: jax is" in said
+
+
+def test_slower_than_before_is_told(measured, capsys):
+    now = json.loads(measured[0].read_text())
+    before = json.loads(measured[0].read_text())
+    before["arms"]["jax"]["images_per_s_of_processes"] = [1000 * rate for rate in (1, 2)]
+    assert throughput.slower(now, now, Console()) == []
+    assert throughput.slower(now, before, Console()) == ["jax"]
+    with pytest.raises(RequestError, match="measured other work: --size 32"):
+        throughput.run(Throughput("random:R14x0.5", size=64, compare=measured[0]))
+
+
+def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1}
+    asked = Throughput(work="forward", arms=("torch", "jax"), fault="sample-variance", json=path, **quick)
+    assert not throughput.run(asked)
+    assert "jax was not timed: its loss is wrong" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert set(report["arms"]) == {"torch"}
+    assert report["gate"]["jax"]["verdict"] == "bug"
+    assert not report["ratios"]
+
+
+def test_only_finished_work_is_timed():
+    def call(number):
+        time.sleep(0.05 if number == 0 else 0.01)
+
+    times = timing.timed(call, 0.1)
+    assert len(times["calls"]) >= 3
+    assert all(0.01 <= seconds < 0.05 for seconds in times["calls"])
+    assert times["first"] == pytest.approx(0.04, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "height", "width"), [("R14x0.5", 32, 32), ("R50x1", 97, 131)])
+def test_operations_are_those_of_the_models_own_convolutions(name, height, width):
+    units, factor = resnetv2.parse_architecture(name)
+    model = Architecture(units, factor, 10).model()
+    image = jax.ShapeDtypeStruct((1, height, width, 3), "float32")
+    params = jax.eval_shape(lambda: model.init_params(0))
+
+    def counted(jaxpr):
+        total = 0.0
+        for equation in jaxpr.eqns:
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "jaxpr")):
+                if hasattr(inner, "jaxpr"):
+                    total += counted(inner.jaxpr)
+            if equation.primitive.name == "conv_general_dilated":
+                kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+                total += 2.0 * kernel[0] * kernel[1] * kernel[2] * kernel[3] * out[1] * out[2]
+            if equation.primitive.name == "dot_general":
+                left, right = (operand.aval.shape for operand in equation.invars)
+                total += 2.0 * left[-1] * right[-1]
+        return total
+
+    jaxpr = jax.make_jaxpr(lambda params, image: model.apply({"params": params}, image))(params, image)
+    assert flops.forward(Architecture(units, factor, 10), height, width) == counted(jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rows", "3"], "--rows 3 must be even"),
+        (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
+        (["--arms", "jax"], "--arms needs torch"),
+        (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
+        (["--compare", "nowhere.json"], "--compare nowhere.json does not exist"),
+    ],
+)
+def test_wrong_requests(flags, said):
+    done = run(*flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_arm_starts_once_a_turn():
+    assert [list(throughput._in_turn("abc", turn)) for turn in range(2)] == [["a", "b", "c"], ["b", "c", "a"]]

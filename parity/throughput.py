@@ -69,7 +69,8 @@ class Throughput:
 
     fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected into its framework's arms, see `faults.py`
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises RequestError for what cannot be measured."""
         for flag in ("size", "rows", "processes", "seconds"):
             if getattr(self, flag) <= 0:
                 raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
@@ -328,6 +329,7 @@ def slower(report: dict[str, Any], old: dict[str, Any], console: Console) -> lis
 
 def run(options: Throughput) -> bool:
     """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
+    options.check()
     console = Console(width=140 if not sys.stdout.isatty() else None)
     old = json.loads(options.compare.read_text()) if options.compare else None
     differing = [

@@ -111,7 +111,7 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
     ("flags", "said"),
     [
         (["--rows", "3"], "--rows 3 must be even"),
-        (["--seconds", "0"], "--seconds 0 must be greater than 0"),
+        (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
         (["--arms", "jax"], "--arms needs torch"),
         (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
         (["--compare", "nowhere.json"], "--compare nowhere.json does not exist"),

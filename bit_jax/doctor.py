@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = ("train.py", "bit_jax/*.py", "input_pipeline/*.py")  # relative to ROOT, where all of it is
 ELEMENTS = 2**24  # float32 numbers that every device ends with, 64 MiB: enough for the full rate of NVLink
 REPETITIONS = 5
+MISSING = "missing"
 
 
 def examine(cfg: Config, inputs: dict[str, str]) -> None:
@@ -74,11 +75,12 @@ def _facts(cfg: Config, inputs: dict[str, str]) -> dict:
 
 
 def _differences(found: list[dict]) -> list[str]:
+    everything = dict.fromkeys(what for one in found for what in one)  # a host may have read another dataset
     return [
-        f"{what} is {one[what]} on host {number}, {value} on host 0"
+        f"{what} is {one.get(what, MISSING)} on host {number}, {found[0].get(what, MISSING)} on host 0"
         for number, one in enumerate(found)
-        for what, value in found[0].items()
-        if one[what] != value
+        for what in everything
+        if one.get(what, MISSING) != found[0].get(what, MISSING)
     ]
 
 
@@ -112,7 +114,7 @@ def _unused_gpus(found: list[dict]) -> list[str]:
 def _comparison(found: list[dict]) -> Table:
     table = Table("", "host 0", "the others", title="What has to be the same on every host")
     for what, value in found[0]["alike"].items():
-        values = {number: one["alike"][what] for number, one in enumerate(found)}
+        values = {number: one["alike"].get(what, MISSING) for number, one in enumerate(found)}
         others = [f"host {number}: {other}" for number, other in values.items() if other != value]
         table.add_row(what, value, "\n".join(others) or ("the same" if len(found) > 1 else "there are none"))
     return table

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bit_jax import weights, zoo
-from bit_jax.errors import RequestError
+from bit_jax.errors import RequestError, RunFailed
 from bit_jax.metrics import write_json
 from parity import faults, flops, inputs, timing
 from parity.ladder import RANDOM, ULP, working_folder
@@ -90,7 +90,7 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
     """Everything that is reported, in JSON's types.
 
     Raises:
-        RunFailed: a process failed.
+        RunFailed: a process failed, or no arm computes the right thing.
     """
     with working_folder() as folder:
         bench = _Bench(options, folder)
@@ -99,6 +99,8 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         for arm in options.arms:
             if arm not in right:
                 console.print(f"[bold red]{arm} is not timed:[/] {gate[arm].note}", highlight=False)
+        if not right:
+            raise RunFailed("no arm's loss is float64's up to rounding; there is nothing to time")
         measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in right}
         ceilings: dict[str, list[float]] = {}
         for process in range(options.processes):
@@ -223,12 +225,13 @@ def _report(
 
 def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
     rates = [options.rows / statistics.median(process["calls"]) for process in processes]
+    again = processes[1:]
     return {
         "images_per_s": statistics.median(rates),
         "images_per_s_of_processes": rates,
         "mfu": statistics.median(rates) * per_image / ceiling,
         "compile_cold": processes[0]["first"],
-        "compile_cached": statistics.median([process["first"] for process in processes[1:]] or [float("nan")]),
+        "compile_cached": statistics.median([process["first"] for process in again]) if again else None,
         "memory_gib": max(process["memory"] for process in processes),
         "memory_of": processes[0]["memory of"],
         "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
@@ -293,7 +296,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{min(rates):.2f} to {max(rates):.2f}",
             f"{found['mfu']:.0%}",
             f"{found['compile_cold']:.1f}",
-            f"{found['compile_cached']:.1f}",
+            "" if found["compile_cached"] is None else f"{found['compile_cached']:.1f}",
             f"{found['memory_gib']:.2f}",
             found["products"]["convolution"],
         )

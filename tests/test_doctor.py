@@ -53,6 +53,14 @@ def test_a_wrong_number_of_one_device_is_noticed(small, monkeypatch, collective)
         run(make_mesh(), "data")
 
 
+def test_what_only_one_host_has_is_a_difference():
+    found = [{"jax": "1", "digits/train": "a"}, {"jax": "1", "synthetic/train": "b"}]
+    assert doctor._differences(found) == [
+        "digits/train is missing on host 1, a on host 0",
+        "synthetic/train is b on host 1, missing on host 0",
+    ]
+
+
 def test_hosts_that_differ_are_told(tmp_path):
     where = f"--coordinator 127.0.0.1:{free_port()} --hosts 2 --doctor --workdir {tmp_path / 'run'}"
     processes = [

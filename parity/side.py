@@ -3,10 +3,9 @@
 import dataclasses
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 from bit_jax.errors import RequestError
-from bit_jax.resnetv2 import Remat
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ()}
 WORDS = {"jax": ("remat=norm", "remat=unit"), "torch": ("compile", "channels_last")}
@@ -32,7 +31,7 @@ class Side:
     devices: int = 1
     fsdp: int = 1
     microbatches: int = 1
-    remat: Remat = "none"
+    remat: Literal["none", "norm", "unit"] = "none"
     compile: bool = False
     channels_last: bool = False
     model: str | None = None

@@ -315,7 +315,7 @@ def _read(fused: list[Instruction], number: int, operand: Instruction) -> int:
         if line.opcode == "bitcast" and line.operands[0] in names:
             names.add(line.name)
     uses = [line for line in fused if names & set(line.operands) and line.opcode != "bitcast"]
-    if uses and all(line.opcode in ("slice", "dynamic-slice") for line in uses):
+    if uses and all(line.opcode in ("slice", "dynamic-slice") and line.operands[0] in names for line in uses):
         return sum(line.bytes for line in uses)
     if uses and all(line.opcode == "dynamic-update-slice" and line.operands[0] in names for line in uses):
         return 0  # updated in place

@@ -45,6 +45,26 @@ def test_what_a_module_says_of_itself():
         hlo.Module("nothing")
 
 
+def test_of_what_a_fusion_slices_the_slice_counts_also_behind_a_bitcast():
+    module = hlo.Module("""
+%fused (p0: f32[10,4], p1: s32[]) -> f32[1,4] {
+  %p0 = f32[40]{0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %matrix = f32[10,4]{1,0} bitcast(%p0)
+  ROOT %row = f32[1,4]{1,0} dynamic-slice(%matrix, %p1, %zero), dynamic_slice_sizes={1,4}
+}
+
+ENTRY %main (x: f32[40], i: s32[]) -> f32[1,4] {
+  %x = f32[40]{0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+""")
+    row, place = 16, 4
+    assert module.traffic()["other"] == row + place + row
+
+
 def test_the_model_of_rings():
     request = plan.Request(hosts=2, devices=8, mesh="data=2,fsdp=8", network_gbps=200)
     link, network = request.gpu.link, 25e9

@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
+from bit_jax import hugepages
+
+if __name__ == "__main__":
+    hugepages.restart()
+
 import jax
 import tyro
 from rich.console import Console

@@ -112,7 +112,8 @@ class Loop:
         with self.timeline("evaluation"):
             batches = (self.with_signal(batch) for _, batch in self.validation.batches.evaluation())
             try:
-                accuracy = evaluate(self.program.eval_step, state.params, batches, self.validation.examples, check)
+                params = self.program.for_evaluation(state.params)
+                accuracy = evaluate(self.program.eval_step, params, batches, self.validation.examples, check)
             except _Asked as asked:
                 self.end(asked.number, state)
         self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)

@@ -25,6 +25,7 @@ STANDARDIZE_EPS = 1e-10  # BiT; timm's is 1e-8, which float64 tells apart
 Remat = Literal["none", "norm", "unit"]
 CONVOLVED, STATISTICS = "convolved", "statistics"  # what `remat` "norm" keeps, by the name given where it is made
 GATHERED = "gathered"  # what is never kept
+STANDARDIZED = "standardized_conv2d"  # the checkpoint's name of every convolution but the head
 FEEDS = (0, 1, 2)  # a kernel's axes that feed one output channel
 
 UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -68,6 +69,8 @@ class Numerics(NamedTuple):
             pass gathers it a second time. None where parameters are not split.
         recompute: the backward pass computes activations again from convolutions' outputs.
         paced: the backward pass goes on to the next unit only with this one's kernel gradients; see `_in_step`.
+        products: 1x1 convolutions are written as matrix products.
+        standardized: kernels are given standardized already.
     """
 
     dtype: jnp.dtype
@@ -75,6 +78,8 @@ class Numerics(NamedTuple):
     gather: Callable[[Array], Array] | None
     recompute: bool
     paced: bool
+    products: bool
+    standardized: bool
 
     def whole(self, kernel: Array) -> Array:
         return kernel if self.gather is None else checkpoint_name(self.gather(kernel), GATHERED)
@@ -137,7 +142,7 @@ def _group_norm_relu(x, gamma, beta, groups, eps, recompute):
 
 def _group_norm_relu_forward(x, gamma, beta, groups, eps, recompute):
     mean, scale = (checkpoint_name(each, STATISTICS) for each in _group_statistics(x, groups, eps, gamma.dtype))
-    active = nn.relu(_normalize(x, mean, scale, gamma.dtype) * gamma + beta).astype(x.dtype)
+    active = nn.relu(_normalized(x, mean, scale, gamma, beta)).astype(x.dtype)
     return active, (x, mean, scale, gamma, beta)
 
 
@@ -145,27 +150,29 @@ def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
     x, mean, scale, gamma, beta = saved
     batch, height, width, channels = x.shape
 
-    def of_normalized(x, gradient):
-        """The gradient past ReLU, and what was normalized."""
-        normalized = _normalize(x, mean, scale, gamma.dtype)
-        before_relu = normalized * gamma + beta
+    def inside(x, gradient):
+        """The gradient past ReLU, and the centred input."""
+        before_relu = _normalized(x, mean, scale, gamma, beta)
         gradient = gradient.astype(gamma.dtype)
+        centred = x.astype(gamma.dtype) - _spread(mean, channels)
         if recompute:
             # XLA then writes the activation, which the next convolution's gradient needs, in the same pass over x as
             # the sums below: 6 % less memory traffic than with a comparison, which it would store and read again
-            return gradient * jnp.sign(nn.relu(before_relu)), normalized
-        return jnp.where(before_relu > 0, gradient, 0), normalized
+            return gradient * jnp.sign(nn.relu(before_relu)), centred
+        return jnp.where(before_relu > 0, gradient, 0), centred
 
     def group_mean(of_channels):
         grouped = (of_channels * gamma).reshape(batch, groups, channels // groups)
-        return _spread(grouped.sum(axis=-1) / (height * width * (channels // groups)), channels)
+        return grouped.sum(axis=-1) / (height * width * (channels // groups))
 
-    inner, normalized = of_normalized(x, gradient)
-    of_beta, of_gamma = inner.sum(axis=(1, 2)), (inner * normalized).sum(axis=(1, 2))
+    inner, centred = inside(x, gradient)
+    of_beta, of_scaled = inner.sum(axis=(1, 2)), (inner * centred).sum(axis=(1, 2))
     # two passes that share nothing large: the second computes its inputs again instead of rereading them
-    x, gradient, of_beta, of_gamma = lax.optimization_barrier((x, gradient, of_beta, of_gamma))
-    inner, normalized = of_normalized(x, gradient)
-    of_x = _spread(scale, channels) * (inner * gamma - group_mean(of_beta) - normalized * group_mean(of_gamma))
+    x, gradient, of_beta, of_scaled = lax.optimization_barrier((x, gradient, of_beta, of_scaled))
+    inner, centred = inside(x, gradient)
+    shift, tilt = scale * group_mean(of_beta), scale**3 * group_mean(of_scaled)
+    of_x = _spread(scale, channels) * gamma * inner - _spread(shift, channels) - centred * _spread(tilt, channels)
+    of_gamma = of_scaled * jnp.repeat(scale, channels // groups, axis=-1)
     return of_x.astype(x.dtype), of_gamma.sum(axis=0), of_beta.sum(axis=0)
 
 
@@ -173,25 +180,48 @@ _group_norm_relu.defvjp(_group_norm_relu_forward, _group_norm_relu_backward)
 
 
 def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Mean and 1 / standard deviation, [batch, groups].
+    """Mean and 1 / standard deviation, [batch, groups], in one pass over x.
 
-    The variance is that of the centred values: a difference of two large sums would lose digits.
+    E[d^2] - E[d]^2 loses digits where the mean is large beside the deviation; so d is what the values differ by from
+    the mean of a sample, the middle row.
     """
     batch, height, width, channels = x.shape
-    grouped = x.astype(dtype).reshape(batch, height, width, groups, channels // groups)
-    mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
-    variance = ((grouped - mean) ** 2).mean(axis=(1, 2, 4))
-    return mean.reshape(batch, groups), lax.rsqrt(variance + eps)
+
+    def group_mean(of_channels, count):
+        return of_channels.reshape(batch, groups, channels // groups).sum(axis=-1) / (count * channels // groups)
+
+    sample = group_mean(x[:, height // 2].astype(dtype).sum(axis=1), width)
+    d = x.astype(dtype) - _spread(sample, channels)
+    mean, square = (group_mean(each.sum(axis=(1, 2)), height * width) for each in (d, d * d))
+    return sample + mean, lax.rsqrt(square - mean * mean + eps)
 
 
-def _normalize(x: Array, mean: Array, scale: Array, dtype: jnp.dtype) -> Array:
+def _normalized(x: Array, mean: Array, scale: Array, gamma: Array, beta: Array) -> Array:
+    """(x - mean) * scale * gamma + beta, as one product and one sum for each value."""
     channels = x.shape[-1]
-    return (x.astype(dtype) - _spread(mean, channels)) * _spread(scale, channels)
+    slope = _spread(scale, channels) * gamma
+    return x.astype(gamma.dtype) * slope + (beta - _spread(mean, channels) * slope)
 
 
 def _spread(of_groups: Array, channels: int) -> Array:
     """[batch, groups] -> [batch, 1, 1, channels]."""
     return jnp.repeat(of_groups, channels // of_groups.shape[-1], axis=-1)[:, None, None]
+
+
+def _convolve(x: Array, kernel: Array, stride: int, numerics: Numerics) -> Array:
+    """Padded by (size - 1) / 2 on each side."""
+    size = kernel.shape[0]
+    if size == 1 and numerics.products:
+        return jnp.tensordot(x[:, ::stride, ::stride], kernel[0, 0], axes=1, precision=numerics.precision)
+    pad = (size - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=numerics.precision,
+    )
 
 
 class StdConv(nn.Module):
@@ -207,15 +237,8 @@ class StdConv(nn.Module):
         dtype = self.numerics.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param_dtype(dtype))
-        pad = (self.size - 1) // 2
-        convolved = lax.conv_general_dilated(
-            x,
-            self.numerics.whole(standardize(kernel).astype(dtype)),
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.numerics.precision,
-        )
+        standard = kernel if self.numerics.standardized else standardize(kernel)
+        convolved = _convolve(x, self.numerics.whole(standard.astype(dtype)), self.stride, self.numerics)
         return checkpoint_name(convolved, CONVOLVED)
 
 
@@ -239,7 +262,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width cin"]) -> Float[Array, "batch out_h out_w cout"]:
-        conv = StdConv(self.features, 1, self.stride, self.numerics, name="standardized_conv2d")
+        conv = StdConv(self.features, 1, self.stride, self.numerics, name=STANDARDIZED)
         return conv(x)
 
 
@@ -265,7 +288,7 @@ class PreActivationConv(nn.Module):
         if self.project_to is not None:
             proj = Projection(self.project_to, self.project_stride, self.numerics, name="proj")
             shortcut = proj(active)
-        conv = StdConv(self.features, self.size, self.stride, self.numerics, name="standardized_conv2d")
+        conv = StdConv(self.features, self.size, self.stride, self.numerics, name=STANDARDIZED)
         return conv(active), shortcut
 
 
@@ -344,16 +367,55 @@ def _rematerialized(unit: Any, remat: Remat, *, sharded: bool) -> Any:
     return nn.remat(unit, policy=policies.save_anything_except_these_names(GATHERED)) if sharded else unit
 
 
+def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch out_h out_w channels"]:
+    """Maxima of 3x3 windows at every second place; the gradient goes to the first of equals in reading order."""
+    return _max_of_three(_max_of_three(x, 2), 1)
+
+
+# The gradient in closed form: XLA's own carries the place of each maximum through four index arrays.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_of_three(x, axis):
+    return functools.reduce(jnp.maximum, _thirds(x, axis))
+
+
+def _max_of_three_forward(x, axis):
+    largest = _max_of_three(x, axis)
+    return largest, (x, largest)
+
+
+def _max_of_three_backward(axis, saved, gradient):
+    x, largest = saved
+    first, second, _ = (each == largest for each in _thirds(x, axis))
+    of_first, of_second = jnp.where(first, gradient, 0), jnp.where(second & ~first, gradient, 0)
+    of_third = jnp.where(first | second, 0, gradient)
+
+    def placed(third, start):
+        padding = [(0, 0, 0)] * x.ndim
+        padding[axis] = (start, x.shape[axis] - (2 * largest.shape[axis] - 1) - start, 1)
+        return lax.pad(third, jnp.zeros((), third.dtype), padding)
+
+    return (placed(of_first, 0) + placed(of_second, 1) + placed(of_third, 2),)
+
+
+_max_of_three.defvjp(_max_of_three_forward, _max_of_three_backward)
+
+
+def _thirds(x: Array, axis: int) -> list[Array]:
+    """The first, second and third of every window."""
+    windows = (x.shape[axis] - 1) // 2
+    return [lax.slice_in_dim(x, start, start + 2 * windows - 1, 2, axis) for start in range(3)]
+
+
 class RootBlock(nn.Module):
     channels: int
     numerics: Numerics
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width 3"]) -> Float[Array, "batch out_h out_w cout"]:
-        x = StdConv(self.channels, 7, 2, self.numerics, name="standardized_conv2d")(x)
+        x = StdConv(self.channels, 7, 2, self.numerics, name=STANDARDIZED)(x)
         # zeros, not -inf: the checkpoints were trained with a zero-padded pool, and negative maxima are common here
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
+        return max_pool(x)
 
 
 class HeadConv(nn.Module):
@@ -392,7 +454,7 @@ class ResNetV2(nn.Module):
         precision: of the products; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
         remat: what the backward pass computes again instead of keeping it: nothing; `norm`, GroupNorm and ReLU, from
             convolutions' outputs; `unit`, whole bottleneck units, from their inputs.
-        gather, paced: see `Numerics`.
+        gather, paced, products, standardized: see `Numerics`.
     """
 
     units: tuple[int, ...]
@@ -403,10 +465,20 @@ class ResNetV2(nn.Module):
     remat: Remat = "none"
     gather: Callable[[Array], Array] | None = None
     paced: bool = False
+    products: bool = False
+    standardized: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
-        numerics = Numerics(self.dtype, self.precision, self.gather, self.remat != "none", self.paced)
+        numerics = Numerics(
+            self.dtype,
+            self.precision,
+            self.gather,
+            self.remat != "none",
+            self.paced,
+            self.products,
+            self.standardized,
+        )
         channels = round(64 * self.width)
         x = RootBlock(channels, numerics, name="root_block")(images.astype(self.dtype))
         later = jnp.zeros((), param_dtype(self.dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bit_jax.resnetv2 import ResNetV2, param_dtype
+from bit_jax.resnetv2 import STANDARDIZED, ResNetV2, param_dtype, standardize
 
 TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
@@ -188,9 +188,19 @@ def make_train_step(
     return train_step
 
 
+def standardized(params: Any) -> Any:
+    """The parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
+
+    def of_leaf(path: tuple, leaf: Array) -> Array:
+        return standardize(leaf) if STANDARDIZED in jax.tree_util.keystr(path, simple=True, separator="/") else leaf
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
 def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
-    """(params, batch) -> sums over the rows whose mask is True: loss, correct1, correct5, seen; and "signal"."""
-    dtype = param_dtype(model.dtype)
+    """(parameters after `standardized`, batch) -> sums over the rows whose mask is True: loss, correct1, correct5,
+    seen; and "signal"."""
+    dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:
         return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch) | _signal(batch)

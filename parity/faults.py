@@ -107,14 +107,16 @@ def sample_variance() -> Any:
 
 @fault("max-pool padded with -inf", "forward", "root_block")
 def pool_padding() -> Any:
-    import flax.linen as nn
+    import jax.numpy as jnp
 
-    pool: Any = nn.max_pool
+    from bit_jax import resnetv2
 
-    def padded(x, window, strides, padding):
-        return pool(x[:, 1:-1, 1:-1], window, strides, ((1, 1), (1, 1)))
+    pool, outside = resnetv2.max_pool, ((0, 0), (1, 1), (1, 1), (0, 0))
 
-    return mock.patch("flax.linen.max_pool", padded)
+    def padded(x):
+        return pool(jnp.pad(x[:, 1:-1, 1:-1], outside, constant_values=-jnp.inf))
+
+    return mock.patch("bit_jax.resnetv2.max_pool", padded)
 
 
 @fault("stride on the first 1x1 convolution", "forward", "block2/unit01")

@@ -16,7 +16,7 @@ import optax
 
 import input_pipeline
 from bit_jax import mesh as meshes
-from bit_jax import metrics, optimizer, resnetv2, steps, weights
+from bit_jax import metrics, optimizer, program, resnetv2, steps, weights
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import choose, products
 from input_pipeline.examples import Subset
@@ -49,8 +49,13 @@ class JaxSide:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
             model = architecture.model(self.precision.dtype, self.precision.product).clone(remat=self.side.remat)
+            model = program.tuned(model, self.mesh) if self.side.tuned else model
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
+
+    def _jit(self, function: Callable, **how: Any) -> Callable:
+        options = program.compiler_options(self.mesh) if self.side.tuned else {}
+        return jax.jit(function, compiler_options=options, **how)
 
     def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
         model, params = self.model()
@@ -100,7 +105,7 @@ class JaxSide:
             with np.load(teacher) as file:
                 given = {site: self._rows(file[site]) for site in file.files}
         seen = model.clone(remat="none")  # it decides what backward passes keep; units within it cannot be looked at
-        apply = jax.jit(lambda params, images, given: record_units(seen, params, images, given))
+        apply = self._jit(lambda params, images, given: record_units(seen, params, images, given))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
         outputs = apply(self._disturbed_params(params, disturb), batch, given)
         # files know no bfloat16
@@ -128,13 +133,13 @@ class JaxSide:
             mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches)
             return {"loss of each row": rows, "mean loss": mean}
 
-        return None, _arrays(jax.jit(losses)(self._disturbed_params(params, disturb), images, targets))
+        return None, _arrays(self._jit(losses)(self._disturbed_params(params, disturb), images, targets))
 
     def gradients(self, mixed: str, count: int, disturb: Disturb | None = None) -> Result:
         """Of the mean loss of each of `count` batches, by every parameter."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
-        gradients = jax.jit(lambda *given: self._loss_and_gradients(model, *given)[1])
+        gradients = self._jit(lambda *given: self._loss_and_gradients(model, *given)[1])
         saved = {}
         for number in range(count):
             saved |= self._named(gradients(params, *self._mixed(mixed, number, disturb)), f"{number}/")
@@ -166,7 +171,7 @@ class JaxSide:
         params = self._disturbed_params(params, disturb)
         sgd = optimizer.sgd(_schedule(schedule), momentum)
         state = steps.init_state(params, sgd)
-        train_step = jax.jit(lambda *given: self._step(model, sgd, *given))
+        train_step = self._jit(lambda *given: self._step(model, sgd, *given))
         losses = []
         for number in range(count):
             state, loss = train_step(state, *self._mixed(mixed, number, disturb))
@@ -178,7 +183,9 @@ class JaxSide:
         """Of the forward pass on `count` batches in turn: see `timing.timed`."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
-        apply = jax.jit(lambda params, images: steps.apply_model(model, params, images))
+        if self.side.tuned:  # as train.py's evaluation
+            model, params = model.clone(standardized=True), self._jit(steps.standardized)(params)
+        apply = self._jit(lambda params, images: steps.apply_model(model, params, images))
         times = timing.timed(lambda call: jax.block_until_ready(apply(params, batches[call % count])), seconds)
         return times | self._used(), None
 
@@ -187,7 +194,7 @@ class JaxSide:
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
-        train_step = jax.jit(lambda *given: self._step(model, sgd, *given), donate_argnums=0)
+        train_step = self._jit(lambda *given: self._step(model, sgd, *given), donate_argnums=0)
         state = jax.jit(lambda params: steps.init_state(params, sgd))(params)
 
         def step(call: int) -> None:
@@ -221,7 +228,7 @@ class JaxSide:
             source, views, batch, place=lambda rows: (rows, meshes.shard_batch(rows, self.mesh))
         )
 
-        @jax.jit
+        @self._jit
         def evaluate(params, batch):
             logits = steps.apply_model(model, params, steps.normalize(batch["image"], self.dtype))
             return logits, steps.evaluation_sums(logits, batch)

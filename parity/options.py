@@ -19,7 +19,8 @@ class Options:
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     """What is judged against float64 once float64 itself agrees. fp64: float64 alone."""
     reference: str = "torch"
-    """torch[:compile,channels_last], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit]."""
+    """torch[:compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
+    hugepages]."""
     candidate: str = "jax"
     """As --reference; on a CPU the devices are virtual."""
     torch_model: str | None = None

@@ -5,10 +5,12 @@ import os
 import re
 from typing import Any, Literal
 
+from bit_jax import hugepages
 from bit_jax.errors import RequestError
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ()}
-WORDS = {"jax": ("remat=norm", "remat=unit"), "torch": ("compile", "channels_last")}
+SWITCHES = {"jax": ("tuned", "hugepages"), "torch": ("compile", "channels_last", "hugepages")}
+REMAT = ("remat=norm", "remat=unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Side:
         fsdp: JAX: over how many of them parameters are split.
         microbatches: JAX: passes that a training step's batch is taken in.
         remat: JAX: what the backward pass computes again, as train.py's --remat.
+        tuned: JAX: as train.py compiles it: XLA's options, and what is written differently for these devices.
+        hugepages: memory in large pages, as train.py has it on CPUs.
         compile: torch: by torch.compile.
         channels_last: torch: the layout of images and kernels.
         model: torch: `package.module:factory` in place of the reference.
@@ -32,6 +36,8 @@ class Side:
     fsdp: int = 1
     microbatches: int = 1
     remat: Literal["none", "norm", "unit"] = "none"
+    tuned: bool = False
+    hugepages: bool = False
     compile: bool = False
     channels_last: bool = False
     model: str | None = None
@@ -40,7 +46,7 @@ class Side:
     def __str__(self) -> str:
         settings = [f"{name}={getattr(self, name)}" for name in COUNTS["jax"] if getattr(self, name) != 1]
         settings += [f"remat={self.remat}"] if self.remat != "none" else []
-        settings += [word for word in WORDS["torch"] if getattr(self, word)]
+        settings += [word for word in SWITCHES[self.framework] if getattr(self, word)]
         name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
 
@@ -50,6 +56,7 @@ class Side:
     def environment(self, precision: str) -> dict[str, str]:
         """Of its process. float64, the gate, runs on the CPU whatever else there is."""
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+        variables |= hugepages.environment() if self.hugepages else {}
         if self.framework == "jax":
             # the other framework needs its share of the GPU's memory
             variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -60,7 +67,7 @@ class Side:
 
 
 def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None) -> Side:
-    """`torch`, `torch:compile,channels_last`, `jax`, or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
+    """`torch`, `torch:compile,channels_last`, `jax:tuned`, or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
 
     Raises:
         RequestError: it is of another form, or the counts do not fit each other.
@@ -70,7 +77,8 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
-            f"side {text!r} is neither torch[:compile,channels_last] nor jax[:devices=N,fsdp=N,microbatches=N,remat=R]"
+            f"side {text!r} is neither torch[:compile,channels_last,hugepages] "
+            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages]"
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
@@ -83,6 +91,8 @@ def _field(framework: str, setting: str) -> tuple[str, Any] | None:
     name, _, value = setting.partition("=")
     if name in COUNTS.get(framework, ()) and re.fullmatch(r"[1-9]\d*", value):
         return name, int(value)
-    if setting in WORDS.get(framework, ()):
-        return name, value or True
+    if setting in SWITCHES.get(framework, ()):
+        return name, True
+    if framework == "jax" and setting in REMAT:
+        return name, value
     return None

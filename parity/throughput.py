@@ -53,7 +53,11 @@ class Throughput:
         "torch:channels_last",
         "torch:compile",
         "torch:compile,channels_last",
+        "torch:compile,hugepages",
+        "torch:compile,channels_last,hugepages",
         "jax",
+        "jax:tuned",
+        "jax:tuned,hugepages",
     )
     """Sides as of the other commands. The first of each framework is its default."""
     processes: int = 3

@@ -220,7 +220,7 @@ def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
 
 def test_one_jax_configuration_against_another(small_npz, tmp_path):
     """4 virtual devices, parameters split over 2, in two passes, normalization recomputed, against one device."""
-    candidate = "jax:devices=4,fsdp=2,microbatches=2,remat=norm"
+    candidate = "jax:devices=4,fsdp=2,microbatches=2,remat=norm,tuned"
     sides = ["--reference", "jax", "--candidate", candidate]
     flags = ["--weights", small_npz, *QUICK, "--rows", "8", "--precision", "fp64", "--run", tmp_path / "run"]
     done = parity("curve", *sides, *flags)

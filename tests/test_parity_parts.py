@@ -145,7 +145,8 @@ def test_rank_is_the_pipelines_own():
 def test_sides_are_written_as_they_are_read():
     assert parse_side("jax:devices=8,fsdp=4,microbatches=2") == Side("jax", 8, 4, 2)
     assert str(parse_side("jax:devices=8,fsdp=4")) == "jax:devices=8,fsdp=4"
-    assert parse_side("jax:remat=norm") == Side("jax", remat="norm")
+    assert parse_side("jax:remat=norm,tuned") == Side("jax", remat="norm", tuned=True)
+    assert parse_side("torch:compile,hugepages") == Side("torch", compile=True, hugepages=True)
     assert parse_side("torch:channels_last,compile") == Side("torch", compile=True, channels_last=True)
     for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit"):
         assert str(parse_side(text)) == text

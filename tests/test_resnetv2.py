@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import flax.linen as nn
 import golden_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import bit_jax
 from bit_jax import resnetv2, steps, weights
@@ -104,11 +104,9 @@ def test_golden_logits_notice_a_wrong_constant(x64, r50x1, monkeypatch, fault, r
 
 
 def test_golden_logits_notice_a_pool_padded_with_minus_infinity(x64, r50x1, monkeypatch):
-    pool = nn.max_pool
+    pool, outside = resnetv2.max_pool, ((0, 0), (1, 1), (1, 1), (0, 0))
     monkeypatch.setattr(
-        resnetv2.nn,
-        "max_pool",
-        lambda x, window, strides, padding: pool(x[:, 1:-1, 1:-1], window, strides, ((1, 1), (1, 1))),
+        resnetv2, "max_pool", lambda x: pool(jnp.pad(x[:, 1:-1, 1:-1], outside, constant_values=-jnp.inf))
     )
     difference = np.abs(logits_of(*r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
     assert difference > 1e-4
@@ -151,6 +149,45 @@ def test_bfloat16_multiplies_narrow_and_keeps_parameters_and_logits_wide(small_n
     ]
     assert convolutions
     assert all("bf16" in line for line in convolutions)
+
+
+@pytest.mark.parametrize("size", [(10, 13), (9, 8)])
+def test_the_pool_and_its_gradient_are_pytorchs_where_values_are_equal_too(x64, size):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 3, (2, *size, 5)).astype(np.float64)  # most windows hold their maximum more than once
+    pooled, gradient = jax.vjp(resnetv2.max_pool, jnp.asarray(x))
+    given = rng.standard_normal(pooled.shape)
+
+    reference = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    expected = torch.nn.functional.max_pool2d(reference, 3, 2)
+    expected.backward(torch.from_numpy(given).permute(0, 3, 1, 2))
+    assert reference.grad is not None
+    np.testing.assert_array_equal(pooled, expected.detach().permute(0, 2, 3, 1))
+    np.testing.assert_array_equal(gradient(jnp.asarray(given))[0], reference.grad.permute(0, 2, 3, 1))
+
+
+def test_group_norm_keeps_its_digits_where_the_mean_is_large(x64):
+    """One pass over x: without the sample's mean taken off first, float32 would keep no digit of the variance here."""
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 64)) + 3000.0
+    gamma, beta = np.linspace(0.5, 1.5, 64), np.linspace(-1, 1, 64)
+
+    def in_dtype(dtype, x):
+        return np.asarray(resnetv2.group_norm_relu(*(jnp.asarray(each, dtype) for each in (x, gamma, beta))))
+
+    exact, single = in_dtype(jnp.float64, x), in_dtype(jnp.float32, x)
+    of_rounded = in_dtype(jnp.float64, x.astype(np.float32))
+    assert np.abs(single - exact).max() < 4 * np.abs(of_rounded - exact).max()
+
+
+def test_products_and_kernels_standardized_before_compute_the_same(x64, r50x1):
+    model, params = r50x1
+    image = golden_inputs.images(11)[1]
+    for other, given in (
+        (model.clone(products=True), params),
+        (model.clone(standardized=True), jax.jit(steps.standardized)(params)),
+    ):
+        assert np.abs(logits_of(other, given, image) - GOLDEN["R50x1-1000-97x131"]).max() < TOLERANCE
+    assert np.abs(logits_of(model.clone(standardized=True), params, image) - GOLDEN["R50x1-1000-97x131"]).max() > 0.01
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 65), (8, 8)])

@@ -15,6 +15,7 @@ from bit_jax.hyperrule import Recipe
 from bit_jax.loop import Loop, Split
 from bit_jax.precision import choose, products
 from bit_jax.program import compile_program
+from bit_jax.timeline import Timeline
 from bit_jax.weights import Architecture, Params
 from bit_jax.workdir import Workdir
 
@@ -49,7 +50,7 @@ def finetune(
         RequestError: a checkpoint or the work directory cannot be used.
     """
     workdir = Workdir(cfg.run.workdir)
-    timeline = metrics.Timeline()
+    timeline = Timeline()
     with deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
         start = checkpoints.newest or 0

@@ -19,6 +19,7 @@ from bit_jax.files import replacing
 from bit_jax.hyperrule import Recipe
 from bit_jax.program import Program
 from bit_jax.steps import TrainState
+from bit_jax.timeline import Timeline
 from bit_jax.workdir import Workdir
 
 # waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
@@ -60,7 +61,7 @@ class Loop:
     global_batch: int
     workdir: Workdir
     checkpoints: Checkpoints
-    timeline: metrics.Timeline
+    timeline: Timeline
     log: metrics.Log
     replaced: int = 0  # rows so far that showed another example because their own is damaged
     input_is_slow: bool = False

@@ -1,6 +1,5 @@
 """What a run reports: FlagPerf's figures, metrics.jsonl, TensorBoard events, the progress line, the result row."""
 
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -9,7 +8,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bit_jax.files import replacing
+from bit_jax.timeline import Timeline, rates
 
 GIB = 2**30
-
-
-class Timeline:
-    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, activity: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[activity] = self[activity] + time.perf_counter() - start
-
-    def __getitem__(self, activity: str) -> float:
-        return self.seconds.get(activity, 0.0)
-
-    def waiting(self, activity: str, items: Iterable) -> Iterator:
-        """The items; the time until each arrives counts as `activity`."""
-        iterator = iter(items)
-        while True:
-            with self(activity):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
 
 
 def figures(timeline: Timeline, *, trained: int) -> dict[str, Any]:
     """FlagPerf's figures from the activities `whole`, `evaluation`, `input` and `compilation`.
 
-    p_whole: images/s of training with its evaluations; p_train: without evaluations; p_core: also without waiting for
-    input. Compilation is in none of them; e2e_time includes everything. None where nothing was trained.
+    Compilation is in none of `timeline.rates`; e2e_time includes everything.
 
     Args:
         timeline: of this process alone.
@@ -67,9 +36,7 @@ def figures(timeline: Timeline, *, trained: int) -> dict[str, Any]:
     memory, memory_of = peak_memory()
     return {
         "e2e_time": seconds_since_process_start(),
-        "p_whole": trained / timeline["whole"] if trained else None,
-        "p_train": trained / training if trained else None,
-        "p_core": trained / (training - timeline["input"]) if trained else None,
+        **rates(timeline, trained),
         "compile_time": timeline["compilation"],
         "train_seconds": training,
         "evaluation_seconds": timeline["evaluation"],

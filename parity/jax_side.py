@@ -20,7 +20,7 @@ from bit_jax import metrics, optimizer, program, resnetv2, steps, weights
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import choose, products
 from input_pipeline.examples import Subset
-from parity import faults, inputs, timing
+from parity import faults, inputs
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side
@@ -178,42 +178,6 @@ class JaxSide:
             losses.append(np.asarray(loss))
             self.progress(number + 1, count)
         return None, {"losses": np.stack(losses)} | self._named(state.params, "params/")
-
-    def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`."""
-        model, params = self.model()
-        batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
-        if self.side.tuned:  # as train.py's evaluation
-            model, params = model.clone(standardized=True), self._jit(steps.standardized)(params)
-        apply = self._jit(lambda params, images: steps.apply_model(model, params, images))
-        times = timing.timed(lambda call: jax.block_until_ready(apply(params, batches[call % count])), seconds)
-        return times | self._used(), None
-
-    def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`."""
-        model, params = self.model()
-        batches = [self._mixed(mixed, number, None) for number in range(count)]
-        sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
-        train_step = self._jit(lambda *given: self._step(model, sgd, *given), donate_argnums=0)
-        state = jax.jit(lambda params: steps.init_state(params, sgd))(params)
-
-        def step(call: int) -> None:
-            nonlocal state
-            state, loss = train_step(state, *batches[call % count])
-            jax.block_until_ready((state, loss))
-
-        return timing.timed(step, seconds) | self._used(), None
-
-    def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        left, right = (jnp.ones((timing.CEILING, timing.CEILING), self.precision.dtype) for _ in range(2))
-        multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))
-        times = timing.timed(lambda _: jax.block_until_ready(multiply(left, right)), timing.CEILING_SECONDS)
-        return timing.rate(times), None
-
-    def _used(self) -> dict[str, Any]:
-        memory, of = metrics.peak_memory()
-        return {"memory": memory, "memory of": of, "products": products(self.precision)}
 
     def accuracy(
         self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,9 @@ def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | No
     Args:
         logits: of the accuracy rung, for the ids of flipped images.
     """
-    template = resources.files("parity").joinpath("page.html.j2").read_text()
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = lambda value: "" if value is None else reports.number(value)
-    page = environment.from_string(template).render(
+    render(
+        "page.html.j2",
+        path,
         report=report,
         conclusion=reports.conclusion(report),
         plots=plots(report),
@@ -53,6 +53,14 @@ def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | No
         accuracy=_accuracy(report),
         attested=_attested(report),
     )
+
+
+def render(template: str, path: Path, **values: Any) -> None:
+    """Writes a page of this package's templates, atomically."""
+    loader = jinja2.FunctionLoader(lambda name: resources.files("parity").joinpath(name).read_text())
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters["number"] = lambda value: "" if value is None else reports.number(value)
+    page = environment.get_template(template).render(**values)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(page.encode())
@@ -62,19 +70,18 @@ def plots(report: reports.Report) -> list[dict[str, str]]:
     """[{title, text, svg}] of what the rungs that ran have to show."""
     rungs = {rung["name"]: rung for rung in report["rungs"]}
     drawn = []
-    with mpl.rc_context(STYLE):
-        if "forward" in rungs:
-            text = "Each point is one unit's output, free-running from the same image, relative to its RMS."
-            drawn.append(_plot("Error by depth", text, _by_depth, rungs["forward"], report["precision"]))
-        if "gradients" in rungs and report["precision"] != "fp64" and rungs["gradients"]["verdict"] != "bug":
-            text = (
-                "Each point is one parameter's gradient: its relative RMSE against float64 in either framework. Inside "
-                f"the band neither errs more than {MULTIPLE:g} times as much as the other."
-            )
-            drawn.append(_plot("Gradients", text, _gradients, rungs["gradients"], report["precision"]))
-        if rungs.get("curve", {}).get("details", {}).get("losses"):
-            text = "Losses on identical batches; below, how far each is from the reference in float64."
-            drawn.append(_plot("Training curve", text, _curve, rungs["curve"], report["precision"]))
+    if "forward" in rungs:
+        text = "Each point is one unit's output, free-running from the same image, relative to its RMS."
+        drawn.append(plot("Error by depth", text, _by_depth, rungs["forward"], report["precision"]))
+    if "gradients" in rungs and report["precision"] != "fp64" and rungs["gradients"]["verdict"] != "bug":
+        text = (
+            "Each point is one parameter's gradient: its relative RMSE against float64 in either framework. Inside "
+            f"the band neither errs more than {MULTIPLE:g} times as much as the other."
+        )
+        drawn.append(plot("Gradients", text, _gradients, rungs["gradients"], report["precision"]))
+    if rungs.get("curve", {}).get("details", {}).get("losses"):
+        text = "Losses on identical batches; below, how far each is from the reference in float64."
+        drawn.append(plot("Training curve", text, _curve, rungs["curve"], report["precision"]))
     return drawn
 
 
@@ -104,11 +111,13 @@ def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None)
     ]
 
 
-def _plot(title: str, text: str, draw: Any, rung: dict, precision: str) -> dict[str, str]:
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    draw(figure, rung, precision)
+def plot(title: str, text: str, draw: Callable[..., None], *given: Any) -> dict[str, str]:
+    """{title, text, svg} of what `draw` draws on a figure from what it is given."""
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        draw(figure, *given)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
     return {"title": title, "text": text, "svg": svg.getvalue()[svg.getvalue().index("<svg") :]}
 
 

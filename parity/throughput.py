@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -16,12 +17,13 @@ import numpy as np
 import psutil
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from bit_jax import weights, zoo
 from bit_jax.errors import RequestError, RunFailed
 from bit_jax.metrics import write_json
-from parity import faults, flops, inputs, timing
+from input_pipeline.bench import CROP, RESIZE_TO
+from input_pipeline.sources import open_source
+from parity import faults, flops, inputs, throughput_report, timing
 from parity.ladder import RANDOM, ULP, working_folder
 from parity.oracle import MULTIPLE, Line, calibrated
 from parity.side import Side, parse_side
@@ -32,7 +34,7 @@ BATCHES = 3  # that are worked on in turn
 REFERENCE = "torch"  # the arm that the others' errors are compared with, and PyTorch's default
 DEFAULTS = ("jax", "torch")
 DISTURBANCES = 3
-TITLES = {"jax": "JAX", "torch": "PyTorch"}
+LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,13 @@ class Throughput:
 
     weights: str = "random:R50x1"
     """As of the other commands: a published name, an .npz, `embedded`, or random:R50x1."""
-    work: Literal["train", "forward"] = "train"
-    """A step of training (forward pass, gradients, SGD with momentum), or the forward pass alone."""
+    work: Literal["train", "forward", "loop"] = "train"
+    """A step of training (forward pass, gradients, SGD with momentum), the forward pass alone, or the whole loop:
+    reading, decoding and augmenting images, mixup, training, and an evaluation."""
+    folder: Path | None = None
+    """Of a loop's images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
+    steps: int = 30
+    """Of training, in a loop."""
     size: int = 128
     """Side of the images."""
     rows: int = 8
@@ -63,11 +70,13 @@ class Throughput:
     processes: int = 3
     """Of each arm, one after the other, in turns with the other arms'."""
     seconds: float = 10.0
-    """That each process is timed, behind compilation and warm-up."""
+    """That each process is timed, behind compilation and warm-up; not in a loop."""
     seed: int = 0
     """Of weights, images and labels."""
     json: Path | None = None
     """Write the measurements here."""
+    html: Path | None = None
+    """Write a page with plots here."""
     compare: Path | None = None
     """An earlier --json: what became slower ends in exit code 1."""
 
@@ -75,13 +84,19 @@ class Throughput:
 
     def check(self) -> None:
         """Raises RequestError for what cannot be measured."""
-        for flag in ("size", "rows", "processes", "seconds"):
+        for flag in ("size", "rows", "processes", "seconds", "steps"):
             if getattr(self, flag) <= 0:
                 raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
         if self.rows % 2:
             raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
         if REFERENCE not in self.arms:
             raise RequestError(f"--arms needs {REFERENCE}, which the others' errors are compared with")
+        if (self.work == "loop") != (self.folder is not None):
+            raise RequestError("--work loop needs --folder, and nothing else takes it")
+        if self.folder is not None:
+            wanted = timing.EVALUATED * self.rows
+            if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
+                raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
         if self.compare is not None and not self.compare.exists():
             raise RequestError(f"--compare {self.compare} does not exist")
 
@@ -110,11 +125,10 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         for process in range(options.processes):
             for arm in _in_turn(right, process):
                 with bench.process(arm, options.precision, "timed") as ask:
-                    task = f"{options.work}_time"
-                    times = ask(task, mixed=bench.mixed, count=BATCHES, seconds=options.seconds).info
+                    times = ask(f"{options.work}_time", **bench.timed).info
                     ceilings.setdefault(arm.partition(":")[0], []).append(ask("ceiling").info)
                 measured[arm].append(times)
-                rate = options.rows / statistics.median(times["calls"])
+                rate = _rate(options, times)
                 console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
         return _report(options, bench, gate, measured, ceilings)
 
@@ -144,10 +158,20 @@ class _Bench:
         self._float64 = self.process(REFERENCE, "fp64", "gate")
         self.mixed = self._float64("mix", batches=given).arrays.path
 
+    @property
+    def timed(self) -> dict[str, Any]:
+        """What the task of the clock is given."""
+        options = self.options
+        if options.folder is None:
+            return {"mixed": self.mixed, "count": BATCHES, "seconds": options.seconds}
+        resize = round(options.size * RESIZE_TO / CROP)
+        shown = {"resize": resize, "crop": options.size, "rows": options.rows}
+        return {"folder": f"folder:{options.folder.absolute()}", "steps": options.steps, **shown}
+
     def process(self, arm: str, precision: str, phase: str) -> "_Asking":
-        """One process of an arm; what it compiles is kept for later ones of the same phase."""
+        """One process of an arm; what it compiles is kept for its later ones of the same phase."""
         self._started += 1
-        folder = self.folder / phase / f"{self._started:03d}"
+        folder = self.folder / phase / re.sub(r"\W", "_", arm) / f"{self._started:03d}"
         return _Asking(Worker(self.sides[arm], precision, self.weight_file, folder))
 
     def gate(self, console: Console) -> dict[str, Line]:
@@ -210,7 +234,7 @@ def _report(
     measured: dict[str, list[dict[str, Any]]],
     ceilings: dict[str, list[float]],
 ) -> dict[str, Any]:
-    count = flops.training_step if options.work == "train" else flops.forward
+    count = flops.forward if options.work == "forward" else flops.training_step
     per_image = count(bench.architecture, options.size, options.size)
     ceiling = max(statistics.median(rates) for rates in ceilings.values())
     arms = {arm: _arm(options, processes, per_image, ceiling) for arm, processes in measured.items()}
@@ -228,7 +252,7 @@ def _report(
 
 
 def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
-    rates = [options.rows / statistics.median(process["calls"]) for process in processes]
+    rates = [_rate(options, process) for process in processes]
     again = processes[1:]
     return {
         "images_per_s": statistics.median(rates),
@@ -240,23 +264,32 @@ def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float,
         "memory_of": processes[0]["memory of"],
         "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
         "calls": [process["calls"] for process in processes],
-    }
+    } | {name: [process[name] for process in processes] for name in LOOP if name in processes[0]}
+
+
+def _rate(options: Throughput, times: dict[str, Any]) -> float:
+    """Images/s of one process: of the median call, or of the loop's training with its input."""
+    return times["p_train"] if options.work == "loop" else options.rows / statistics.median(times["calls"])
 
 
 def _ratios(options: Throughput, arms: dict[str, Any]) -> dict[str, Any]:
     """JAX over PyTorch, by process: those that ran in the same turn are compared."""
 
-    def best(framework: str) -> str | None:
+    def best(framework: str, figure: str) -> str | None:
         own = [arm for arm in arms if arm.partition(":")[0] == framework]
-        return max(own, key=lambda arm: arms[arm]["images_per_s"]) if own else None
+        return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
 
-    pairs = {"best against best": (best("jax"), best("torch")), "default against default": DEFAULTS}
+    figures = {"": "images_per_s_of_processes"} | ({"evaluation, ": "evaluation"} if options.work == "loop" else {})
     ratios = {}
-    for what, (jax, torch) in pairs.items():
-        if jax in arms and torch in arms:
-            rates = (arms[arm]["images_per_s_of_processes"] for arm in (jax, torch))
-            found = [one / other for one, other in zip(*rates, strict=True)]
-            ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
+    for of, figure in figures.items():
+        pairs = {
+            f"{of}best against best": (best("jax", figure), best("torch", figure)),
+            f"{of}default against default": DEFAULTS,
+        }
+        for what, (jax, torch) in pairs.items():
+            if jax in arms and torch in arms:
+                found = [one / other for one, other in zip(arms[jax][figure], arms[torch][figure], strict=True)]
+                ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
     return ratios
 
 
@@ -282,58 +315,6 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    options, arms = report["options"], report["arms"]
-    work = "training step" if options["work"] == "train" else "forward pass"
-    table = Table(
-        title=f"{options['weights']}, {work}, {options['rows']} x {options['size']}x{options['size']}, "
-        f"{options['precision']}; {report['machine']['processor']}, {report['machine']['cores']} cores",
-    )
-    columns = ("arm", "images/s", "of processes", "MFU", "compile cold s", "cached s", "GiB", "products")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("arm", "products") else "right")
-    for arm, found in sorted(arms.items(), key=lambda item: -item[1]["images_per_s"]):
-        rates = found["images_per_s_of_processes"]
-        table.add_row(
-            arm,
-            f"{found['images_per_s']:.2f}",
-            f"{min(rates):.2f} to {max(rates):.2f}",
-            f"{found['mfu']:.0%}",
-            f"{found['compile_cold']:.1f}",
-            "" if found["compile_cached"] is None else f"{found['compile_cached']:.1f}",
-            f"{found['memory_gib']:.2f}",
-            found["products"]["convolution"],
-        )
-    console.print(table)
-    ceilings = ", ".join(
-        f"{rate / 1e9:.0f} GFLOP/s ({TITLES[name]})" for name, rate in report["matrix_product_flops"].items()
-    )
-    console.print(
-        f"MFU: {report['flops_per_image'] / 1e9:.2f} GFLOP an image x images/s, over the better of the measured matrix "
-        f"products: {ceilings}"
-    )
-    for what, ratio in report["ratios"].items():
-        spread = f"{min(ratio['of_processes']):.2f} to {max(ratio['of_processes']):.2f}"
-        console.print(f"{what}: {ratio['jax']} is {ratio['median']:.2f} times {ratio['torch']} ({spread})")
-    for arm, line in report["gate"].items():
-        if line["verdict"] == "bug":
-            console.print(f"[bold red]{arm} was not timed:[/] its loss is wrong: {line['note']}")
-
-
-def slower(report: dict[str, Any], old: dict[str, Any], console: Console) -> list[str]:
-    """Arms that are slower than in an earlier report, by more than both spreads; all are printed."""
-    found = []
-    for arm, now in report["arms"].items():
-        if arm not in old["arms"]:
-            continue
-        before = old["arms"][arm]
-        worse = max(now["images_per_s_of_processes"]) < min(before["images_per_s_of_processes"])
-        ratio = now["images_per_s"] / before["images_per_s"]
-        console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}", highlight=False)
-        found += [arm] if worse else []
-    return found
-
-
 def run(options: Throughput) -> bool:
     """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
     options.check()
@@ -349,9 +330,11 @@ def run(options: Throughput) -> bool:
             f"--compare {options.compare} measured other work: --{differing[0]} {old['options'][differing[0]]}"
         )
     report = measure(options, Console(stderr=True, soft_wrap=True))
-    show(report, console)
+    throughput_report.show(report, console)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, report)
+    if options.html is not None:
+        throughput_report.write_page(report, options.html)
     holds = all(line["verdict"] != "bug" for line in report["gate"].values())
-    return holds and not (old is not None and slower(report, old, console))
+    return holds and not (old is not None and throughput_report.slower(report, old, console))

@@ -1,15 +1,20 @@
 """The clock that every arm of a throughput comparison is timed with: finished work only, the first call apart."""
 
+import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from bit_jax.timeline import Timeline, rates
+
 WARM_UP = 2  # calls after the first, in which allocators and caches settle
+STARTS = 1 + WARM_UP
 LEAST = 3  # timed calls, however long they take
 CEILING, CEILING_SECONDS = 2048, 1.0  # side of the matrices, and how long they are multiplied
-MOMENTUM = 0.9
+MOMENTUM, MIXUP = 0.9, 0.1
+EVALUATED = 8  # batches
 SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": (), "steps": 10**6}
 
 
@@ -24,16 +29,58 @@ def timed(call: Callable[[int], None], seconds: float) -> dict[str, Any]:
     """
 
     def once(number: int) -> float:
-        start = time.perf_counter()
-        call(number)
-        return time.perf_counter() - start
+        return _seconds(lambda: call(number))
 
-    first, *_ = [once(number) for number in range(1 + WARM_UP)]
+    first, *_ = [once(number) for number in range(STARTS)]
     calls: list[float] = []
     end = time.perf_counter() + seconds
     while len(calls) < LEAST or time.perf_counter() < end:
-        calls.append(once(1 + WARM_UP + len(calls)))
+        calls.append(once(STARTS + len(calls)))
     return {"calls": calls, "first": max(first - statistics.median(calls), 0.0)}
+
+
+def whole_loop(
+    timeline: Timeline,
+    batches: Iterator[Any],
+    step: Callable[[Any], None],
+    evaluate: Callable[[int], int],
+    *,
+    rows: int,
+    steps: int,
+) -> dict[str, Any]:
+    """So many steps of training, each waiting for its batch, and an evaluation after them; compilation apart.
+
+    Args:
+        batches: the input; at least `STARTS` more than the steps.
+        step, evaluate: return when the device is done. The one takes a batch, the other a number of examples, and
+            returns how many it has seen.
+
+    Returns:
+        {"calls": seconds of each step without its wait, "first": as of `timed`, "input_share": of the training time,
+        "evaluation": images/s, and `timeline.rates`}.
+    """
+    examples = EVALUATED * rows
+    evaluate(rows)  # compiles
+    first, *_ = [_seconds(lambda: step(next(batches))) for _ in range(STARTS)]
+    calls = []
+    with timeline("whole"):
+        for batch in timeline.waiting("input", itertools.islice(batches, steps)):
+            calls.append(_seconds(lambda batch=batch: step(batch)))
+        with timeline("evaluation"):
+            seen = evaluate(examples)
+    assert (len(calls), seen) == (steps, examples)
+    return {
+        "calls": calls,
+        "first": max(first - statistics.median(calls), 0.0),
+        "input_share": timeline["input"] / (timeline["whole"] - timeline["evaluation"]),
+        "evaluation": seen / timeline["evaluation"],
+    } | rates(timeline, rows * steps)
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def rate(times: dict[str, Any]) -> float:

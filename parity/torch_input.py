@@ -37,6 +37,26 @@ class Images(Dataset):
         return torch_pipeline.to_tensor(np.ascontiguousarray(pixels), torch.float32), example["label"]
 
 
+class EvaluationImages(Dataset):
+    """Evaluation views of a source."""
+
+    def __init__(self, source: Source, crop: int):
+        self.source, self.crop = source, crop
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        example = self.source[index]
+        pixels = torch_pipeline.evaluation(torch_pipeline.decode(example["image"]), self.crop)
+        return torch_pipeline.to_tensor(pixels, torch.float32), example["label"]
+
+
+def evaluation_batches(source: Source, batch: int, *, crop: int, workers: int) -> Iterator[Any]:
+    """Every example once, in order."""
+    return iter(DataLoader(EvaluationImages(source, crop), batch, num_workers=workers))
+
+
 def batches(source: Source, batch: int, *, resize: int, crop: int, workers: int) -> Iterator[Any]:
     """Shuffled epochs without end; the last, short batch of an epoch is dropped."""
     loader = DataLoader(

@@ -19,7 +19,7 @@ from bit_jax import probe
 from bit_jax.errors import RequestError
 from input_pipeline.examples import Source, Subset
 from input_pipeline.sources import open_source
-from parity import faults, inputs, timing, torch_names, torch_pipeline, torch_reference
+from parity import faults, inputs, torch_names, torch_pipeline, torch_reference
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side
@@ -120,8 +120,7 @@ class TorchSide:
 
     def mix(self, batches: str) -> Result:
         """Every batch after normalization and mixup, by the given weights."""
-        model, keys = self.model()
-        classes = dict(model.named_parameters())[_name_of(keys, torch_names.HEAD_KERNEL)].shape[0]
+        classes = self._classes()
         saved = {}
         with np.load(batches) as file:
             image, label, weight = file["image"], file["label"], file["weight"]
@@ -183,52 +182,6 @@ class TorchSide:
         params = self._named(model, keys, lambda parameter: parameter)
         return None, {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
 
-    def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`."""
-        model = self._disturbed_model(None)
-        batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
-
-        def apply(call: int) -> None:
-            with torch.inference_mode(), self._autocast():
-                model(batches[call % count])
-            self._wait()
-
-        return timing.timed(apply, seconds) | self._used(), None
-
-    def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`."""
-        model = self._disturbed_model(None)
-        batches = [self._mixed(mixed, number, None) for number in range(count)]
-        sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
-
-        def step(call: int) -> None:
-            sgd.zero_grad()
-            self._loss(model, *batches[call % count]).backward()
-            sgd.step()
-            self._wait()
-
-        return timing.timed(step, seconds) | self._used(), None
-
-    def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
-        left, right = (torch.ones(timing.CEILING, timing.CEILING, dtype=dtype, device=self.device) for _ in range(2))
-
-        def multiply(_: int) -> None:
-            torch.mm(left, right)
-            self._wait()
-
-        return timing.rate(timing.timed(multiply, timing.CEILING_SECONDS)), None
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _used(self) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
-        used = torch.cuda.max_memory_allocated(self.device) if on_gpu else timing.process_memory()
-        return {"memory": used / 2**30, "memory of": "device" if on_gpu else "process", "products": self._products()}
-
     def accuracy(
         self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
     ) -> Result:
@@ -289,9 +242,16 @@ class TorchSide:
         with np.load(mixed) as file:
             images, targets = (torch.from_numpy(file[f"{what}/{number}"]) for what in ("images", "targets"))
         images = _disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb)
+        return self._placed(images), targets.to(self.device, DTYPES[self.precision])
+
+    def _placed(self, images: Tensor) -> Tensor:
+        """NCHW images as this side's model wants them."""
         layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
-        dtype = DTYPES[self.precision]
-        return images.to(self.device, dtype, memory_format=layout), targets.to(self.device, dtype)
+        return images.to(self.device, DTYPES[self.precision], memory_format=layout)
+
+    def _classes(self) -> int:
+        model, keys = self.model()
+        return dict(model.named_parameters())[_name_of(keys, torch_names.HEAD_KERNEL)].shape[0]
 
     def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
         """A copy of the model as the side runs it, its parameters disturbed."""

@@ -160,12 +160,12 @@ def main() -> None:
 def _tasks(side: Side, precision: str, weights: str, progress: Progress) -> Any:
     """Imports the one framework that this process is for."""
     if side.framework == "jax":
-        from parity.jax_side import JaxSide
+        from parity.jax_timing import TimedJax
 
-        return JaxSide(side, precision, weights, progress)
-    from parity.torch_side import TorchSide
+        return TimedJax(side, precision, weights, progress)
+    from parity.torch_timing import TimedTorch
 
-    return TorchSide(side, precision, weights, progress)
+    return TimedTorch(side, precision, weights, progress)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """`python -m parity throughput`: only what computes the right thing is timed, and only finished work."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from bit_jax import resnetv2
 from bit_jax.errors import RequestError
 from bit_jax.weights import Architecture
-from parity import flops, throughput, timing
+from parity import flops, throughput, throughput_report, timing
 from parity.throughput import Throughput
 
 ROOT = Path(__file__).parent.parent
@@ -50,12 +53,38 @@ def test_what_is_measured_and_said(measured):
     assert "best against best: jax is" in said
 
 
+def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
+    folder = tmp_path / "drawn"
+    for name in ("one", "two"):
+        (folder / "train" / name).mkdir(parents=True)
+        for number in range(16):
+            pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "train" / name / f"{number}.jpg")
+    saved, page = tmp_path / "loop.json", tmp_path / "loop.html"
+    flags = ["--work", "loop", "--folder", folder, "--steps", "3", "--processes", "1", "--json", saved, "--html", page]
+    done = run(*flags, "--arms", "torch", "jax:tuned,hugepages")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(saved.read_text())
+    for arm in report["arms"].values():
+        (core,), (train,), (whole,) = (arm[name] for name in ("p_core", "p_train", "p_whole"))
+        assert core >= train > whole > 0
+        assert arm["images_per_s"] == train
+        assert arm["input_share"][0] == pytest.approx(1 - train / core)
+        assert len(arm["calls"][0]) == 3
+    assert "evaluation, best against best: jax:tuned,hugepages is" in done.stdout
+    shown = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", shown), "the page fetches something"
+    assert shown.count("<svg") == 3
+    for said in ("jax:tuned,hugepages", "p_whole", "Every call", "waits for input", "matrix products"):
+        assert said in shown
+
+
 def test_slower_than_before_is_told(measured, capsys):
     now = json.loads(measured[0].read_text())
     before = json.loads(measured[0].read_text())
     before["arms"]["jax"]["images_per_s_of_processes"] = [1000 * rate for rate in (1, 2)]
-    assert throughput.slower(now, now, Console()) == []
-    assert throughput.slower(now, before, Console()) == ["jax"]
+    assert throughput_report.slower(now, now, Console()) == []
+    assert throughput_report.slower(now, before, Console()) == ["jax"]
     with pytest.raises(RequestError, match="measured other work: --size 32"):
         throughput.run(Throughput("random:R14x0.5", size=64, compare=measured[0]))
 
@@ -114,6 +143,7 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
         (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
         (["--arms", "jax"], "--arms needs torch"),
         (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
+        (["--work", "loop"], "--work loop needs --folder"),
         (["--compare", "nowhere.json"], "--compare nowhere.json does not exist"),
     ],
 )

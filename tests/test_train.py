@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 import train
-from bit_jax import metrics
 from bit_jax.errors import exit_code
 from bit_jax.loop import Loop
+from bit_jax.timeline import Timeline
 from input_pipeline import DatasetError
 from parity.inputs import pictures
 
@@ -200,7 +200,7 @@ def test_the_log_says_which_side_waits():
     said: list[str] = []
     log: Any = SimpleNamespace(note=said.append)
     unused: Any = None
-    timeline = metrics.Timeline()
+    timeline = Timeline()
     loop = Loop(*(unused,) * 9, timeline, log)
     for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
         timeline.seconds.update(input=waited, steps=stepped)

@@ -1,0 +1,129 @@
+"""How time and memory of train.py's training step grow with batch, resolution, width and depth, on this machine:
+`python benchmarks/cost_growth.py`. Every point in processes of its own, three times, in turns; medians.
+
+Memory is XLA's account of the compiled step: the state, the batch and everything in between. The exponent is the slope
+of a straight line through the logarithms; beside it the slope of what theory expects: of time, the floating-point
+operations; of memory, each convolution's output and the activation after it, parameters and momentum.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SWEEPS: dict[str, list[Any]] = {
+    "batch": [2, 4, 8, 16],
+    "size": [64, 96, 128, 192],
+    "width": [0.5, 1, 2],
+    "depth": [14, 26, 50, 101],
+}
+BASE = {"batch": 8, "size": 128, "width": 1, "depth": 50}
+SMALLER = {"width": {"depth": 26, "size": 96}}  # R50x2 would take half an hour
+ROUNDS, CALLS = 3, 5
+RESULTS = Path(__file__).parent / "results" / "cost_growth.json"
+
+
+def once(point: dict[str, Any]) -> dict[str, float]:
+    """{seconds: median of the calls, gib: at the peak}, in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    from bit_jax import hyperrule, plan, program
+    from bit_jax.mesh import make_mesh
+
+    request = plan.Request(
+        model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
+    )
+    cfg, mesh = request.config(), make_mesh()
+    recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
+    made = program.make_steps(cfg, recipe, request.architecture(), global_batch=point["batch"], mesh=mesh)
+    step = made.lower_train_step().compile(compiler_options=program.compiler_options(mesh))
+
+    def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+        return jax.device_put(jnp.full(leaf.shape, value, leaf.dtype), leaf.sharding)
+
+    state, batch = jax.tree.map(filled, made.state), jax.tree.map(filled, made.batch)
+    seconds = []
+    for _ in range(1 + CALLS):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        seconds.append(time.perf_counter() - start)
+    analysis: Any = step.memory_analysis()
+    memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return {"seconds": statistics.median(seconds[1:]), "gib": memory / 2**30}
+
+
+def theory(point: dict[str, Any]) -> dict[str, float]:
+    """{seconds: operations of a step, in no unit of time; gib: of what has to be kept}."""
+    from bit_jax.resnetv2 import parse_architecture
+    from bit_jax.weights import Architecture
+    from parity import flops
+
+    architecture = Architecture(*parse_architecture(f"R{point['depth']}x{point['width']:g}"), 1000)
+    side, batch = point["size"], point["batch"]
+    kept = 2 * batch * flops.convolved(architecture, side, side) + 2 * flops.parameters(architecture)
+    return {"seconds": batch * flops.training_step(architecture, side, side), "gib": 4 * kept / 2**30}
+
+
+def slope(values: list[Any], costs: list[float]) -> float:
+    """The exponent: of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
+
+
+def in_a_process(point: dict[str, Any]) -> dict[str, float]:
+    from bit_jax import hugepages
+
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | hugepages.environment()
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(point)], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    points = {
+        f"{sweep} {value}": BASE | SMALLER.get(sweep, {}) | {sweep: value}
+        for sweep, values in SWEEPS.items()
+        for value in values
+    }
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in points}
+    for number in range(ROUNDS):
+        for name, point in points.items():
+            measured[name].append(in_a_process(point))
+            print(f"{number + 1}/{ROUNDS} {name}: {measured[name][-1]['seconds']:.3f} s", file=sys.stderr)
+    report: dict[str, Any] = {}
+    for sweep, values in SWEEPS.items():
+        names = [f"{sweep} {value}" for value in values]
+        expected = [theory(points[name]) for name in names]
+        found = [
+            {what: statistics.median(one[what] for one in measured[name]) for what in ("seconds", "gib")}
+            for name in names
+        ]
+        report[sweep] = {
+            "others": {what: value for what, value in points[names[0]].items() if what != sweep},
+            "values": values,
+            "measured": {name: measured[name] for name in names},
+            "exponents": {
+                what: {
+                    "measured": slope(values, [one[what] for one in found]),
+                    "theory": slope(values, [one[what] for one in expected]),
+                }
+                for what in ("seconds", "gib")
+            },
+        }
+        print(sweep, report[sweep]["others"])
+        for value, one in zip(values, found, strict=True):
+            print(f"  {value}: {one['seconds']:.3f} s, {one['gib']:.2f} GiB")
+        print("  exponents", report[sweep]["exponents"])
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    print(json.dumps(once(json.loads(sys.argv[1])))) if len(sys.argv) > 1 else main()

@@ -1,0 +1,48 @@
+"""Seconds by activity, and FlagPerf's rates from them. Imports no framework."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+
+
+class Timeline:
+    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] = self[activity] + time.perf_counter() - start
+
+    def __getitem__(self, activity: str) -> float:
+        return self.seconds.get(activity, 0.0)
+
+    def waiting(self, activity: str, items: Iterable) -> Iterator:
+        """The items; the time until each arrives counts as `activity`."""
+        iterator = iter(items)
+        while True:
+            with self(activity):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+def rates(timeline: Timeline, trained: int) -> dict[str, float | None]:
+    """FlagPerf's, in images/s, from the activities `whole`, `evaluation` and `input`.
+
+    p_whole: of training with its evaluations; p_train: without evaluations; p_core: also without waiting for input.
+    None where nothing was trained.
+    """
+    training = timeline["whole"] - timeline["evaluation"]
+    return {
+        "p_whole": trained / timeline["whole"] if trained else None,
+        "p_train": trained / training if trained else None,
+        "p_core": trained / (training - timeline["input"]) if trained else None,
+    }

@@ -1,0 +1,95 @@
+"""The tasks that time PyTorch; the counterpart of `jax_timing.py`."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from bit_jax.timeline import Timeline
+from input_pipeline.examples import Subset
+from input_pipeline.sources import open_source
+from parity import timing, torch_input, torch_pipeline
+from parity.torch_side import DTYPES, Result, TorchSide
+
+
+class TimedTorch(TorchSide):
+    def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
+        """Of the forward pass on `count` batches in turn: see `timing.timed`."""
+        model = self._disturbed_model(None)
+        batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
+
+        def apply(call: int) -> None:
+            with torch.inference_mode(), self._autocast():
+                model(batches[call % count])
+            self._wait()
+
+        return timing.timed(apply, seconds) | self._used(), None
+
+    def train_time(self, mixed: str, count: int, seconds: float) -> Result:
+        """Of a step of training on `count` batches in turn: see `timing.timed`."""
+        model = self._disturbed_model(None)
+        batches = [self._mixed(mixed, number, None) for number in range(count)]
+        sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+
+        def step(call: int) -> None:
+            sgd.zero_grad()
+            self._loss(model, *batches[call % count]).backward()
+            sgd.step()
+            self._wait()
+
+        return timing.timed(step, seconds) | self._used(), None
+
+    def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
+        """Of training on a folder of images and evaluating on its first: see `timing.whole_loop`.
+
+        As the reference case does it: DataLoader with a worker process a core, Pillow, float32 images.
+        """
+        model = self._disturbed_model(None)
+        sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+        source, workers = open_source(folder, "train"), len(os.sched_getaffinity(0))
+        classes = self._classes()
+
+        def step(batch: tuple[Tensor, Tensor]) -> None:
+            images, label = batch
+            weight = float(torch.distributions.Beta(timing.MIXUP, timing.MIXUP).sample())
+            targets = F.one_hot(label, classes).to(images.dtype)
+            images, targets = (torch_pipeline.mixup(each, weight) for each in (images, targets))
+            sgd.zero_grad()
+            self._loss(model, self._placed(images), targets.to(self.device)).backward()
+            sgd.step()
+            self._wait()
+
+        def evaluate(examples: int) -> int:
+            chosen, seen = Subset(source, np.arange(examples), source.name), 0
+            for images, label in torch_input.evaluation_batches(chosen, rows, crop=crop, workers=workers):
+                with torch.inference_mode(), self._autocast():
+                    ranks = torch_pipeline.label_rank(model(self._placed(images)), label.to(self.device))
+                seen += int((ranks >= 0).sum())
+            return seen
+
+        batches = torch_input.batches(source, rows, resize=resize, crop=crop, workers=workers)
+        times = timing.whole_loop(Timeline(), batches, step, evaluate, rows=rows, steps=steps)
+        return times | self._used(), None
+
+    def ceiling(self) -> Result:
+        """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
+        left, right = (torch.ones(timing.CEILING, timing.CEILING, dtype=dtype, device=self.device) for _ in range(2))
+
+        def multiply(_: int) -> None:
+            torch.mm(left, right)
+            self._wait()
+
+        return timing.rate(timing.timed(multiply, timing.CEILING_SECONDS)), None
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _used(self) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        used = torch.cuda.max_memory_allocated(self.device) if on_gpu else timing.process_memory()
+        return {"memory": used / 2**30, "memory of": "device" if on_gpu else "process", "products": self._products()}

@@ -24,13 +24,13 @@ SWEEPS: dict[str, list[Any]] = {
     "depth": [14, 26, 50, 101],
 }
 BASE = {"batch": 8, "size": 128, "width": 1, "depth": 50}
-SMALLER = {"width": {"depth": 26, "size": 96}}  # R50x2 would take half an hour
+SMALLER = {"width": {"depth": 26, "size": 96}}  # small enough for twice the width
 ROUNDS, CALLS = 3, 5
 RESULTS = Path(__file__).parent / "results" / "cost_growth.json"
 
 
 def once(point: dict[str, Any]) -> dict[str, float]:
-    """{seconds: median of the calls, gib: at the peak}, in this process."""
+    """{seconds: median of the calls, gib: arguments and temporaries}, in this process."""
     import jax
     import jax.numpy as jnp
 

@@ -144,6 +144,13 @@ class _Bench:
         else:
             self.weight_file = zoo.find(options.weights).absolute()
         self.architecture, _ = weights.read(self.weight_file)
+        if options.folder is not None:
+            classes = len(open_source(f"folder:{options.folder}", "train").class_names)
+            if classes > self.architecture.num_classes:
+                raise RequestError(
+                    f"--folder {options.folder} has {classes} classes, more than "
+                    f"the {self.architecture.num_classes} of --weights {options.weights}"
+                )
         self.sides = options.sides
         self._started = 0
         batches = [

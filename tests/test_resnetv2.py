@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax import lax
 
 import bit_jax
 from bit_jax import resnetv2, steps, weights
@@ -188,6 +189,24 @@ def test_products_and_kernels_standardized_before_compute_the_same(x64, r50x1):
     ):
         assert np.abs(logits_of(other, given, image) - GOLDEN["R50x1-1000-97x131"]).max() < TOLERANCE
     assert np.abs(logits_of(model.clone(standardized=True), params, image) - GOLDEN["R50x1-1000-97x131"]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "height", "width"), [(1, 1, 5, 4), (1, 2, 5, 4), (3, 1, 3, 2), (3, 2, 4, 5), (3, 2, 5, 7)]
+)
+def test_a_convolution_written_as_a_product_has_its_value_and_gradients(x64, size, stride, height, width):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, height, width, 40)), rng.standard_normal((size, size, 40, 24))
+    plain = resnetv2.Numerics(jnp.dtype("float64"), lax.Precision.HIGHEST, None, False, False, False, False)
+
+    def convolved(numerics):
+        return jax.vjp(lambda x, kernel: resnetv2._convolve(x, kernel, stride, numerics), x, kernel)
+
+    (expected, of_expected), (found, of_found) = convolved(plain), convolved(plain._replace(products=True))
+    given = rng.standard_normal(expected.shape)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(of_found)(given))
+    for one, other in zip((found, *of_found(given)), (expected, *of_expected(given)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 65), (8, 8)])

@@ -110,7 +110,7 @@ def compile_program(
 def tuned(model: ResNetV2, mesh: Mesh) -> ResNetV2:
     """The same function of its parameters and images, written as it runs best on the mesh's devices.
 
-    1x1 convolutions and those of few places are matrix products on CPUs: a quarter of a training step of R50x1. On
+    1x1 convolutions and those of few places are matrix products on CPUs: a third of a training step of R50x1. On
     GPUs cuDNN's convolutions need no change of layout between them, which products do: 272 instead of 215 GB of memory
     traffic in a step of R152x2.
     """

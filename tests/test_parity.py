@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,8 +14,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from browser import Shown
 from conftest import SMALL, random_weights
-from PIL import Image
 from rich.console import Console
 
 from bit_jax.errors import RequestError, RunFailed, exit_code
@@ -150,35 +149,15 @@ def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
 
 
 def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("chromium is not installed; .ci/run installs Debian's")
-    page = whole_run[1] / "r.html"
-    assert not re.search(r"(src|href)=\"(?!data:|#)", page.read_text()), "the page fetches something"
-    picture = tmp_path / "page.png"
-    browse = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    browse += ["--hide-scrollbars", "--window-size=1100,2600", f"--screenshot={picture}", page.as_uri()]
-    subprocess.run(browse, check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
-    assert pixels.shape[:2] == (2600, 1100)
-
-    def count(red, green, blue):
-        return int((np.abs(pixels - (red, green, blue)).sum(axis=2) < 30).sum())
-
-    assert count(0x1B, 0x5E, 0x20) > 200, "the verdict's green"
-    assert count(0xC2, 0x18, 0x5B) > 200, "the reference's curves"
-    assert count(0x15, 0x65, 0xC0) > 200, "the candidate's curves and the gradients' points"
-    assert count(0xB7, 0x1C, 0x1C) < 50, "something is marked as wrong"
-    # ink on every band of 200 pixels: plots and tables follow each other down the page
-    dark = (pixels.sum(axis=2) < 400).reshape(13, -1).sum(axis=1)
-    assert (dark > 100).all()
-    dom = subprocess.run(
-        [*browse[:-2], "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120
-    ).stdout
-    text = dom.decode()
-    for shown in ("Error by depth", "Gradients", "Training curve", "Accuracy on digits", "Attestation", "root_block"):
-        assert shown in text
-    assert text.count("<svg") == 3
+    shown = Shown(whole_run[1] / "r.html", tmp_path, height=2600)
+    assert shown.count(0x1B, 0x5E, 0x20) > 200, "the verdict's green"
+    assert shown.count(0xC2, 0x18, 0x5B) > 200, "the reference's curves"
+    assert shown.count(0x15, 0x65, 0xC0) > 200, "the candidate's curves and the gradients' points"
+    assert shown.count(0xB7, 0x1C, 0x1C) < 50, "something is marked as wrong"
+    assert shown.bands_without_ink() == 0, "plots and tables follow each other down the page"
+    for said in ("Error by depth", "Gradients", "Training curve", "Accuracy on digits", "Attestation", "root_block"):
+        assert said in shown.text
+    assert shown.text.count("<svg") == 3
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from browser import Shown
 from PIL import Image
 from rich.console import Console
 
@@ -77,6 +78,26 @@ def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
     assert shown.count("<svg") == 3
     for said in ("jax:tuned,hugepages", "p_whole", "Every call", "waits for input", "matrix products"):
         assert said in shown
+
+
+def test_page_shows_its_plots_in_a_browser(measured, tmp_path):
+    page = tmp_path / "page.html"
+    throughput_report.write_page(json.loads(measured[0].read_text()), page)
+    shown = Shown(page, tmp_path, height=1600)
+    assert shown.count(0x73, 0xA3, 0xD9) > 1000, "JAX's bars"
+    assert shown.count(0xDA, 0x74, 0x9D) > 1000, "PyTorch's bars"
+    for said in ("best against best", "Every call", "matrix products"):
+        assert said in shown.text
+
+
+def test_a_loop_whose_folder_has_more_classes_than_the_model_is_refused(small_npz, tmp_path, capsys):
+    for number in range(11):
+        (tmp_path / "train" / f"{number:02d}").mkdir(parents=True)
+        for copy in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / f"{number:02d}" / f"{copy}.jpg")
+    asked = Throughput(str(small_npz), work="loop", folder=tmp_path, rows=4, arms=("torch",))
+    with pytest.raises(RequestError, match="has 11 classes, more than the 10 of --weights"):
+        throughput.run(asked)
 
 
 def test_slower_than_before_is_told(measured, capsys):

@@ -15,7 +15,8 @@ SMALL = {"batch": 2, "size": 32, "width": 0.5, "depth": 14}
 @pytest.fixture(scope="module")
 def growth():
     spec = importlib.util.spec_from_file_location("cost_growth", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -11,7 +11,7 @@ import torch
 from jax import lax
 
 import bit_jax
-from bit_jax import resnetv2, steps, weights
+from bit_jax import ops, resnetv2, steps, weights
 from bit_jax.errors import RequestError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
@@ -197,12 +197,11 @@ def test_products_and_kernels_standardized_before_compute_the_same(x64, r50x1):
 def test_a_convolution_written_as_a_product_has_its_value_and_gradients(x64, size, stride, height, width):
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((2, height, width, 40)), rng.standard_normal((size, size, 40, 24))
-    plain = resnetv2.Numerics(jnp.dtype("float64"), lax.Precision.HIGHEST, None, False, False, False, False)
 
-    def convolved(numerics):
-        return jax.vjp(lambda x, kernel: resnetv2._convolve(x, kernel, stride, numerics), x, kernel)
+    def convolved(products):
+        return jax.vjp(lambda *given: ops.convolve(*given, stride, lax.Precision.HIGHEST, products=products), x, kernel)
 
-    (expected, of_expected), (found, of_found) = convolved(plain), convolved(plain._replace(products=True))
+    (expected, of_expected), (found, of_found) = convolved(False), convolved(True)
     given = rng.standard_normal(expected.shape)
     assert "conv_general_dilated" not in str(jax.make_jaxpr(of_found)(given))
     for one, other in zip((found, *of_found(given)), (expected, *of_expected(given)), strict=True):

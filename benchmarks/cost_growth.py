@@ -40,7 +40,7 @@ def once(point: dict[str, Any]) -> dict[str, float]:
     request = plan.Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
     )
-    cfg, mesh = request.config(), make_mesh()
+    cfg, mesh = request.config(), make_mesh(jax.devices()[:1])
     recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
     made = program.make_steps(cfg, recipe, request.architecture(), global_batch=point["batch"], mesh=mesh)
     step = made.lower_train_step().compile(compiler_options=program.compiler_options(mesh))

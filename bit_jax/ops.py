@@ -172,7 +172,7 @@ def _patches(x: Array, size: int, stride: int) -> Array:
 
 
 # The kernel's gradient as one product of matrices, which Eigen takes as they lie. Differentiated by JAX it is a product
-# of arrays of rank 4, one of which XLA's CPU compiler first transposes, with all that it is computed from: a tenth
+# of arrays of rank 4, one of which XLA's CPU compiler first transposes, with all that it is computed from: a seventh
 # of a training step of R50x1.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, kernel: Array, precision: lax.Precision) -> Array:

@@ -124,7 +124,7 @@ def initial_model(
     cfg: config.Config, *, num_classes: int
 ) -> tuple[weights.Architecture, Callable[[weights.Params], weights.Params]]:
     """The architecture with a head for `num_classes`, and what makes the parameters to start from: given their shapes,
-    dtypes and shardings, it makes each device's part there."""
+    dtypes, shardings and layouts, it makes each device's part there."""
     name, seed = cfg.model.model, cfg.run.seed
     if starts_from_nothing(cfg.model):
         architecture = weights.Architecture(*parse_architecture(name), num_classes)
@@ -137,7 +137,7 @@ def initial_model(
 
     def draw(like: weights.Params) -> weights.Params:
         model = architecture.model(jax.tree.leaves(like)[0].dtype)
-        return jax.jit(lambda: model.init_params(seed), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
+        return jax.jit(lambda: model.init_params(seed), out_shardings=mesh.formats(like))()
 
     return architecture, draw if cfg.model.init == "random" else read
 

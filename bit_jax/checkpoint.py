@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as orbax
 
 from bit_jax import hosts, metrics
+from bit_jax import mesh as meshes
 from bit_jax.errors import RequestError
 
 MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
@@ -87,19 +89,20 @@ class Checkpoints:
                 pending.result()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state of that step, laid out as `abstract_state` says (shapes, dtypes and shardings).
+        """The state of that step, lying as `abstract_state` says (shapes, dtypes, shardings and layouts).
 
         Raises:
             CheckpointError: it is of another model.
         """
         path = self._directory / str(step)
         try:
-            return self._orbax.load(step, abstract_state)
+            state = self._orbax.load(step, abstract_state)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(
                 f"checkpoint {path} does not fit this run ({_cause(error)}); "
                 "delete that folder to continue from the checkpoint before it, or from the start"
             ) from None
+        return jax.device_put(state, meshes.formats(abstract_state), donate=True)  # Orbax knows no layouts
 
     def close(self) -> None:
         try:

@@ -36,7 +36,8 @@ def finetune(
     Args:
         cfg, recipe: what to do; every None of `cfg` is settled in `recipe`.
         architecture: of the model, head included.
-        initial_params: (shapes, dtypes, shardings) -> parameters that lie so; called only where nothing is continued.
+        initial_params: (shapes, dtypes, shardings, layouts) -> parameters that lie so; called only where nothing is
+            continued.
         train, validation: the data.
         global_batch: rows of their batches.
         mesh: where they lie.

@@ -28,7 +28,7 @@ class Program:
         train_step: (state, batch) -> (state, what `steps.make_train_step` says); the given state is used up.
         for_evaluation: parameters -> what `eval_step` wants in their place.
         eval_step: (those, batch) -> sums.
-        state_shape: shapes, dtypes and shardings of the state.
+        state_shape: shapes, dtypes, shardings and layouts of the state.
         optimizer: makes the state of a fresh run.
     """
 
@@ -40,10 +40,9 @@ class Program:
 
     def initial_state(self, params: Params) -> steps.TrainState:
         """Step 0 with these parameters, which lie as `state_shape` says."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shape)
         scales_loss = self.state_shape.loss_scale is not None
         init = functools.partial(steps.init_state, optimizer=self.optimizer, scales_loss=scales_loss)
-        return jax.jit(init, out_shardings=shardings)(params)
+        return jax.jit(init, out_shardings=meshes.formats(self.state_shape))(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Steps:
     """Both steps before they are compiled.
 
     Attributes:
-        train_step, eval_step: functions of arrays laid out as `state` and `batch` say.
+        train_step, eval_step: functions of arrays that lie as `state` and `batch` say, in any layout.
         optimizer: of the training step.
         state, batch: shapes, dtypes and shardings.
     """
@@ -63,14 +62,13 @@ class Steps:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def lower_train_step(self) -> jax.stages.Lowered:
-        return jax.jit(self.train_step, donate_argnums=0).lower(self.state, self.batch)
-
-    def lower_for_evaluation(self) -> jax.stages.Lowered:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
-        return jax.jit(steps.standardized, out_shardings=shardings).lower(self.state.params)
+        free = meshes.any_layout(self.state)
+        jitted = jax.jit(self.train_step, donate_argnums=0, in_shardings=(free, None), out_shardings=(free, None))
+        return jitted.lower(self.state, self.batch)
 
     def lower_eval_step(self) -> jax.stages.Lowered:
-        return jax.jit(self.eval_step).lower(self.state.params, self.batch)
+        jitted = jax.jit(self.eval_step, in_shardings=(meshes.any_layout(self.state.params), None))
+        return jitted.lower(self.state.params, self.batch)
 
 
 def make_steps(cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh) -> Steps:
@@ -95,14 +93,20 @@ def make_steps(cfg: Config, recipe: Recipe, architecture: Architecture, *, globa
 def compile_program(
     cfg: Config, recipe: Recipe, architecture: Architecture, *, global_batch: int, mesh: Mesh
 ) -> Program:
-    """Compiles both steps ahead of time, so that no training step pays for it."""
+    """Compiles both steps ahead of time, so that no training step pays for it; the state then lies as the training
+    step wants it, and parameters are standardized into what the evaluation step wants."""
     made = make_steps(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
     options = compiler_options(mesh)
+    train_step = made.lower_train_step().compile(compiler_options=options)
+    eval_step = made.lower_eval_step().compile(compiler_options=options)
+    state = meshes.laid_out(made.state, train_step.input_formats[0][0])
+    standard = meshes.laid_out(made.state.params, eval_step.input_formats[0][0])
+    for_evaluation = jax.jit(steps.standardized, out_shardings=meshes.formats(standard))
     return Program(
-        train_step=made.lower_train_step().compile(compiler_options=options),
-        for_evaluation=made.lower_for_evaluation().compile(compiler_options=options),
-        eval_step=made.lower_eval_step().compile(compiler_options=options),
-        state_shape=made.state,
+        train_step=train_step,
+        for_evaluation=for_evaluation.lower(state.params).compile(compiler_options=options),
+        eval_step=eval_step,
+        state_shape=state,
         optimizer=made.optimizer,
     )
 

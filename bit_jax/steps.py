@@ -231,7 +231,7 @@ def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"
     a logit that is not finite puts the label last.
     """
     own = jnp.take_along_axis(logits, label[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1])
+    classes = jnp.arange(logits.shape[1], dtype=label.dtype)
     before: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
     finite = jnp.isfinite(logits).all(axis=1)
     return jnp.where(finite, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)

@@ -1,5 +1,6 @@
 """The tasks that time JAX; the counterpart of `torch_timing.py`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 import input_pipeline
 from bit_jax import mesh as meshes
-from bit_jax import metrics, optimizer
+from bit_jax import metrics, optimizer, program
 from bit_jax import steps as bit_steps
 from bit_jax.evaluate import evaluate as evaluated
 from bit_jax.hyperrule import Schedule
@@ -17,6 +18,43 @@ from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
 from parity import timing
 from parity.jax_side import JaxSide, Result
+
+
+class _Training:
+    """Steps of training, each finished when its call returns.
+
+    Attributes:
+        state: after the last of them.
+
+    Compiled at the first call; with compiler options as train.py compiles it, so that the state lies as the step wants
+    it.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, options: dict[str, Any] | None):
+        self.state = state
+        self._step, self._options = step, options
+        self._compiled: Callable[..., tuple[Any, Any]] | None = None
+
+    def __call__(self, *batch: Any) -> None:
+        if self._compiled is None:
+            self._compiled = self._compile(*batch)
+        self.state, _ = jax.block_until_ready(self._compiled(self.state, *batch))
+
+    def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
+        if self._options is None:
+            return jax.jit(self._step, donate_argnums=0)
+        free = meshes.any_layout(self.state)
+        jitted = jax.jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(free, *(None for _ in batch)),
+            out_shardings=(free, None),
+            compiler_options=self._options,
+        )
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.state)
+        compiled = jitted.lower(like, *batch).compile()
+        self.state = jax.device_put(self.state, compiled.input_formats[0][0], donate=True)
+        return compiled
 
 
 class TimedJax(JaxSide):
@@ -35,45 +73,33 @@ class TimedJax(JaxSide):
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
-        train_step = self._jit(lambda *given: self._step(model, sgd, *given), donate_argnums=0)
-        state = jax.jit(lambda params: bit_steps.init_state(params, sgd))(params)
-
-        def step(call: int) -> None:
-            nonlocal state
-            state, loss = train_step(state, *batches[call % count])
-            jax.block_until_ready((state, loss))
-
-        return timing.timed(step, seconds) | self._used(), None
+        training = self._training(lambda *given: self._step(model, sgd, *given), params, sgd)
+        return timing.timed(lambda call: training(*batches[call % count]), seconds) | self._used(), None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first, with train.py's loader and steps: see
         `timing.whole_loop`."""
         model, params = self.model()
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
-        train_step = self._jit(
-            bit_steps.make_train_step(model, sgd, mixup=timing.MIXUP, seed=0, microbatches=self.side.microbatches),
-            donate_argnums=0,
+        train_step = bit_steps.make_train_step(
+            model, sgd, mixup=timing.MIXUP, seed=0, microbatches=self.side.microbatches
         )
+        training = self._training(train_step, params, sgd)
         eval_step = self._jit(bit_steps.make_eval_step(model))
         for_evaluation = self._jit(bit_steps.standardized)
-        state = jax.jit(lambda params: bit_steps.init_state(params, sgd))(params)
         source = input_pipeline.open_source(folder, "train")
 
         def batches(source: input_pipeline.Source, views: input_pipeline.Views) -> input_pipeline.Loader:
             return input_pipeline.Loader(source, views, rows, place=lambda batch: meshes.shard_batch(batch, self.mesh))
 
-        def step(batch: Any) -> None:
-            nonlocal state
-            state, _ = jax.block_until_ready(train_step(state, batch[1]))
-
         def evaluate(examples: int) -> int:
             chosen = Subset(source, np.arange(examples), source.name)
             loader = batches(chosen, input_pipeline.Views(crop, crop, flip=False))
             shown = (batch for _, batch in loader.evaluation())
-            return evaluated(eval_step, for_evaluation(state.params), shown, examples).examples
+            return evaluated(eval_step, for_evaluation(training.state.params), shown, examples).examples
 
-        training = batches(source, input_pipeline.Views(resize, crop, flip=True)).train(0, timing.STARTS + steps)
-        times = timing.whole_loop(Timeline(), training, step, evaluate, rows=rows, steps=steps)
+        shown = batches(source, input_pipeline.Views(resize, crop, flip=True)).train(0, timing.STARTS + steps)
+        times = timing.whole_loop(Timeline(), shown, lambda batch: training(batch[1]), evaluate, rows=rows, steps=steps)
         return times | self._used(), None
 
     def ceiling(self) -> Result:
@@ -82,6 +108,10 @@ class TimedJax(JaxSide):
         multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))
         times = timing.timed(lambda _: jax.block_until_ready(multiply(left, right)), timing.CEILING_SECONDS)
         return timing.rate(times), None
+
+    def _training(self, step: Callable[..., tuple[Any, Any]], params: Any, sgd: Any) -> "_Training":
+        state = jax.jit(lambda params: bit_steps.init_state(params, sgd))(params)
+        return _Training(step, state, program.compiler_options(self.mesh) if self.side.tuned else None)
 
     def _used(self) -> dict[str, Any]:
         memory, of = metrics.peak_memory()

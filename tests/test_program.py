@@ -1,0 +1,99 @@
+"""The compiled program where the state lies otherwise than JAX would have it, as it does on GPUs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.layout import Format, Layout
+
+from bit_jax import hyperrule, weights
+from bit_jax import mesh as meshes
+from bit_jax.checkpoint import Checkpoints
+from bit_jax.config import FLAGPERF
+from bit_jax.program import compile_program
+
+ROWS, SIDE = 4, 16
+OUTPUTS_FIRST = (3, 0, 1, 2)
+
+
+@pytest.fixture
+def outputs_first(monkeypatch):
+    """Kernels lie with the output channels outermost, whatever the compiler prefers."""
+
+    def chosen(tree):
+        def one(leaf):
+            return Format(Layout(OUTPUTS_FIRST if leaf.ndim == 4 else tuple(range(leaf.ndim))), leaf.sharding)
+
+        return jax.tree.map(one, tree)
+
+    def choose():
+        monkeypatch.setattr(meshes, "any_layout", chosen)
+
+    return choose
+
+
+def program_of(architecture, mesh):
+    cfg = dataclasses.replace(
+        FLAGPERF,
+        model=dataclasses.replace(FLAGPERF.model, precision="fp64"),
+        data=dataclasses.replace(FLAGPERF.data, crop=SIDE),
+    )
+    recipe = hyperrule.recipe(cfg, train_examples=100, native_area=SIDE**2)
+    return compile_program(cfg, recipe, architecture, global_batch=ROWS, mesh=mesh)
+
+
+def batch_on(mesh, seed):
+    rng = np.random.default_rng(seed)
+    batch = {
+        "image": rng.integers(0, 256, (ROWS, SIDE, SIDE, 3), np.uint8),
+        "label": rng.integers(0, 10, ROWS).astype(np.int32),
+        "mask": np.ones(ROWS, bool),
+        "index": np.arange(ROWS, dtype=np.int32),
+        "signal": np.zeros(ROWS, np.int32),
+    }
+    return meshes.shard_batch(batch, mesh)
+
+
+def started(program, path):
+    """Step 0 with the parameters of the file."""
+    shapes = weights.flatten(program.state_shape.params)
+    _, arrays = weights.read(path)
+    return program.initial_state(weights.unflatten({key: meshes.place(array, shapes[key]) for key, array in arrays}))
+
+
+def kernel_of(params):
+    return params["block4"]["unit01"]["b"]["standardized_conv2d"]["kernel"]
+
+
+def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, tmp_path):
+    mesh = meshes.make_mesh(jax.devices()[:2], fsdp=2)
+    architecture, _ = weights.read(small_npz)
+    plain = program_of(architecture, mesh)
+    outputs_first()
+    other = program_of(architecture, mesh)
+    states = [started(program, small_npz) for program in (plain, other)]
+    for step in range(4):
+        if step == 2:  # it ends and continues here
+            checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+            checkpoints.save(states[1])
+            checkpoints.wait()
+            before = jax.tree.map(np.array, states[1])
+            states[1] = checkpoints.restore(2, other.state_shape)
+            checkpoints.close()
+            jax.tree.map(np.testing.assert_array_equal, states[1], before)
+        states = [
+            program.train_step(state, batch_on(mesh, step))[0]
+            for program, state in zip((plain, other), states, strict=True)
+        ]
+    assert kernel_of(states[0].params).format.layout.major_to_minor == (0, 1, 2, 3)
+    assert kernel_of(states[1].params).format.layout.major_to_minor == OUTPUTS_FIRST
+    for one, expected in zip(jax.tree.leaves(states[1]), jax.tree.leaves(states[0]), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-10 * (1 + np.abs(expected).max()))
+    sums = [
+        program.eval_step(program.for_evaluation(state.params), batch_on(mesh, 9))
+        for program, state in zip((plain, other), states, strict=True)
+    ]
+    assert {name: value.item() for name, value in sums[1].items()} == pytest.approx(
+        {name: value.item() for name, value in sums[0].items()}, rel=1e-10
+    )

@@ -17,6 +17,7 @@ import optax
 import input_pipeline
 from bit_jax import mesh as meshes
 from bit_jax import metrics, optimizer, program, resnetv2, steps, weights
+from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import choose, products
 from input_pipeline.examples import Subset
@@ -35,6 +36,8 @@ class JaxSide:
         self.precision = choose(precision)
         self.side, self.weight_file, self.progress = side, weight_file, progress
         self.dtype = resnetv2.param_dtype(self.precision.dtype)
+        if len(jax.devices()) < side.devices:
+            raise RequestError(f"devices={side.devices} of JAX are asked for, but there are {len(jax.devices())}")
         self.mesh = meshes.make_mesh(jax.devices()[: side.devices], fsdp=side.fsdp)
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None

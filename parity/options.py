@@ -19,7 +19,7 @@ class Options:
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     """What is judged against float64 once float64 itself agrees. fp64: float64 alone."""
     reference: str = "torch"
-    """torch[:compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
+    """torch[:devices=N,compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
     hugepages]."""
     candidate: str = "jax"
     """As --reference; on a CPU the devices are virtual."""

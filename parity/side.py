@@ -8,7 +8,7 @@ from typing import Any, Literal
 from bit_jax import hugepages
 from bit_jax.errors import RequestError
 
-COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ()}
+COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
 SWITCHES = {"jax": ("tuned", "hugepages"), "torch": ("compile", "channels_last", "hugepages")}
 REMAT = ("remat=norm", "remat=unit")
 
@@ -19,7 +19,7 @@ class Side:
 
     Attributes:
         framework: jax or torch.
-        devices: JAX: how many; on a CPU they are virtual.
+        devices: how many; on a CPU JAX's are virtual, and PyTorch's are processes that share the threads.
         fsdp: JAX: over how many of them parameters are split.
         microbatches: JAX: passes that a training step's batch is taken in.
         remat: JAX: what the backward pass computes again, as train.py's --remat.
@@ -50,6 +50,10 @@ class Side:
         name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
 
+    @property
+    def processes(self) -> int:
+        return self.devices if self.framework == "torch" else 1
+
     def fields(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -77,7 +81,7 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
-            f"side {text!r} is neither torch[:compile,channels_last,hugepages] "
+            f"side {text!r} is neither torch[:devices=N,compile,channels_last,hugepages] "
             "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages]"
         )
     side = Side(framework, **dict(field for field in fields if field))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -32,7 +33,6 @@ from parity.worker import Answer, Worker
 RANDOM_CLASSES = 1000
 BATCHES = 3  # that are worked on in turn
 REFERENCE = "torch"  # the arm that the others' errors are compared with, and PyTorch's default
-DEFAULTS = ("jax", "torch")
 DISTURBANCES = 3
 LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
 
@@ -89,6 +89,12 @@ class Throughput:
                 raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
         if self.rows % 2:
             raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
+        for arm, side in self.sides.items():
+            if self.rows % (2 * side.devices * side.microbatches):
+                raise RequestError(
+                    f"--rows {self.rows} leaves {arm} no even number of rows a device; "
+                    f"take a multiple of {2 * side.devices * side.microbatches}"
+                )
         if REFERENCE not in self.arms:
             raise RequestError(f"--arms needs {REFERENCE}, which the others' errors are compared with")
         if (self.work == "loop") != (self.folder is not None):
@@ -121,12 +127,13 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         if not right:
             raise RunFailed("no arm's loss is float64's up to rounding; there is nothing to time")
         measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in right}
-        ceilings: dict[str, list[float]] = {}
+        ceilings: dict[tuple[str, int], list[float]] = {}
         for process in range(options.processes):
             for arm in _in_turn(right, process):
                 with bench.process(arm, options.precision, "timed") as ask:
                     times = ask(f"{options.work}_time", **bench.timed).info
-                    ceilings.setdefault(arm.partition(":")[0], []).append(ask("ceiling").info)
+                    side = bench.sides[arm]
+                    ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
                 measured[arm].append(times)
                 rate = _rate(options, times)
                 console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
@@ -239,12 +246,16 @@ def _report(
     bench: _Bench,
     gate: dict[str, Line],
     measured: dict[str, list[dict[str, Any]]],
-    ceilings: dict[str, list[float]],
+    ceilings: dict[tuple[str, int], list[float]],
 ) -> dict[str, Any]:
+    """`ceilings` are those of each framework, on so many devices."""
     count = flops.forward if options.work == "forward" else flops.training_step
     per_image = count(bench.architecture, options.size, options.size)
-    ceiling = max(statistics.median(rates) for rates in ceilings.values())
-    arms = {arm: _arm(options, processes, per_image, ceiling) for arm, processes in measured.items()}
+    reached = {of: statistics.median(rates) for of, rates in ceilings.items()}
+    arms = {}
+    for arm, processes in measured.items():
+        ceiling = max(rate for (_, devices), rate in reached.items() if devices == bench.sides[arm].devices)
+        arms[arm] = _arm(options, processes, per_image, ceiling)
     return {
         "command": shlex.join(["python", "-m", "parity", *sys.argv[1:]]),
         "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -252,9 +263,9 @@ def _report(
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
         "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
         "flops_per_image": per_image,
-        "matrix_product_flops": {name: statistics.median(rates) for name, rates in ceilings.items()},
+        "matrix_product_flops": {str(Side(*of)): rate for of, rate in reached.items()},
         "arms": arms,
-        "ratios": _ratios(options, arms),
+        "ratios": _ratios(options, bench.sides, arms),
     }
 
 
@@ -279,19 +290,21 @@ def _rate(options: Throughput, times: dict[str, Any]) -> float:
     return times["p_train"] if options.work == "loop" else options.rows / statistics.median(times["calls"])
 
 
-def _ratios(options: Throughput, arms: dict[str, Any]) -> dict[str, Any]:
-    """JAX over PyTorch, by process: those that ran in the same turn are compared."""
+def _ratios(options: Throughput, sides: dict[str, Side], arms: dict[str, Any]) -> dict[str, Any]:
+    """JAX over PyTorch on as many devices, by process: those that ran in the same turn are compared."""
 
-    def best(framework: str, figure: str) -> str | None:
-        own = [arm for arm in arms if arm.partition(":")[0] == framework]
+    def best(framework: str, devices: int, figure: str) -> str | None:
+        own = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
         return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
 
     figures = {"": "images_per_s_of_processes"} | ({"evaluation, ": "evaluation"} if options.work == "loop" else {})
+    counts = sorted({sides[arm].devices for arm in arms})
     ratios = {}
-    for of, figure in figures.items():
+    for devices, (of, figure) in itertools.product(counts, figures.items()):
+        of = of if devices == 1 else f"{devices} devices, {of}"
         pairs = {
-            f"{of}best against best": (best("jax", figure), best("torch", figure)),
-            f"{of}default against default": DEFAULTS,
+            f"{of}best against best": (best("jax", devices, figure), best("torch", devices, figure)),
+            f"{of}default against default": (str(Side("jax", devices)), str(Side("torch", devices))),
         }
         for what, (jax, torch) in pairs.items():
             if jax in arms and torch in arms:

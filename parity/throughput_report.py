@@ -77,7 +77,7 @@ def sentences(report: Report) -> list[str]:
         spread = f"{min(ratio['of_processes']):.2f} to {max(ratio['of_processes']):.2f}"
         said.append(f"{what}: {ratio['jax']} is {ratio['median']:.2f} times {ratio['torch']} ({spread})")
     ceilings = ", ".join(
-        f"{rate / 1e9:.0f} GFLOP/s ({TITLES[name]})" for name, rate in report["matrix_product_flops"].items()
+        f"{rate / 1e9:.0f} GFLOP/s ({_title(side)})" for side, rate in report["matrix_product_flops"].items()
     )
     said.append(
         f"MFU: {report['flops_per_image'] / 1e9:.2f} GFLOP an image x images/s, over the better of the measured matrix "
@@ -185,6 +185,12 @@ def _compilation(figure: Figure, report: Report) -> None:
         axes.barh(place - 0.2, found["compile_cached"] or 0, height=0.38, color=_colour(arm), alpha=0.25)
     axes.set_yticks(range(len(arms)), [arm for arm, _ in arms])
     axes.set(xlabel="seconds: above, the first process; below, from its cache")
+
+
+def _title(side: str) -> str:
+    """PyTorch, or PyTorch, devices=8."""
+    framework, _, rest = side.partition(":")
+    return TITLES[framework] + (f", {rest}" if rest else "")
 
 
 def _colour(arm: str) -> str:

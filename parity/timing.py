@@ -18,11 +18,14 @@ EVALUATED = 8  # batches
 SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": (), "steps": 10**6}
 
 
-def timed(call: Callable[[int], None], seconds: float) -> dict[str, Any]:
+def timed(
+    call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own
+) -> dict[str, Any]:
     """Calls again and again for so many seconds.
 
     Args:
         call: (number of the call) -> None; returns when its work is done, on the device too.
+        agreed: (whether this process would call once more) -> whether all do, where several call together.
 
     Returns:
         {"calls": seconds of each, "first": what the first call took longer than the median: compilation}.
@@ -34,7 +37,7 @@ def timed(call: Callable[[int], None], seconds: float) -> dict[str, Any]:
     first, *_ = [once(number) for number in range(STARTS)]
     calls: list[float] = []
     end = time.perf_counter() + seconds
-    while len(calls) < LEAST or time.perf_counter() < end:
+    while agreed(len(calls) < LEAST or time.perf_counter() < end):
         calls.append(once(STARTS + len(calls)))
     return {"calls": calls, "first": max(first - statistics.median(calls), 0.0)}
 

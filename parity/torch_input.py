@@ -3,6 +3,7 @@
 After the reference case: images decoded, resized, cropped and mirrored by Pillow in worker processes, float32 NCHW.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from input_pipeline.bench import CROP, RESIZE_TO, serve
 from input_pipeline.examples import Source
@@ -57,12 +58,16 @@ def evaluation_batches(source: Source, batch: int, *, crop: int, workers: int) -
     return iter(DataLoader(EvaluationImages(source, crop), batch, num_workers=workers))
 
 
-def batches(source: Source, batch: int, *, resize: int, crop: int, workers: int) -> Iterator[Any]:
-    """Shuffled epochs without end; the last, short batch of an epoch is dropped."""
-    loader = DataLoader(
-        Images(source, resize, crop), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
-    )
-    while True:
+def batches(
+    source: Source, batch: int, *, resize: int, crop: int, workers: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Any]:
+    """Shuffled epochs without end, of which a process has `shard`: (its number, how many there are); the last, short
+    batch of an epoch is dropped."""
+    images, (rank, count) = Images(source, resize, crop), shard
+    sampler: DistributedSampler = DistributedSampler(images, count, rank, drop_last=True)
+    loader = DataLoader(images, batch, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=True)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
         yield from loader
 
 

@@ -19,7 +19,7 @@ from bit_jax import probe
 from bit_jax.errors import RequestError
 from input_pipeline.examples import Source, Subset
 from input_pipeline.sources import open_source
-from parity import faults, inputs, torch_names, torch_pipeline, torch_reference
+from parity import faults, inputs, torch_devices, torch_names, torch_pipeline, torch_reference
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side
@@ -31,10 +31,21 @@ MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
 
 
 class TorchSide:
-    def __init__(self, side: Side, precision: str, weight_file: str, progress: Callable[[int, int], None]):
+    def __init__(
+        self,
+        side: Side,
+        precision: str,
+        weight_file: str,
+        progress: Callable[[int, int], None],
+        *,
+        rank: int,
+        meeting: Path,
+    ):
         self.side, self.precision, self.weight_file, self.progress = side, precision, weight_file, progress
         # float64, the gate, runs on the CPU whatever else there is
-        self.device = torch.device("cuda" if torch.cuda.is_available() and precision != "fp64" else "cpu")
+        on_gpu = torch.cuda.is_available() and precision != "fp64"
+        self.devices = torch_devices.Devices.join(side.devices, rank, meeting, gpu=on_gpu)
+        self.device = self.devices.device
         backends: Any = torch.backends
         backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         self.backends = backends
@@ -68,7 +79,7 @@ class TorchSide:
             "framework": "torch",
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "device": f"cuda: {torch.cuda.get_device_name(self.device)}" if cuda else "cpu: cpu",
-            "topology": {"devices": 1, "threads": torch.get_num_threads()},
+            "topology": {"devices": self.devices.count, "threads": torch.get_num_threads()},
             "precision": self.precision,
             "matrix products": matrix,
             "convolution products": convolution,
@@ -132,17 +143,18 @@ class TorchSide:
         return None, saved
 
     def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
-        model = self._disturbed_model(disturb)
+        model = self._replica(disturb)
         images, targets = self._mixed(mixed, 0, disturb)
         with torch.no_grad(), self._autocast():
-            logits = model(images).to(targets.dtype)
+            logits = self.devices.joined(model(images).to(targets.dtype))
+        targets = self.devices.joined(targets)
         rows = F.cross_entropy(logits, targets, reduction="none")
         return None, {"loss of each row": _numpy(rows), "mean loss": _numpy(F.cross_entropy(logits, targets))}
 
     def gradients(self, mixed: str, count: int, disturb: Disturb | None = None) -> Result:
         """Of the mean loss of each of `count` batches, by every parameter."""
         _, keys = self.model()
-        model = self._disturbed_model(disturb)
+        model = self._replica(disturb)
         saved = {}
         for number in range(count):
             model.zero_grad()
@@ -172,7 +184,7 @@ class TorchSide:
     def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
         """The loss of each of `count` steps on the replayed batches, and the parameters after them."""
         _, keys = self.model()
-        model = self._disturbed_model(disturb)
+        model = self._replica(disturb)
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
         losses = []
         for number in range(count):
@@ -216,19 +228,19 @@ class TorchSide:
         return F.cross_entropy(logits.to(targets.dtype), targets)
 
     def _step(self, model: nn.Module, sgd: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> np.ndarray:
-        """One update; the loss before it."""
+        """One update; the loss before it, of the whole batch."""
         sgd.zero_grad()
         loss = self._loss(model, images, targets)
         loss.backward()
         sgd.step()
-        return _numpy(loss)
+        return _numpy(self.devices.mean(loss))
 
     def _named(
         self, model: nn.Module, keys: dict[str, str], what: Callable[[nn.Parameter], Tensor | None]
     ) -> dict[str, np.ndarray]:
         """{key: array in the file's layout} of something that every parameter has; zeros where it has None."""
         named: dict[str, np.ndarray] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in torch_devices.bare(model).named_parameters():
             tensor = what(parameter)
             array = _numpy(torch.zeros_like(parameter) if tensor is None else tensor)
             named[keys[name]] = np.array(torch_names.to_official(array, keys[name]))  # the tensor may change
@@ -239,9 +251,11 @@ class TorchSide:
         return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, dtype)
 
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[Tensor, Tensor]:
+        """This device's rows of a batch."""
         with np.load(mixed) as file:
             images, targets = (torch.from_numpy(file[f"{what}/{number}"]) for what in ("images", "targets"))
         images = _disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb)
+        images, targets = self.devices.own(images), self.devices.own(targets)
         return self._placed(images), targets.to(self.device, DTYPES[self.precision])
 
     def _placed(self, images: Tensor) -> Tensor:
@@ -254,7 +268,7 @@ class TorchSide:
         return dict(model.named_parameters())[_name_of(keys, torch_names.HEAD_KERNEL)].shape[0]
 
     def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
-        """A copy of the model as the side runs it, its parameters disturbed."""
+        """A copy of the model as the side runs it on one device, its parameters disturbed."""
         model, keys = self.model()
         model = copy.deepcopy(model)
         with torch.no_grad():
@@ -262,9 +276,16 @@ class TorchSide:
                 parameter.copy_(_disturbed(parameter, keys[name], disturb))
         if self.side.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.side.compile:
+        if self.side.compile and self.devices.count == 1:
             model.compile()
         return model
+
+    def _replica(self, disturb: Disturb | None) -> nn.Module:
+        """A copy of the model as the side runs it on all of its devices, its parameters disturbed."""
+        replica = self.devices.replica(self._disturbed_model(disturb))
+        if self.side.compile and self.devices.count > 1:
+            replica.compile()  # from outside: its graph is then cut where gradients are exchanged meanwhile
+        return replica
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -18,19 +18,19 @@ from parity.torch_side import DTYPES, Result, TorchSide
 class TimedTorch(TorchSide):
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of the forward pass on `count` batches in turn: see `timing.timed`."""
-        model = self._disturbed_model(None)
+        model = self._replica(None)
         batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
 
         def apply(call: int) -> None:
             with torch.inference_mode(), self._autocast():
                 model(batches[call % count])
-            self._wait()
+            self.devices.wait()
 
-        return timing.timed(apply, seconds) | self._used(), None
+        return timing.timed(apply, seconds, self.devices.first) | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of a step of training on `count` batches in turn: see `timing.timed`."""
-        model = self._disturbed_model(None)
+        model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
 
@@ -38,19 +38,20 @@ class TimedTorch(TorchSide):
             sgd.zero_grad()
             self._loss(model, *batches[call % count]).backward()
             sgd.step()
-            self._wait()
+            self.devices.wait()
 
-        return timing.timed(step, seconds) | self._used(), None
+        return timing.timed(step, seconds, self.devices.first) | self._used(), None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first: see `timing.whole_loop`.
 
-        As the reference case does it: DataLoader with a worker process a core, Pillow, float32 images.
+        As the reference case does it: DataLoader with a worker process a core, Pillow, float32 images, a
+        DistributedSampler.
         """
-        model = self._disturbed_model(None)
+        model, devices = self._replica(None), self.devices
         sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
-        source, workers = open_source(folder, "train"), len(os.sched_getaffinity(0))
-        classes = self._classes()
+        source, workers = open_source(folder, "train"), max(len(os.sched_getaffinity(0)) // devices.count, 1)
+        classes, share = self._classes(), rows // devices.count
 
         def step(batch: tuple[Tensor, Tensor]) -> None:
             images, label = batch
@@ -60,17 +61,20 @@ class TimedTorch(TorchSide):
             sgd.zero_grad()
             self._loss(model, self._placed(images), targets.to(self.device)).backward()
             sgd.step()
-            self._wait()
+            devices.wait()
 
         def evaluate(examples: int) -> int:
-            chosen, seen = Subset(source, np.arange(examples), source.name), 0
-            for images, label in torch_input.evaluation_batches(chosen, rows, crop=crop, workers=workers):
+            own = np.arange(devices.rank, examples, devices.count)
+            chosen, seen = Subset(source, own, source.name), 0
+            for images, label in torch_input.evaluation_batches(chosen, share, crop=crop, workers=workers):
                 with torch.inference_mode(), self._autocast():
                     ranks = torch_pipeline.label_rank(model(self._placed(images)), label.to(self.device))
                 seen += int((ranks >= 0).sum())
-            return seen
+            return int(devices.total(seen))
 
-        batches = torch_input.batches(source, rows, resize=resize, crop=crop, workers=workers)
+        batches = torch_input.batches(
+            source, share, resize=resize, crop=crop, workers=workers, shard=(devices.rank, devices.count)
+        )
         times = timing.whole_loop(Timeline(), batches, step, evaluate, rows=rows, steps=steps)
         return times | self._used(), None
 
@@ -81,15 +85,13 @@ class TimedTorch(TorchSide):
 
         def multiply(_: int) -> None:
             torch.mm(left, right)
-            self._wait()
+            self.devices.wait()
 
-        return timing.rate(timing.timed(multiply, timing.CEILING_SECONDS)), None
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        timed = timing.timed(multiply, timing.CEILING_SECONDS, self.devices.first)
+        return self.devices.count * timing.rate(timed), None
 
     def _used(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
-        used = torch.cuda.max_memory_allocated(self.device) if on_gpu else timing.process_memory()
-        return {"memory": used / 2**30, "memory of": "device" if on_gpu else "process", "products": self._products()}
+        used = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.devices.total(timing.process_memory())
+        of = "device" if on_gpu else "process" if self.devices.count == 1 else f"{self.devices.count} processes"
+        return {"memory": used / 2**30, "memory of": of, "products": self._products()}

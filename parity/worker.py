@@ -49,7 +49,8 @@ class Arrays:
 
 
 class Worker:
-    """Starts the process; each `ask` waits for one task.
+    """Starts the process, or one for each of PyTorch's devices, of which the first answers; each `ask` waits for one
+    task.
 
     Attributes:
         side, precision: what runs there.
@@ -59,21 +60,27 @@ class Worker:
     def __init__(self, side: Side, precision: str, weights: Path, folder: Path):
         self.side, self.precision, self.folder = side, precision, folder
         folder.mkdir(parents=True, exist_ok=True)
-        job = {"side": side.fields(), "precision": precision, "weights": str(weights)}
+        job = {"side": side.fields(), "precision": precision, "weights": str(weights), "meeting": str(folder / "meet")}
         self._log = folder / "log.txt"
+        environment = (
+            _COMPILED_ONCE
+            | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
+            | {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
+            | os.environ
+            | side.environment(precision)
+        )
         with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "parity.worker", json.dumps(job)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=_COMPILED_ONCE
-                | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
-                | {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
-                | os.environ
-                | side.environment(precision),
-                text=True,
-            )
+            self._process, *self._others = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "parity.worker", json.dumps(job | {"rank": rank})],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    stderr=log,
+                    env=environment,
+                    text=True,
+                )
+                for rank in range(side.processes)
+            ]
 
     def ask(self, task: str, *, save_as: str, progress: Progress, **arguments: Any) -> "Answer":
         """Runs one task there; its arrays go to a file of the name `save_as`.
@@ -82,15 +89,16 @@ class Worker:
             RequestError: what was asked for cannot be done.
             RunFailed: the task failed or the process died.
         """
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         path = self.folder / f"{save_as}.npz"
-        request = {"task": task, "path": str(path), "arguments": arguments}
-        try:
-            self._process.stdin.write(json.dumps(request, default=str) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure(task, f"died with exit code {self._process.wait()}") from None
+        request = json.dumps({"task": task, "path": str(path), "arguments": arguments}, default=str)
+        for process in (self._process, *self._others):
+            assert process.stdin is not None
+            try:
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise self._failure(task, f"died with exit code {process.wait()}") from None
         for line in self._process.stdout:
             reply = json.loads(line)
             if "progress" in reply:
@@ -104,8 +112,9 @@ class Worker:
         raise self._failure(task, f"died with exit code {self._process.wait()}")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        for process in (self._process, *self._others):
+            process.kill()
+            process.communicate()
 
     def _failure(self, task: str, what: str) -> RunFailed:
         tail = " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL:])
@@ -142,12 +151,12 @@ def main() -> None:
         request = json.loads(line)
         try:
             if tasks is None:
-                tasks = _tasks(Side(**job["side"]), job["precision"], job["weights"], progress)
+                tasks = _tasks(progress, **job)
             arguments = request["arguments"]
             fault = arguments.pop("fault", None)
             with tasks.injected(fault):
                 answer, arrays = getattr(tasks, request["task"])(**arguments)
-            if arrays is not None:
+            if arrays is not None and job["rank"] == 0:
                 np.savez(request["path"], **arrays)
             reply(answer=answer, saved=arrays is not None)
         except (RequestError, DatasetError) as error:
@@ -155,17 +164,19 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             reply(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+            if job["rank"]:
+                sys.exit(1)  # the others, which wait for it, then fail instead
 
 
-def _tasks(side: Side, precision: str, weights: str, progress: Progress) -> Any:
+def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Any:
     """Imports the one framework that this process is for."""
-    if side.framework == "jax":
+    if side["framework"] == "jax":
         from parity.jax_timing import TimedJax
 
-        return TimedJax(side, precision, weights, progress)
+        return TimedJax(Side(**side), precision, weights, progress)
     from parity.torch_timing import TimedTorch
 
-    return TimedTorch(side, precision, weights, progress)
+    return TimedTorch(Side(**side), precision, weights, progress, rank=rank, meeting=Path(meeting))
 
 
 if __name__ == "__main__":

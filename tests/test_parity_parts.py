@@ -144,6 +144,7 @@ def test_rank_is_the_pipelines_own():
 
 def test_sides_are_written_as_they_are_read():
     assert parse_side("jax:devices=8,fsdp=4,microbatches=2") == Side("jax", 8, 4, 2)
+    assert parse_side("torch:devices=2,compile") == Side("torch", 2, compile=True)
     assert str(parse_side("jax:devices=8,fsdp=4")) == "jax:devices=8,fsdp=4"
     assert parse_side("jax:remat=norm,tuned") == Side("jax", remat="norm", tuned=True)
     assert parse_side("torch:compile,hugepages") == Side("torch", compile=True, hugepages=True)
@@ -153,7 +154,7 @@ def test_sides_are_written_as_they_are_read():
     assert parse_side("torch", model="a:b").model == "a:b"
     for wrong in (
         "tf",
-        "torch:devices=2",
+        "torch:fsdp=2",
         "jax:device=2",
         "jax:devices=0",
         "jax:devices=4,fsdp=3",

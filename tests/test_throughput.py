@@ -1,15 +1,18 @@
 """`python -m parity throughput`: only what computes the right thing is timed, and only finished work."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+import torch.multiprocessing
 from browser import Shown
 from PIL import Image
 from rich.console import Console
@@ -18,7 +21,10 @@ from bit_jax import resnetv2
 from bit_jax.errors import RequestError
 from bit_jax.weights import Architecture
 from parity import flops, throughput, throughput_report, timing
+from parity.side import Side
 from parity.throughput import Throughput
+from parity.torch_devices import Devices
+from parity.torch_side import TorchSide
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
@@ -63,7 +69,7 @@ def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
             Image.fromarray(pixels).save(folder / "train" / name / f"{number}.jpg")
     saved, page = tmp_path / "loop.json", tmp_path / "loop.html"
     flags = ["--work", "loop", "--folder", folder, "--steps", "3", "--processes", "1", "--json", saved, "--html", page]
-    done = run(*flags, "--arms", "torch", "jax:tuned,hugepages")
+    done = run(*flags, "--arms", "torch", "torch:devices=2", "jax:tuned,hugepages")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(saved.read_text())
     for arm in report["arms"].values():
@@ -72,6 +78,8 @@ def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
         assert arm["images_per_s"] == train
         assert arm["input_share"][0] == pytest.approx(1 - train / core)
         assert len(arm["calls"][0]) == 3
+    assert report["arms"]["torch:devices=2"]["memory_of"] == "2 processes"
+    assert set(report["ratios"]) == {"best against best", "evaluation, best against best"}  # on one device
     assert "evaluation, best against best: jax:tuned,hugepages is" in done.stdout
     shown = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", shown), "the page fetches something"
@@ -161,6 +169,7 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
     ("flags", "said"),
     [
         (["--rows", "3"], "--rows 3 must be even"),
+        (["--arms", "torch", "torch:devices=4"], "--rows 4 leaves torch:devices=4 no even number of rows a device"),
         (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
         (["--arms", "jax"], "--arms needs torch"),
         (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
@@ -173,6 +182,33 @@ def test_wrong_requests(flags, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _steps(rank, averaging, weights, batches, meeting, result):
+    """A process of PyTorch's two."""
+    with contextlib.nullcontext() if averaging else mock.patch.object(Devices, "replica", lambda self, model: model):
+        tasks = TorchSide(Side("torch", 2), "fp64", weights, lambda *_: None, rank=rank, meeting=meeting)
+        _, saved = tasks.curve(batches, len(BATCHES), timing.SCHEDULE, timing.MOMENTUM)
+    if rank == 0:
+        np.savez(result, **saved)
+
+
+BATCHES = range(3)
+
+
+def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz, tmp_path):
+    rng, batches = np.random.default_rng(0), tmp_path / "batches.npz"
+    images = {f"images/{number}": rng.normal(size=(4, 32, 32, 3)) for number in BATCHES}
+    np.savez(batches, **images, **{f"targets/{number}": rng.dirichlet(np.ones(10), 4) for number in BATCHES})
+    one = TorchSide(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
+    _, expected = one.curve(str(batches), len(BATCHES), timing.SCHEDULE, timing.MOMENTUM)
+    for averaging in (True, False):
+        result = tmp_path / f"{averaging}.npz"
+        given = (averaging, str(small_npz), str(batches), tmp_path / f"meeting {averaging}", result)
+        torch.multiprocessing.spawn(_steps, given, nprocs=2)
+        found = np.load(result)
+        apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
+        assert (apart < 1e-12) == averaging, apart
 
 
 def test_every_arm_starts_once_a_turn():

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 FEEDS = (0, 1, 2)  # a kernel's axes that feed one output channel
+STRIPES = 8  # of an image at most, in `_over_places`
 STATISTICS = "statistics"  # the name of what GroupNorm and standardization keep for the backward pass
 
 
@@ -97,7 +98,7 @@ def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
         return grouped.sum(axis=-1) / (height * width * (channels // groups))
 
     inner, centred = inside(x, gradient)
-    of_beta, of_scaled = inner.sum(axis=(1, 2)), (inner * centred).sum(axis=(1, 2))
+    of_beta, of_scaled = _over_places(inner, inner * centred)
     # two passes that share nothing large: the second computes its inputs again instead of rereading them
     x, gradient, of_beta, of_scaled = lax.optimization_barrier((x, gradient, of_beta, of_scaled))
     inner, centred = inside(x, gradient)
@@ -108,6 +109,20 @@ def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
 
 
 _group_norm_relu.defvjp(_group_norm_relu_forward, _group_norm_relu_backward)
+
+
+def _over_places(*arrays: Array) -> list[Array]:
+    """The sums of each over height and width, [batch, channels], by stripes of rows first.
+
+    A GPU has too little to do with as few sums as that, thinks XLA, to compute also what is summed, and writes it to
+    memory first: 3 % more memory traffic in a bfloat16 step of R152x2.
+    """
+    batch, height, width, channels = arrays[0].shape
+    stripes = max(count for count in range(1, STRIPES + 1) if height % count == 0)
+    shape = (batch, stripes, height // stripes * width, channels)
+    # the barrier keeps XLA from making one sum of both
+    of_stripes = lax.optimization_barrier([each.reshape(shape).sum(axis=2) for each in arrays])
+    return [each.sum(axis=1) for each in of_stripes]
 
 
 def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from parity.throughput import machine
+
 SWEEPS: dict[str, list[Any]] = {
     "batch": [2, 4, 8, 16],
     "size": [64, 96, 128, 192],
@@ -98,7 +100,7 @@ def main() -> None:
         for name, point in points.items():
             measured[name].append(in_a_process(point))
             print(f"{number + 1}/{ROUNDS} {name}: {measured[name][-1]['seconds']:.3f} s", file=sys.stderr)
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"machine": machine()}
     for sweep, values in SWEEPS.items():
         names = [f"{sweep} {value}" for value in values]
         expected = [theory(points[name]) for name in names]

@@ -32,7 +32,7 @@ from parity.worker import Answer, Worker
 
 RANDOM_CLASSES = 1000
 BATCHES = 3  # that are worked on in turn
-REFERENCE = "torch"  # the arm that the others' errors are compared with, and PyTorch's default
+ORACLE = Side("torch")  # which computes in float64
 DISTURBANCES = 3
 LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
 
@@ -53,7 +53,9 @@ class Throughput:
     size: int = 128
     """Side of the images."""
     rows: int = 8
-    """Images a batch."""
+    """Images a batch, of all devices together."""
+    gate_rows: int | None = None
+    """Fewer images for the accuracy gate, which also computes in float64 on the CPU: for large models and batches."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     arms: tuple[str, ...] = (
         "torch",
@@ -66,7 +68,7 @@ class Throughput:
         "jax:tuned",
         "jax:tuned,hugepages",
     )
-    """Sides as of the other commands. The first of each framework is its default."""
+    """Sides as of the other commands; `torch` and `jax`, with devices=N or without, are the frameworks' defaults."""
     processes: int = 3
     """Of each arm, one after the other, in turns with the other arms'."""
     seconds: float = 10.0
@@ -87,16 +89,13 @@ class Throughput:
         for flag in ("size", "rows", "processes", "seconds", "steps"):
             if getattr(self, flag) <= 0:
                 raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
-        if self.rows % 2:
-            raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
-        for arm, side in self.sides.items():
-            if self.rows % (2 * side.devices * side.microbatches):
-                raise RequestError(
-                    f"--rows {self.rows} leaves {arm} no even number of rows a device; "
-                    f"take a multiple of {2 * side.devices * side.microbatches}"
-                )
-        if REFERENCE not in self.arms:
-            raise RequestError(f"--arms needs {REFERENCE}, which the others' errors are compared with")
+        for flag, rows in (("--rows", self.rows), ("--gate-rows", self.checked_rows)):
+            for arm, side in self.sides.items():
+                unit = 2 * side.devices * side.microbatches  # mixup pairs neighbours
+                if rows <= 0 or rows % unit:
+                    raise RequestError(f"{flag} {rows} must be a multiple of {unit}: {arm} needs even rows a device")
+        if "torch" not in {side.framework for side in self.sides.values()}:
+            raise RequestError("--arms needs one of PyTorch, which the others' errors are compared with")
         if (self.work == "loop") != (self.folder is not None):
             raise RequestError("--work loop needs --folder, and nothing else takes it")
         if self.folder is not None:
@@ -105,6 +104,10 @@ class Throughput:
                 raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
         if self.compare is not None and not self.compare.exists():
             raise RequestError(f"--compare {self.compare} does not exist")
+
+    @property
+    def checked_rows(self) -> int:
+        return self.rows if self.gate_rows is None else self.gate_rows
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -130,9 +133,9 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         ceilings: dict[tuple[str, int], list[float]] = {}
         for process in range(options.processes):
             for arm in _in_turn(right, process):
-                with bench.process(arm, options.precision, "timed") as ask:
+                side = bench.sides[arm]
+                with bench.process(side, options.precision, "timed") as ask:
                     times = ask(f"{options.work}_time", **bench.timed).info
-                    side = bench.sides[arm]
                     ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
                 measured[arm].append(times)
                 rate = _rate(options, times)
@@ -160,17 +163,21 @@ class _Bench:
                 )
         self.sides = options.sides
         self._started = 0
+        self._float64 = self.process(ORACLE, "fp64", "gate")
+        self.checked = self._batches(options.checked_rows)
+        self.mixed = self.checked if options.checked_rows == options.rows else self._batches(options.rows)
+
+    def _batches(self, rows: int) -> Path:
+        """A file of so many images in each of the batches, normalized and mixed."""
+        options = self.options
         batches = [
-            inputs.picture_batch(
-                options.rows, options.size, options.size, self.architecture.num_classes, options.seed + number
-            )
+            inputs.picture_batch(rows, options.size, options.size, self.architecture.num_classes, options.seed + number)
             for number in range(BATCHES)
         ]
-        given = folder / "batches.npz"
+        given = self.folder / f"batches of {rows}.npz"
         arrays: dict[str, Any] = inputs.joined(batches).arrays()
         np.savez(given, **arrays)
-        self._float64 = self.process(REFERENCE, "fp64", "gate")
-        self.mixed = self._float64("mix", batches=given).arrays.path
+        return self._float64("mix", batches=given).arrays.path
 
     @property
     def timed(self) -> dict[str, Any]:
@@ -182,11 +189,11 @@ class _Bench:
         shown = {"resize": resize, "crop": options.size, "rows": options.rows}
         return {"folder": f"folder:{options.folder.absolute()}", "steps": options.steps, **shown}
 
-    def process(self, arm: str, precision: str, phase: str) -> "_Asking":
+    def process(self, side: Side, precision: str, phase: str) -> "_Asking":
         """One process of an arm; what it compiles is kept for its later ones of the same phase."""
         self._started += 1
-        folder = self.folder / phase / re.sub(r"\W", "_", arm) / f"{self._started:03d}"
-        return _Asking(Worker(self.sides[arm], precision, self.weight_file, folder))
+        folder = self.folder / phase / re.sub(r"\W", "_", str(side)) / f"{self._started:03d}"
+        return _Asking(Worker(side, precision, self.weight_file, folder))
 
     def gate(self, console: Console) -> dict[str, Line]:
         """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
@@ -199,7 +206,7 @@ class _Bench:
         losses = {}
         for arm, side in self.sides.items():
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
-            with self.process(arm, precision, "gate") as ask:
+            with self.process(side, precision, "gate") as ask:
                 losses[arm] = self._losses(ask, fault=fault)
         lines = {}
         for arm, found in losses.items():
@@ -214,9 +221,9 @@ class _Bench:
 
     def _losses(self, ask: "_Asking", **more: Any) -> np.ndarray:
         if self.options.work == "forward":
-            return ask("loss", mixed=self.mixed, **more).arrays["loss of each row"]
+            return ask("loss", mixed=self.checked, **more).arrays["loss of each row"]
         training = {"schedule": timing.SCHEDULE, "momentum": timing.MOMENTUM, "count": BATCHES}
-        return ask("curve", mixed=self.mixed, **training, **more).arrays["losses"]
+        return ask("curve", mixed=self.checked, **training, **more).arrays["losses"]
 
 
 class _Asking:

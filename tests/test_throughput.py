@@ -120,7 +120,7 @@ def test_slower_than_before_is_told(measured, capsys):
 
 def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     path = tmp_path / "report.json"
-    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1}
+    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "gate_rows": 2, "seconds": 0.2, "processes": 1}
     asked = Throughput(work="forward", arms=("torch", "jax"), fault="sample-variance", json=path, **quick)
     assert not throughput.run(asked)
     assert "jax was not timed: its loss is wrong" in capsys.readouterr().out
@@ -168,10 +168,11 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rows", "3"], "--rows 3 must be even"),
-        (["--arms", "torch", "torch:devices=4"], "--rows 4 leaves torch:devices=4 no even number of rows a device"),
+        (["--rows", "3"], "--rows 3 must be a multiple of 2: torch needs even rows a device"),
+        (["--arms", "torch", "torch:devices=4"], "--rows 4 must be a multiple of 8: torch:devices=4 needs"),
+        (["--gate-rows", "0"], "--gate-rows 0 must be a multiple of 2"),
         (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
-        (["--arms", "jax"], "--arms needs torch"),
+        (["--arms", "jax"], "--arms needs one of PyTorch"),
         (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
         (["--work", "loop"], "--work loop needs --folder"),
         (["--compare", "nowhere.json"], "--compare nowhere.json does not exist"),

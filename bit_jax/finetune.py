@@ -11,10 +11,12 @@ from bit_jax import mesh as meshes
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
 from bit_jax.errors import deferring_signals
+from bit_jax.evaluate import Accuracy
 from bit_jax.hyperrule import Recipe
 from bit_jax.loop import Loop, Split
 from bit_jax.precision import choose, products
 from bit_jax.program import compile_program
+from bit_jax.steps import TrainState
 from bit_jax.timeline import Timeline
 from bit_jax.weights import Architecture, Params
 from bit_jax.workdir import Workdir
@@ -79,21 +81,18 @@ def finetune(
         checkpoints.close()
         save_final(workdir, state.params)
 
-    measured = metrics.figures(timeline, trained=(stop - start) * global_batch)
-    result = _description(cfg, architecture, mesh, global_batch) | {
-        "dataset": train.name,
-        "eval_dataset": validation.name,
-        "steps": stop,
-        "resumed_from_step": start,
-        "replaced_examples": loop.replaced,
-        **measured,
-        "final_acc1": accuracy.acc1,
-        "final_acc5": accuracy.acc5,
-        "final_loss": accuracy.loss,
-        "eval_examples": accuracy.examples,
-    }
-    if state.loss_scale is not None:
-        result["skipped_steps"] = int(state.loss_scale.skipped)
+    result = (
+        _description(cfg, architecture, mesh, global_batch)
+        | {
+            "dataset": train.name,
+            "eval_dataset": validation.name,
+            "steps": stop,
+            "resumed_from_step": start,
+            "replaced_examples": loop.replaced,
+        }
+        | metrics.figures(timeline, trained=(stop - start) * global_batch)
+        | _outcome(state, accuracy)
+    )
     if hosts.is_first():
         metrics.write_json(workdir.result, result)
     return result
@@ -106,6 +105,17 @@ def save_final(workdir: Workdir, params: Params) -> None:
     else:
         for array in weights.flatten(params).values():
             meshes.fetch(array)
+
+
+def _outcome(state: TrainState, accuracy: Accuracy) -> dict[str, Any]:
+    """What result.json says of what came out."""
+    found: dict[str, Any] = {
+        "final_acc1": accuracy.acc1,
+        "final_acc5": accuracy.acc5,
+        "final_loss": accuracy.loss,
+        "eval_examples": accuracy.examples,
+    }
+    return found if state.loss_scale is None else found | {"skipped_steps": int(state.loss_scale.skipped)}
 
 
 def _description(cfg: Config, architecture: Architecture, mesh: Mesh, global_batch: int) -> dict[str, Any]:

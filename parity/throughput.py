@@ -1,5 +1,6 @@
 """XLA against PyTorch on the same work: first whether an arm computes the right thing, then how fast."""
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -18,6 +19,7 @@ import numpy as np
 import psutil
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from bit_jax import weights, zoo
 from bit_jax.errors import RequestError, RunFailed
@@ -117,34 +119,42 @@ class Throughput:
 def measure(options: Throughput, console: Console) -> dict[str, Any]:
     """Everything that is reported, in JSON's types.
 
+    An arm whose process fails, by running out of memory say, is left out, which the report says; the others go on.
+
     Raises:
-        RunFailed: a process failed, or no arm computes the right thing.
+        RunFailed: no arm computes the right thing, or none is left.
     """
     with working_folder() as folder:
         bench = _Bench(options, folder)
         gate = bench.gate(console)
-        right = [arm for arm in options.arms if gate[arm].verdict != "bug"]
-        for arm in options.arms:
-            if arm not in right:
-                console.print(f"[bold red]{arm} is not timed:[/] {gate[arm].note}", highlight=False)
-        if not right:
+        for arm, line in gate.items():
+            if line.verdict == "bug":
+                console.print(f"[bold red]{arm} is not timed:[/] {line.note}", highlight=False)
+        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm, line in gate.items() if line.verdict != "bug"}
+        if not measured:
             raise RunFailed("no arm's loss is float64's up to rounding; there is nothing to time")
-        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in right}
         ceilings: dict[tuple[str, int], list[float]] = {}
         for process in range(options.processes):
-            for arm in _in_turn(right, process):
+            for arm in _in_turn(list(measured), process):
                 side = bench.sides[arm]
-                with bench.process(side, options.precision, "timed") as ask:
+                with bench.may_fail(arm, console), bench.process(side, options.precision, "timed") as ask:
                     times = ask(f"{options.work}_time", **bench.timed).info
                     ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
-                measured[arm].append(times)
-                rate = _rate(options, times)
-                console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
+                    measured[arm].append(times)
+                    rate = _rate(options, times)
+                    console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
+            measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
+        if not measured:
+            raise RunFailed(f"every arm failed: {next(iter(bench.failed.values()))}")
         return _report(options, bench, gate, measured, ceilings)
 
 
 class _Bench:
-    """The files that arms are given, and their processes."""
+    """The files that arms are given, and their processes.
+
+    Attributes:
+        failed: {arm: why}, of those that a process of theirs failed.
+    """
 
     def __init__(self, options: Throughput, folder: Path):
         self.options, self.folder = options, folder
@@ -162,6 +172,7 @@ class _Bench:
                     f"the {self.architecture.num_classes} of --weights {options.weights}"
                 )
         self.sides = options.sides
+        self.failed: dict[str, str] = {}
         self._started = 0
         self._float64 = self.process(ORACLE, "fp64", "gate")
         self.checked = self._batches(options.checked_rows)
@@ -195,6 +206,15 @@ class _Bench:
         folder = self.folder / phase / re.sub(r"\W", "_", str(side)) / f"{self._started:03d}"
         return _Asking(Worker(side, precision, self.weight_file, folder))
 
+    @contextlib.contextmanager
+    def may_fail(self, arm: str, console: Console) -> Iterator[None]:
+        """Within the block a failed process is noted, and the block left."""
+        try:
+            yield
+        except RunFailed as error:
+            self.failed[arm] = str(error)
+            console.print(f"[bold red]{arm} failed:[/] {escape(str(error))}", highlight=False)
+
     def gate(self, console: Console) -> dict[str, Line]:
         """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
         against the best of the other arms."""
@@ -206,7 +226,7 @@ class _Bench:
         losses = {}
         for arm, side in self.sides.items():
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
-            with self.process(side, precision, "gate") as ask:
+            with self.may_fail(arm, console), self.process(side, precision, "gate") as ask:
                 losses[arm] = self._losses(ask, fault=fault)
         lines = {}
         for arm, found in losses.items():
@@ -268,6 +288,7 @@ def _report(
         "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": machine(),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
+        "failed": bench.failed,
         "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
         "flops_per_image": per_image,
         "matrix_product_flops": {str(Side(*of)): rate for of, rate in reached.items()},
@@ -363,5 +384,5 @@ def run(options: Throughput) -> bool:
         write_json(options.json, report)
     if options.html is not None:
         throughput_report.write_page(report, options.html)
-    holds = all(line["verdict"] != "bug" for line in report["gate"].values())
+    holds = not report["failed"] and all(line["verdict"] != "bug" for line in report["gate"].values())
     return holds and not (old is not None and throughput_report.slower(report, old, console))

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from parity import page
@@ -25,7 +26,7 @@ def show(report: Report, console: Console) -> None:
     for sentence in sentences(report):
         console.print(sentence, soft_wrap=True, highlight=False)
     for sentence in refused(report):
-        console.print(f"[bold red]{sentence}[/]", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]{escape(sentence)}[/]", soft_wrap=True, highlight=False)
 
 
 def slower(report: Report, old: Report, console: Console) -> list[str]:
@@ -87,7 +88,7 @@ def sentences(report: Report) -> list[str]:
 
 
 def refused(report: Report) -> list[str]:
-    return [
+    return [f"{arm} failed: {why}" for arm, why in report["failed"].items()] + [
         f"{arm} was not timed: its loss is wrong: {line['note']}"
         for arm, line in report["gate"].items()
         if line["verdict"] == "bug"

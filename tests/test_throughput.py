@@ -130,6 +130,17 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     assert not report["ratios"]
 
 
+def test_an_arm_that_fails_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    monkeypatch.setenv("CXX", "false")  # torch.compile's
+    done = run("--arms", "torch", "torch:compile", "--processes", "1", "--json", path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "torch:compile failed: torch:compile in fp32, task curve: " in done.stdout
+    report = json.loads(path.read_text())
+    assert set(report["arms"]) == {"torch"}
+    assert set(report["failed"]) == {"torch:compile"}
+
+
 def test_only_finished_work_is_timed():
     def call(number):
         time.sleep(0.05 if number == 0 else 0.01)

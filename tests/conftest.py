@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# tests run on all cores already, and PyTorch's threads wait for each other by spinning
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import archives
 import jax

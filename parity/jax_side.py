@@ -37,7 +37,8 @@ class JaxSide:
         self.side, self.weight_file, self.progress = side, weight_file, progress
         self.dtype = resnetv2.param_dtype(self.precision.dtype)
         if len(jax.devices()) < side.devices:
-            raise RequestError(f"devices={side.devices} of JAX are asked for, but there are {len(jax.devices())}")
+            found = len(jax.devices())
+            raise RequestError(f"{side} needs {side.devices} devices, and JAX finds {found}; take fewer")
         self.mesh = meshes.make_mesh(jax.devices()[: side.devices], fsdp=side.fsdp)
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None

@@ -38,7 +38,9 @@ class Devices:
             RequestError: there are not as many GPUs.
         """
         if gpu and torch.cuda.device_count() < count:
-            raise RequestError(f"devices={count} of PyTorch are asked for, but there are {torch.cuda.device_count()}")
+            raise RequestError(
+                f"torch:devices={count} needs {count} GPUs, and PyTorch finds {torch.cuda.device_count()}; take fewer"
+            )
         device = torch.device("cuda", rank) if gpu else torch.device("cpu")
         if count > 1:
             if gpu:

@@ -21,6 +21,7 @@ from bit_jax import resnetv2
 from bit_jax.errors import RequestError
 from bit_jax.weights import Architecture
 from parity import flops, throughput, throughput_report, timing
+from parity.jax_side import JaxSide
 from parity.side import Side
 from parity.throughput import Throughput
 from parity.torch_devices import Devices
@@ -221,6 +222,16 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
         found = np.load(result)
         apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
         assert (apart < 1e-12) == averaging, apart
+
+
+def test_fewer_devices_than_an_arm_names_are_refused(tmp_path):
+    with pytest.raises(RequestError, match="jax:devices=16 needs 16 devices, and JAX finds 8; take fewer"):
+        JaxSide(Side("jax", 16), "fp32", "unread.npz", lambda *_: None)
+    with (
+        mock.patch("torch.cuda.device_count", return_value=1),
+        pytest.raises(RequestError, match="torch:devices=2 needs 2 GPUs, and PyTorch finds 1; take fewer"),
+    ):
+        Devices.join(2, 0, tmp_path / "meeting", gpu=True)
 
 
 def test_every_arm_starts_once_a_turn():

@@ -31,21 +31,33 @@ def _standardize(kernel, eps):
 
 
 def _standardize_forward(kernel, eps):
-    mean = kernel.mean(axis=FEEDS)
-    variance = ((kernel - mean) ** 2).mean(axis=FEEDS)
-    scale = checkpoint_name(lax.rsqrt(variance + eps), STATISTICS)
-    mean = checkpoint_name(mean, STATISTICS)
+    mean, scale = (checkpoint_name(each, STATISTICS) for each in _kernel_statistics(kernel, eps))
     return (kernel - mean) * scale, (kernel, mean, scale)
 
 
 def _standardize_backward(eps, saved, gradient):
     kernel, mean, scale = saved
-    standard = (kernel - mean) * scale
-    along = (gradient * standard).mean(axis=FEEDS)
-    return (scale * (gradient - gradient.mean(axis=FEEDS) - standard * along),)
+    # Two barriers, for XLA's GPU compiler; without them 1 and 2 % more memory traffic in a step of R152x2, the first in
+    # float32 and the second in bfloat16. One keeps it from taking the forward pass's result, which is to be read, for
+    # what can be computed here; the other from computing the sums once for the kernel's update and once for momentum's.
+    standard = (kernel - lax.optimization_barrier(mean)) * scale
+    sums = [each.mean(axis=FEEDS) for each in (gradient, gradient * standard)]
+    across, along = lax.optimization_barrier(sums)
+    return (scale * (gradient - across - standard * along),)
 
 
 _standardize.defvjp(_standardize_forward, _standardize_backward)
+
+
+def _kernel_statistics(kernel: Array, eps: float) -> tuple[Array, Array]:
+    """Mean and 1 / standard deviation, [cout], in one pass over the kernel, as `_group_statistics`.
+
+    The sample is a sixteenth of the values, so that E[d^2] is at most 16 times the variance whatever the kernel.
+    """
+    sample = kernel[:, :, : max(1, kernel.shape[2] // 16)].mean(axis=FEEDS)
+    d = kernel - sample
+    mean, square = (each.mean(axis=FEEDS) for each in (d, d * d))
+    return sample + mean, lax.rsqrt(square - mean * mean + eps)
 
 
 def group_norm_relu(

@@ -167,13 +167,17 @@ def test_the_pool_and_its_gradient_are_pytorchs_where_values_are_equal_too(x64, 
     np.testing.assert_array_equal(gradient(jnp.asarray(given))[0], reference.grad.permute(0, 2, 3, 1))
 
 
-def test_group_norm_keeps_its_digits_where_the_mean_is_large(x64):
+@pytest.mark.parametrize(
+    ("normalized", "parameters"),
+    [(resnetv2.group_norm_relu, (np.linspace(0.5, 1.5, 64), np.linspace(-1, 1, 64))), (resnetv2.standardize, ())],
+    ids=["group norm", "standardization"],
+)
+def test_statistics_keep_their_digits_where_the_mean_is_large(x64, normalized, parameters):
     """One pass over x: without the sample's mean taken off first, float32 would keep no digit of the variance here."""
     x = np.random.default_rng(0).standard_normal((2, 16, 16, 64)) + 3000.0
-    gamma, beta = np.linspace(0.5, 1.5, 64), np.linspace(-1, 1, 64)
 
     def in_dtype(dtype, x):
-        return np.asarray(resnetv2.group_norm_relu(*(jnp.asarray(each, dtype) for each in (x, gamma, beta))))
+        return np.asarray(normalized(*(jnp.asarray(each, dtype) for each in (x, *parameters))))
 
     exact, single = in_dtype(jnp.float64, x), in_dtype(jnp.float32, x)
     of_rounded = in_dtype(jnp.float64, x.astype(np.float32))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from parity.throughput import machine
 
@@ -84,12 +85,22 @@ def in_a_process(point: dict[str, Any]) -> dict[str, float]:
 
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | hugepages.environment()
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(point)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--point", json.dumps(point)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout)
 
 
-def main() -> None:
+def main(point: str = "") -> None:
+    """Args:
+    point: measure this one alone, in this process: {"batch": 8, "size": 128, "width": 1, "depth": 50}.
+    """
+    if point:
+        print(json.dumps(once(json.loads(point))))
+        return
     points = {
         f"{sweep} {value}": BASE | SMALLER.get(sweep, {}) | {sweep: value}
         for sweep, values in SWEEPS.items()
@@ -128,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(once(json.loads(sys.argv[1])))) if len(sys.argv) > 1 else main()
+    tyro.cli(main, description=__doc__)

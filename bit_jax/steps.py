@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions to be jitted."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -141,10 +142,29 @@ def update(state: TrainState, gradients: Any, optimizer: optax.GradientTransform
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 
-def update_if_finite(state: TrainState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """`update`, by the rules of the state's `LossScale`."""
-    old = state.loss_scale
-    assert old is not None
+def update_if_finite(
+    state: TrainState, loss: Float[Array, ""], gradients: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """`update`, but where the loss is not finite nothing changes, so that it can be looked at; with a `LossScale`, by
+    its rules."""
+    if state.loss_scale is not None:
+        return _update_by_scale(state, state.loss_scale, gradients, optimizer)
+
+    def selected(finite, state, gradients):
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state, gradients, optimizer), state)
+
+    def branched(finite, state, gradients):
+        updated = functools.partial(update, optimizer=optimizer)
+        return jax.lax.cond(finite, updated, lambda state, _: state, state, gradients)
+
+    # As a branch, XLA's CPU compiler computes a gradient once; otherwise once for the parameter and once for its
+    # momentum, of which it then copies both: a twentieth of a training step of R50x1. A GPU would wait for the branch.
+    return jax.lax.platform_dependent(jnp.isfinite(loss), state, gradients, cpu=branched, default=selected)
+
+
+def _update_by_scale(
+    state: TrainState, old: LossScale, gradients: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
     good = jnp.where(finite, old.good_steps + 1, 0)
     grows = good == GROWTH_INTERVAL
@@ -175,15 +195,10 @@ def make_train_step(
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
         images, targets = prepare(batch, model.num_classes, dtype, weight)
         said = {"replaced": (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)} | _signal(batch)
-        if state.loss_scale is None:
-            loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches)
-            updated = update(state, gradients, optimizer)
-            # a step with a loss that is not finite changes nothing, so that it can be looked at
-            finite = jnp.isfinite(loss)
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), said | {"loss": loss}
-        scale = state.loss_scale.scale
+        scale = None if state.loss_scale is None else state.loss_scale.scale
         loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
-        return update_if_finite(state, gradients, optimizer), said | {"loss": loss, "scale": scale}
+        said |= {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
+        return update_if_finite(state, loss, gradients, optimizer), said
 
     return train_step
 

@@ -222,7 +222,7 @@ class JaxSide:
 
     def _step(self, model, sgd, state, images, targets):
         loss, gradients = self._loss_and_gradients(model, state.params, images, targets)
-        return steps.update(state, gradients, sgd), loss
+        return steps.update_if_finite(state, loss, gradients, sgd), loss
 
     def _param(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(jnp.asarray(array, self.dtype), meshes.param_sharding(self.mesh, array.shape))

@@ -333,7 +333,9 @@ def _ratios(options: Throughput, sides: dict[str, Side], arms: dict[str, Any]) -
         own = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
         return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
 
-    figures = {"": "images_per_s_of_processes"} | ({"evaluation, ": "evaluation"} if options.work == "loop" else {})
+    figures = {"": "images_per_s_of_processes"}
+    if options.work == "loop":
+        figures |= {"with evaluation, ": "p_whole", "evaluation alone, ": "evaluation"}
     counts = sorted({sides[arm].devices for arm in arms})
     ratios = {}
     for devices, (of, figure) in itertools.product(counts, figures.items()):

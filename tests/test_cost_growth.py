@@ -33,7 +33,8 @@ def test_exponents_of_known_laws(growth):
 
 
 def test_a_point_is_measured(growth):
-    done = subprocess.run([sys.executable, str(SCRIPT), json.dumps(SMALL)], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(SCRIPT), "--point", json.dumps(SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["seconds"] > 0
     assert growth.theory(SMALL)["gib"] < measured["gib"] < 10 * growth.theory(SMALL)["gib"]

@@ -118,13 +118,28 @@ def test_parameters_are_split_along_the_last_axis_that_fsdp_divides():
         mesh.make_mesh(fsdp=3)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_a_loss_that_is_not_finite_changes_nothing(platform, monkeypatch):
+    if platform == "default":  # what GPUs run
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, cpu, default: default(*given))
+    optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
+    state = steps.init_state({"kernel": jnp.ones(3, jnp.float32)}, optimizer)
+    gradients = {"kernel": jnp.arange(3, dtype=jnp.float32)}
+    step = jax.jit(lambda state, loss: steps.update_if_finite(state, loss, gradients, optimizer))
+    moved = step(step(state, jnp.float32(1.0)), jnp.float32(1.0))
+    assert int(moved.step) == 2
+    np.testing.assert_allclose(moved.params["kernel"], 1 - 0.1 * 2.9 * np.arange(3), rtol=1e-6)
+    for loss in (jnp.inf, jnp.nan):
+        jax.tree.map(np.testing.assert_array_equal, step(moved, jnp.float32(loss)), moved)
+
+
 def test_float16s_loss_scale_follows_gradscalers_rules():
     """Half of a scale whose gradients overflow, with nothing else changed; double after 2,000 good steps in a row."""
     optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
     params = {"kernel": jnp.ones(3, jnp.float32)}
     state = steps.init_state(params, optimizer, scales_loss=True)
     good, bad = ({"kernel": jnp.full(3, value, jnp.float32)} for value in (1.0, jnp.inf))
-    step = jax.jit(lambda state, gradients: steps.update_if_finite(state, gradients, optimizer))
+    step = jax.jit(lambda state, gradients: steps.update_if_finite(state, jnp.zeros(()), gradients, optimizer))
 
     once = step(state, good)
     assert (float(once.loss_scale.scale), int(once.loss_scale.good_steps)) == (2.0**16, 1)

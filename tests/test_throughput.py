@@ -80,8 +80,9 @@ def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
         assert arm["input_share"][0] == pytest.approx(1 - train / core)
         assert len(arm["calls"][0]) == 3
     assert report["arms"]["torch:devices=2"]["memory_of"] == "2 processes"
-    assert set(report["ratios"]) == {"best against best", "evaluation, best against best"}  # on one device
-    assert "evaluation, best against best: jax:tuned,hugepages is" in done.stdout
+    figures = ("", "with evaluation, ", "evaluation alone, ")
+    assert set(report["ratios"]) == {f"{of}best against best" for of in figures}  # on one device
+    assert "evaluation alone, best against best: jax:tuned,hugepages is" in done.stdout
     shown = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", shown), "the page fetches something"
     assert shown.count("<svg") == 3

@@ -36,7 +36,7 @@ class Program:
     for_evaluation: Callable[[Any], Any]
     eval_step: Callable[[Any, Any], dict]
     state_shape: steps.TrainState
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     def initial_state(self, params: Params) -> steps.TrainState:
         """Step 0 with these parameters, which lie as `state_shape` says."""
@@ -57,7 +57,7 @@ class Steps:
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
     eval_step: Callable[[Any, Any], dict]
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     state: steps.TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -163,7 +163,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
 def abstract_state(
     architecture: Architecture,
     dtype: jnp.dtype,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     *,
     scales_loss: bool = False,

@@ -1,6 +1,5 @@
 """One training step and one evaluation step, as pure functions to be jitted."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -136,34 +135,35 @@ def _accumulated(
     return jax.tree.map(lambda total: total / microbatches, sums)
 
 
-def update(state: TrainState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+def update(
+    state: TrainState,
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    finite: Bool[Array, ""] | bool = True,
+) -> TrainState:
+    """The next state; where not `finite`, the step is counted, and parameters and momentum are as before."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
     params = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 
 def update_if_finite(
-    state: TrainState, loss: Float[Array, ""], gradients: Any, optimizer: optax.GradientTransformation
+    state: TrainState, loss: Float[Array, ""], gradients: Any, optimizer: optax.GradientTransformationExtraArgs
 ) -> TrainState:
-    """`update`, but where the loss is not finite nothing changes, so that it can be looked at; with a `LossScale`, by
-    its rules."""
+    """`update`, but a loss that is not finite changes nothing, so that it can be looked at; with a `LossScale`, by its
+    rules."""
     if state.loss_scale is not None:
         return _update_by_scale(state, state.loss_scale, gradients, optimizer)
+    finite = jnp.isfinite(loss)
 
-    def selected(finite, state, gradients):
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state, gradients, optimizer), state)
+    def counted(new, old):
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.integer) else new
 
-    def branched(finite, state, gradients):
-        updated = functools.partial(update, optimizer=optimizer)
-        return jax.lax.cond(finite, updated, lambda state, _: state, state, gradients)
-
-    # As a branch, XLA's CPU compiler computes a gradient once; otherwise once for the parameter and once for its
-    # momentum, of which it then copies both: a twentieth of a training step of R50x1. A GPU would wait for the branch.
-    return jax.lax.platform_dependent(jnp.isfinite(loss), state, gradients, cpu=branched, default=selected)
+    return jax.tree.map(counted, update(state, gradients, optimizer, finite), state)
 
 
 def _update_by_scale(
-    state: TrainState, old: LossScale, gradients: Any, optimizer: optax.GradientTransformation
+    state: TrainState, old: LossScale, gradients: Any, optimizer: optax.GradientTransformationExtraArgs
 ) -> TrainState:
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
     good = jnp.where(finite, old.good_steps + 1, 0)
@@ -173,18 +173,16 @@ def _update_by_scale(
         good_steps=jnp.where(grows, 0, good),
         skipped=old.skipped + (~finite).astype(jnp.int32),
     )
-
-    def kept(new, old):  # what counts steps counts on, so that the schedule is that of the step number
-        return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old)
-
-    updated = update(state, gradients, optimizer)
-    return jax.tree.map(kept, updated.replace(loss_scale=None), state.replace(loss_scale=None)).replace(
-        loss_scale=loss_scale
-    )
+    return update(state, gradients, optimizer, finite).replace(loss_scale=loss_scale)
 
 
 def make_train_step(
-    model: ResNetV2, optimizer: optax.GradientTransformation, *, mixup: float, seed: int, microbatches: int = 1
+    model: ResNetV2,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    mixup: float,
+    seed: int,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
     example than the one in order, because that one is damaged}); with a `LossScale` also its "scale", and "signal",

@@ -326,15 +326,15 @@ def _optimizer(**settings: Any) -> Any:
         rate = learning_rate(schedule)
         chain = optax.sgd(lambda step: rate(step + shift), momentum=momentum * scale, **settings)
         if not decay:
-            return chain
+            return optax.with_extra_args_support(chain)
 
-        def update(updates, state, params=None):
+        def update(updates, state, params=None, **_):
             import jax
 
             decayed = jax.tree.map(lambda g, p: g + decay * p, updates, params)
             return chain.update(decayed, state, params)
 
-        return optax.GradientTransformation(chain.init, update)
+        return optax.GradientTransformationExtraArgs(chain.init, update)
 
     return mock.patch("bit_jax.optimizer.sgd", sgd)
 

@@ -118,10 +118,7 @@ def test_parameters_are_split_along_the_last_axis_that_fsdp_divides():
         mesh.make_mesh(fsdp=3)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_a_loss_that_is_not_finite_changes_nothing(platform, monkeypatch):
-    if platform == "default":  # what GPUs run
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, cpu, default: default(*given))
+def test_a_loss_that_is_not_finite_changes_nothing():
     optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
     state = steps.init_state({"kernel": jnp.ones(3, jnp.float32)}, optimizer)
     gradients = {"kernel": jnp.arange(3, dtype=jnp.float32)}

@@ -121,8 +121,9 @@ def test_parameters_are_split_along_the_last_axis_that_fsdp_divides():
 def test_a_loss_that_is_not_finite_changes_nothing():
     optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
     state = steps.init_state({"kernel": jnp.ones(3, jnp.float32)}, optimizer)
-    gradients = {"kernel": jnp.arange(3, dtype=jnp.float32)}
-    step = jax.jit(lambda state, loss: steps.update_if_finite(state, loss, gradients, optimizer))
+    step = jax.jit(
+        lambda state, loss: steps.update_if_finite(state, loss, {"kernel": loss * jnp.arange(3.0)}, optimizer)
+    )
     moved = step(step(state, jnp.float32(1.0)), jnp.float32(1.0))
     assert int(moved.step) == 2
     np.testing.assert_allclose(moved.params["kernel"], 1 - 0.1 * 2.9 * np.arange(3), rtol=1e-6)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -10,17 +9,15 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from browser import Shown
+from command_line import parity
 from conftest import SMALL, random_weights
 from rich.console import Console
 
-from bit_jax.errors import RequestError, RunFailed, exit_code
-from input_pipeline import DatasetError
-from parity import __main__ as parity_main
+from bit_jax.errors import RequestError, RunFailed
 from parity import faults, report, selftest
 from parity.ladder import Ladder
 from parity.options import Options
@@ -37,26 +34,6 @@ def compiled_once(tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
     yield
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
-
-
-@dataclasses.dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def parity(*arguments):
-    """The command line in this process; the two sides have theirs."""
-    out, err = io.StringIO(), io.StringIO()
-    command = mock.patch.object(sys, "argv", ["parity", *map(str, arguments)])
-    with command, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = exit_code(parity_main.main, DatasetError)
-        except SystemExit as ended:
-            code = ended.code
-    assert isinstance(code, int)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

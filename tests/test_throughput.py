@@ -3,10 +3,7 @@
 import contextlib
 import json
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch.multiprocessing
 from browser import Shown
+from command_line import parity
 from PIL import Image
 from rich.console import Console
 
@@ -27,13 +25,11 @@ from parity.throughput import Throughput
 from parity.torch_devices import Devices
 from parity.torch_side import TorchSide
 
-ROOT = Path(__file__).parent.parent
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
 
 
 def run(*flags):
-    command = [sys.executable, "-m", "parity", "throughput", *QUICK, *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return parity("throughput", *QUICK, *flags)
 
 
 @pytest.fixture(scope="module")

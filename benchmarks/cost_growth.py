@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from bit_jax.errors import RequestError, exit_code
 from parity.throughput import machine
 
 SWEEPS: dict[str, list[Any]] = {
@@ -94,12 +95,22 @@ def in_a_process(point: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+def parsed(text: str) -> dict[str, Any]:
+    try:
+        point = json.loads(text)
+    except ValueError:
+        point = None
+    if not isinstance(point, dict) or set(point) != set(BASE):
+        raise RequestError(f"--point {text} is no point; write it as {json.dumps(BASE)}")
+    return point
+
+
 def main(point: str = "") -> None:
     """Args:
     point: measure this one alone, in this process: {"batch": 8, "size": 128, "width": 1, "depth": 50}.
     """
     if point:
-        print(json.dumps(once(json.loads(point))))
+        print(json.dumps(once(parsed(point))))
         return
     points = {
         f"{sweep} {value}": BASE | SMALLER.get(sweep, {}) | {sweep: value}
@@ -139,4 +150,4 @@ def main(point: str = "") -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(exit_code(lambda: tyro.cli(main, description=__doc__)))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bit_jax.errors import RequestError
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cost_growth.py"
 SMALL = {"batch": 2, "size": 32, "width": 0.5, "depth": 14}
 
@@ -30,6 +32,12 @@ def test_exponents_of_known_laws(growth):
     assert growth.slope([512, 1024, 2048], large) == pytest.approx(2, abs=0.01)
     wide = [growth.theory(SMALL | {"width": width})["seconds"] for width in (8, 16, 32)]
     assert growth.slope([8, 16, 32], wide) == pytest.approx(2, abs=0.05)
+
+
+@pytest.mark.parametrize("point", ['{"batch": 2', '{"batch": 2}', "2"])
+def test_what_is_no_point_is_refused(growth, point):
+    with pytest.raises(RequestError, match=r"is no point; write it as \{\"batch\": 8"):
+        growth.main(point)
 
 
 def test_a_point_is_measured(growth):

@@ -1,7 +1,7 @@
 """The two tables of docs/scaling.md: plan's figures for three models, three precisions and four sizes of machine; and
 its model of more hosts.
 
-    python benchmarks/plans.py [--json benchmarks/results/plans.json]
+    python benchmarks/plans.py [--json-file benchmarks/results/plans.json]
 
 Compiles 36 programs, about half an hour on two cores; what the JSON file already holds is not compiled again.
 """

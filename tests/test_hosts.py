@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import COMPILES_FAST
 
 from bit_jax import hosts
 
@@ -64,9 +65,13 @@ def host_of(launcher, number) -> psutil.Process:
     return next(process for process in processes_of(launcher) if process.cmdline()[-2:] == ["--host", str(number)])
 
 
-def until_step(workdir, step, launcher):
+def last_step(workdir) -> int:
     metrics = workdir / "metrics.jsonl"
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+    return max(map(int, re.findall(r'"step": (\d+),', metrics.read_text())), default=0) if metrics.exists() else 0
+
+
+def until_step(workdir, step, launcher):
+    while last_step(workdir) < step:
         assert launcher.poll() is None, launcher.communicate()[0]
         time.sleep(0.01)
 
@@ -93,7 +98,7 @@ def the_same_run(workdir, other):
 
 def alone(small_npz, environment, devices, *flags):
     command = [sys.executable, *RUN, "--model", small_npz, *flags]
-    environment = environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = environment | {"XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count={devices}"}
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
@@ -119,12 +124,13 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     workdir = tmp_path / "run"
     flags = ("--steps", 16, "--workdir", workdir)
 
-    def started_until(step):
+    def started_until_it_makes_progress():
+        before = last_step(workdir)
         launcher = launch(2, 1, *flags)
-        until_step(workdir, step, launcher)
+        until_step(workdir, before + 1, launcher)
         return launcher
 
-    launcher = started_until(1)
+    launcher = started_until_it_makes_progress()
     host_of(launcher, 1).send_signal(signal.SIGTERM)
     code, said = said_by(launcher)
     assert code == 143, said
@@ -133,7 +139,7 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     assert len(ended) == 2
     assert len(set(ended)) == 1  # both after the same step
 
-    launcher = started_until(int(ended[0]) + 1)
+    launcher = started_until_it_makes_progress()
     host_of(launcher, 0).kill()
     killed = time.monotonic()
     code, said = said_by(launcher)
@@ -141,7 +147,7 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     assert code == 128 + signal.SIGKILL
     assert [line for line in said if line.startswith("error: host 1 of 2: host 0 is not heard any more")], said
 
-    launcher = started_until(int(ended[0]) + 2)
+    launcher = started_until_it_makes_progress()
     subprocess.run(["prlimit", "--pid", str(host_of(launcher, 0).pid), "--fsize=0"], check=True)
     code, said = said_by(launcher)
     assert code in (1, 2)
@@ -180,7 +186,7 @@ def test_what_a_scheduler_says_of_its_processes_is_understood(small_npz, environ
     command = [sys.executable, *RUN, "--model", small_npz, "--workdir", tmp_path / "run", "--doctor", *flags.split()]
     processes = []
     for number in range(2):
-        told = environment | {"XLA_FLAGS": ""} | {name: text.format(number) for name, text in said.items()}
+        told = environment | {name: text.format(number) for name, text in said.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=told, **pipes))
     (code, printed), (other_code, other) = (said_by(process) for process in processes)
@@ -250,8 +256,7 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, small
             [*within(host), sys.executable, *RUN, "--steps", 40, "--model", small_npz, *where, "--host", host, *flags]
             for host in range(2)
         ]
-        one_device = environment | {"XLA_FLAGS": ""}
-        return [subprocess.Popen(list(map(str, line)), cwd=ROOT, env=one_device, **pipes) for line in lines]
+        return [subprocess.Popen(list(map(str, line)), cwd=ROOT, env=environment, **pipes) for line in lines]
 
     examined = started(4001, "--doctor")
     (code, said), (other_code, _) = (said_by(host) for host in examined)

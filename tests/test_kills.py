@@ -26,7 +26,6 @@ class Runs:
 
     def __init__(self, *flags: object, cache: Path):
         environment = os.environ | {
-            "XLA_FLAGS": "",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
+from conftest import COMPILES_FAST
 from PIL import Image
 
 import train
@@ -43,7 +44,7 @@ def command(small_npz, compilation_cache):
 
     def of(*flags, devices=1) -> dict:
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

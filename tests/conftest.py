@@ -34,6 +34,15 @@ ROOT = Path(__file__).parent.parent
 SMALL = weights.Architecture((1, 1, 1, 1), 0.5, 10)
 
 
+LONGEST_FIRST = ("test_hosts", "test_parity", "test_throughput", "test_train", "test_kills")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no process is left with one of them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def random_weights(architecture: weights.Architecture, seed: int = 0) -> dict[str, np.ndarray]:
     """{official key: float32 array} with plausible values."""
     rng = np.random.default_rng(seed)

@@ -155,6 +155,7 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
 
     code, said = said_by(launch(4, 1, *flags, "--mesh", "fsdp=4"))
     assert code == 0, said
+    assert not (workdir / "damaged").exists()
     alone(small_npz, environment, 1, "--steps", 16, "--workdir", tmp_path / "alone")
     _, result = the_same_run(tmp_path / "alone", workdir)
     assert (result["hosts"], result["devices"], result["mesh"]) == (4, 4, {"data": 1, "fsdp": 4})

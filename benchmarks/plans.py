@@ -8,6 +8,7 @@ Compiles 36 programs, about half an hour on two cores; what the JSON file alread
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import tyro
 
 from bit_jax import metrics
 from bit_jax.accelerators import GIB
+from bit_jax.errors import RequestError, exit_code
 from bit_jax.plan import HOSTS, Request, demands
 
 MODELS, PRECISIONS, SIZES = ("R50x1", "R152x2", "R152x4"), ("fp32", "tf32", "bf16"), ((1, 1), (1, 8), (2, 8), (4, 8))
@@ -29,7 +31,7 @@ def request(model: str, precision: str, hosts: int, devices: int) -> Request:
 
 def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
     jax.config.update("jax_platforms", "cpu")
-    found = json.loads(json_file.read_text()) if json_file.exists() else {}
+    found = earlier(json_file)
     print(
         "| model | precision | hosts x GPUs | split | peak GiB | with workspace, of 35.5 | traffic GB | TFLOP "
         "| collectives MB (overlapped) | roofline ms | images/s at most |"
@@ -44,6 +46,14 @@ def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
     print("\n| case |" + "".join(f" {count} hosts |" for count in HOSTS) + "\n" + "|---" * (1 + len(HOSTS)) + "|")
     for case in MODELLED:
         print(model_row(case, found[f"{case} 2x8"]))
+
+
+def earlier(json_file: Path) -> dict:
+    """What an earlier run, which may have been ended, has compiled."""
+    try:
+        return json.loads(json_file.read_text()) if json_file.exists() else {}
+    except ValueError:
+        raise RequestError(f"--json-file {json_file} is no JSON; delete it, or name another") from None
 
 
 def model_row(case: str, result: dict) -> str:
@@ -74,4 +84,4 @@ def row(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(exit_code(lambda: tyro.cli(main, description=__doc__)))

@@ -4,6 +4,7 @@ Tests' own process compiles as users' programs do. The processes that tests star
 they are told to compile in half the time into programs that run more slowly.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that no process is left with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def last_step(workdir: Path) -> int:
+    """That a run, which may be going on, has logged; 0 before its first."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def random_weights(architecture: weights.Architecture, seed: int = 0) -> dict[str, np.ndarray]:

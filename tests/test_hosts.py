@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import COMPILES_FAST
+from conftest import COMPILES_FAST, last_step
 
 from bit_jax import hosts
 
@@ -63,11 +63,6 @@ def processes_of(launcher) -> list[psutil.Process]:
 
 def host_of(launcher, number) -> psutil.Process:
     return next(process for process in processes_of(launcher) if process.cmdline()[-2:] == ["--host", str(number)])
-
-
-def last_step(workdir) -> int:
-    metrics = workdir / "metrics.jsonl"
-    return max(map(int, re.findall(r'"step": (\d+),', metrics.read_text())), default=0) if metrics.exists() else 0
 
 
 def until_step(workdir, step, launcher):

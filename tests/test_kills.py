@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import last_step
 
 from bit_jax.checkpoint import MANIFEST
 
@@ -65,11 +66,6 @@ def runs(small_npz, tmp_path):
 def unfinished(workdir: Path) -> int:
     """Checkpoints that a killed run was writing."""
     return sum(not (path / MANIFEST).exists() for path in (workdir / "checkpoints").glob("*"))
-
-
-def last_step(workdir: Path) -> int:
-    path = workdir / "metrics.jsonl"
-    return json.loads(path.read_text().splitlines()[-1])["step"] if path.exists() and path.stat().st_size else 0
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:

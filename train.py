@@ -17,10 +17,11 @@ from rich.console import Console
 
 import input_pipeline
 from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, weights, zoo
-from bit_jax.errors import RequestError, exit_code
 from bit_jax.precision import choose
 from bit_jax.resnetv2 import is_architecture_name, parse_architecture
 from bit_jax.workdir import Workdir
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 
 
 def main() -> None:
@@ -143,4 +144,4 @@ def initial_model(
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, input_pipeline.DatasetError))
+    sys.exit(exit_code(main))

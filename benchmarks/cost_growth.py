@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from bit_jax.errors import RequestError, exit_code
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 from parity.throughput import machine
 
 SWEEPS: dict[str, list[Any]] = {

@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import tyro
 
-from bit_jax import metrics
 from bit_jax.accelerators import GIB
-from bit_jax.errors import RequestError, exit_code
 from bit_jax.plan import HOSTS, Request, demands
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
+from input_pipeline.files import write_json
 
 MODELS, PRECISIONS, SIZES = ("R50x1", "R152x2", "R152x4"), ("fp32", "tf32", "bf16"), ((1, 1), (1, 8), (2, 8), (4, 8))
 
@@ -41,7 +42,7 @@ def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
         case = f"{model} {precision} {hosts}x{devices}"
         if case not in found:
             found[case] = demands(request(model, precision, hosts, devices))
-            metrics.write_json(json_file, found)
+            write_json(json_file, found)
         print(row(found[case]), flush=True)
     print("\n| case |" + "".join(f" {count} hosts |" for count in HOSTS) + "\n" + "|---" * (1 + len(HOSTS)) + "|")
     for case in MODELLED:

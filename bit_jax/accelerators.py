@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 GIB = 2**30
 

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as orbax
 
-from bit_jax import hosts, metrics
+from bit_jax import hosts
 from bit_jax import mesh as meshes
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
+from input_pipeline.files import write_json
 
 MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
 
@@ -116,7 +117,7 @@ class Checkpoints:
         response.result()
         path = self._directory / str(step)
         if self._first:
-            metrics.write_json(path / MANIFEST, _digests(path))
+            write_json(path / MANIFEST, _digests(path))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import tyro
 
-from bit_jax.errors import RequestError
 from bit_jax.resnetv2 import Remat
+from input_pipeline.errors import RequestError
 
 EMBEDDED = "embedded"  # --model's name for the small model under assets/
 

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from bit_jax import hosts, mesh, metrics
 from bit_jax.config import Config, identity
-from bit_jax.errors import RequestError, RunFailed
 from bit_jax.precision import PRECISIONS, products
+from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ("train.py", "bit_jax/*.py", "input_pipeline/*.py")  # relative to ROOT, where all of it is

@@ -10,7 +10,6 @@ from bit_jax import hosts, metrics, weights
 from bit_jax import mesh as meshes
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
-from bit_jax.errors import deferring_signals
 from bit_jax.evaluate import Accuracy
 from bit_jax.hyperrule import Recipe
 from bit_jax.loop import Loop, Split
@@ -20,6 +19,8 @@ from bit_jax.steps import TrainState
 from bit_jax.timeline import Timeline
 from bit_jax.weights import Architecture, Params
 from bit_jax.workdir import Workdir
+from input_pipeline.exits import deferring_signals
+from input_pipeline.files import write_json
 
 
 def finetune(
@@ -94,7 +95,7 @@ def finetune(
         | _outcome(state, accuracy)
     )
     if hosts.is_first():
-        metrics.write_json(workdir.result, result)
+        write_json(workdir.result, result)
     return result
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from bit_jax import coordinator, errors
+from bit_jax import coordinator
 from bit_jax.config import ScaleConfig
-from bit_jax.errors import RequestError
+from input_pipeline import exits
+from input_pipeline.errors import RequestError
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
@@ -76,7 +77,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     if arguments is None:
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `errors`
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `exits`
     missing = (
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
         "and --hosts, and see that its port is reachable from each"
@@ -92,7 +93,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
         except Exception as error:  # of several kinds
             raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
     watch = _Watch(scale.host_timeout)
-    errors.end_abruptly()  # an orderly end would wait for hosts that are gone
+    exits.end_abruptly()  # an orderly end would wait for hosts that are gone
     try:
         yield
     except BaseException as error:
@@ -101,7 +102,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     wait_for_all("end")
     watch.stop()
     jax.distributed.shutdown()
-    errors.end_abruptly(False)
+    exits.end_abruptly(False)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import sys
 
 import tyro
 
-from bit_jax.errors import RequestError, exit_code
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 
 
 def main() -> int:
@@ -86,6 +87,4 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    codes: list[int] = []
-    code = exit_code(lambda: codes.append(main()))
-    sys.exit(code or codes[0])
+    sys.exit(exit_code(main))

@@ -13,14 +13,15 @@ from bit_jax import mesh as meshes
 from bit_jax import metrics
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
-from bit_jax.errors import RunFailed, Stopped, signal_asked
 from bit_jax.evaluate import Accuracy, evaluate
-from bit_jax.files import replacing
 from bit_jax.hyperrule import Recipe
 from bit_jax.program import Program
 from bit_jax.steps import TrainState
 from bit_jax.timeline import Timeline
 from bit_jax.workdir import Workdir
+from input_pipeline.errors import RunFailed, Stopped
+from input_pipeline.exits import signal_asked
+from input_pipeline.files import replacing
 
 # waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
 INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0

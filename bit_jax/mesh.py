@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 DATA, FSDP = "data", "fsdp"
 

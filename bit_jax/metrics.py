@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bit_jax.files import replacing
 from bit_jax.timeline import Timeline, rates
+from input_pipeline.files import replacing
 
 GIB = 2**30
 
@@ -63,12 +63,6 @@ def peak_memory() -> tuple[float, str]:
 def versions() -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically; what JSON has no form for, such as a path, as text."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 class Log:

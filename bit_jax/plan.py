@@ -25,11 +25,13 @@ from bit_jax import hlo, hyperrule, metrics
 from bit_jax import mesh as meshes
 from bit_jax.accelerators import GIB, Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
-from bit_jax.errors import RequestError, exit_code
 from bit_jax.program import Steps, compiler_options, make_steps
 from bit_jax.resnetv2 import Remat, is_architecture_name, parse_architecture
 from bit_jax.weights import Architecture
 from bit_jax.zoo import ZOO
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
+from input_pipeline.files import write_json
 
 IMAGENET_EXAMPLES, IMAGENET_AREA = 1_281_167, 400 * 350
 POOL = 0.9  # of a device's memory is XLA's (train.py asks for it); the rest is the CUDA context's and NCCL's
@@ -379,7 +381,7 @@ def main() -> None:
         result = plan(request)
         show(result, console)
     if arguments.json is not None:
-        metrics.write_json(arguments.json, result)
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

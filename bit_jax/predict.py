@@ -14,8 +14,9 @@ import tyro
 
 from bit_jax import hyperrule, steps, weights, zoo
 from bit_jax.class_names import imagenet1k, in_words
-from bit_jax.errors import RequestError, exit_code
 from input_pipeline import DatasetError, Views
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 from input_pipeline.preprocess import native_area
 
 TOP = 5
@@ -107,4 +108,4 @@ def _config_beside(weight_file: Path) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, DatasetError))
+    sys.exit(exit_code(main))

@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bit_jax import ops
-from bit_jax.errors import RequestError
 from bit_jax.ops import max_pool
+from input_pipeline.errors import RequestError
 
 GROUPS = 32
 NORM_EPS = 1e-5  # BiT; Flax's default is 1e-6

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bit_jax.errors import RequestError
-from bit_jax.files import replacing
 from bit_jax.resnetv2 import GROUPS, ResNetV2, architecture_name, param_dtype
+from input_pipeline.errors import RequestError
+from input_pipeline.files import replacing
 
 PREFIX = "resnet/"
 STAGES = 4

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bit_jax import hosts, metrics
+from bit_jax import hosts
 from bit_jax.config import Config, identity
-from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Recipe
+from input_pipeline.errors import RequestError
+from input_pipeline.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Workdir:
                     raise RequestError(
                         f"{self.path} holds {stray[0]} but no config.json to say of which run; choose another --workdir"
                     )
-                metrics.write_json(self.config, wanted)
+                write_json(self.config, wanted)
                 return
             found = json.loads(self.config.read_text())
         except OSError as error:

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bit_jax.config import EMBEDDED
-from bit_jax.errors import RequestError, exit_code
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 
 BASE_URL = "https://storage.googleapis.com/bit_models"
 EMBEDDED_FILE = Path(__file__).parent.parent / "assets" / "fashion-mnist-R14x0.5" / "final.npz"

@@ -1,9 +1,18 @@
-"""Datasets as uint8 batches with a mask: `open_source` finds the examples, `Loader` orders and batches them."""
+"""Datasets as uint8 batches with a mask: `open_source` finds the examples, `Loader` orders and batches them.
 
-from input_pipeline.examples import DamagedImage, DatasetError, Source, few_shot, fingerprint
-from input_pipeline.loader import Batch, Loader
-from input_pipeline.preprocess import Views, native_area
-from input_pipeline.sources import open_source
+This package is the ground floor. It imports neither `bit_jax` nor `parity`, and what all three share stands here: how a
+command ends (`errors`, `exits`), how files and paths are handled (`files`, `flags`), who owns a directory (`claims`)
+and what a terminal is shown (`terminal`). Those six import no array library, so every command starts fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from input_pipeline.examples import DamagedImage, DatasetError, Source, few_shot, fingerprint, relabelled
+    from input_pipeline.loader import Batch, Loader
+    from input_pipeline.preprocess import Views, native_area
+    from input_pipeline.sources import open_source
 
 __all__ = [
     "Batch",
@@ -16,4 +25,20 @@ __all__ = [
     "fingerprint",
     "native_area",
     "open_source",
+    "relabelled",
 ]
+
+_MODULES = {
+    "examples": ("DamagedImage", "DatasetError", "Source", "few_shot", "fingerprint", "relabelled"),
+    "loader": ("Batch", "Loader"),
+    "preprocess": ("Views", "native_area"),
+    "sources": ("open_source",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name's module when it is first used: `preprocess` brings Numba, which many commands do without."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"input_pipeline.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

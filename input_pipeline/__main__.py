@@ -15,7 +15,7 @@ from rich.table import Table
 from input_pipeline import prepare as preparing
 from input_pipeline.bench import bench
 from input_pipeline.check import Checked, check
-from input_pipeline.examples import DatasetError
+from input_pipeline.exits import exit_code
 from input_pipeline.sources import open_source, split_names
 
 SHOWN = 20  # faults of a split
@@ -23,17 +23,9 @@ SHOWN = 20  # faults of a split
 
 def main() -> int:
     commands = {"prepare": _prepare, "convert": _convert, "check": _check, "bench": bench}
-    try:
-        holds = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m input_pipeline", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-    except DatasetError as error:
-        return _say(str(error), 2)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        return _say(f"the operating system refuses{where}: {error.strerror or error}; mend that and start again", 2)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command starts again", 130)
+    holds = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m input_pipeline", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     return 0 if holds is not False else 1
 
 
@@ -113,10 +105,5 @@ def _show(results: list[Checked]) -> None:
             console.print(f"{result.name}: and {len(faults) - SHOWN} more")
 
 
-def _say(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

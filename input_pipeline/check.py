@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from input_pipeline.examples import DamagedImage, DatasetError, Source
+from input_pipeline.examples import NO_LABEL, DamagedImage, DatasetError, Source
 from input_pipeline.preprocess import decode
 
 BLOCK = 1024  # records under way at once
-NO_LABEL = -1  # of every example of a split that is published without labels
 
 
 @dataclasses.dataclass

@@ -5,15 +5,21 @@ A source knows nothing of order, batches or hosts; `loader.py` decides those.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
+from input_pipeline.errors import RequestError
+from input_pipeline.terminal import printable
+
 FINGERPRINTED = 64  # examples
+NO_LABEL = -1  # of every example of a split that is published without labels
+NAMED = 8  # classes that an error message spells out
 
 
-class DatasetError(ValueError):
+class DatasetError(RequestError):
     """The dataset cannot be had as asked for; the message names it and the remedy."""
 
 
@@ -91,6 +97,61 @@ def fingerprint(source: Source) -> str:
         digest.update(repr((shape, int(example["label"]), example["id"])).encode())
         digest.update(image.tobytes() if isinstance(image, np.ndarray) else image)
     return digest.hexdigest()[:16]
+
+
+def canonical(name: str) -> str:
+    """A class's name in Unicode's composed form (NFC): macOS and Linux spell the same "é" in two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
+class Relabelled:
+    """Another source's examples under other numbers of the same classes."""
+
+    def __init__(self, source: Source, class_names: Sequence[str], numbers: np.ndarray):
+        """numbers: int32 [classes of source], the new label of each of its labels."""
+        self.name, self.class_names = source.name, class_names
+        self._source, self._numbers = source, numbers
+
+    @property
+    def labels(self) -> np.ndarray:
+        labels = self._source.labels
+        known = (labels >= 0) & (labels < len(self._numbers))
+        return np.where(known, self._numbers[np.where(known, labels, 0)], NO_LABEL).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        label = example["label"]
+        known = 0 <= label < len(self._numbers)
+        return {**example, "label": int(self._numbers[label]) if known else NO_LABEL}
+
+
+def relabelled(source: Source, class_names: Sequence[str], whose: str) -> Source:
+    """The source with its labels numbered as in `class_names`; classes are matched by name, never by position.
+
+    Args:
+        class_names: in the order of the wanted labels.
+        whose: what has those classes, for the message: "digits/train", "the head of w.npz".
+
+    Raises:
+        DatasetError: `source` has classes that are not among them; the message names them.
+    """
+    wanted = {canonical(name): label for label, name in enumerate(class_names)}
+    unknown = [name for name in source.class_names if canonical(name) not in wanted]
+    if unknown:
+        shown = ", ".join(printable(name) for name in unknown[:NAMED])
+        more = f" and {len(unknown) - NAMED:,} more" if len(unknown) > NAMED else ""
+        there = ", ".join(printable(name) for name in class_names[:NAMED])
+        raise DatasetError(
+            f"{printable(source.name)} has {len(unknown):,} classes that {printable(whose)} has not: {shown}{more}; "
+            f"its {len(class_names):,} begin with {there}. Leave those classes out, or choose another split"
+        )
+    numbers = np.array([wanted[canonical(name)] for name in source.class_names], np.int32)
+    if len(numbers) == len(class_names) and np.array_equal(numbers, np.arange(len(numbers))):
+        return source
+    return Relabelled(source, class_names, numbers)
 
 
 def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:

@@ -15,10 +15,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from bit_jax.errors import RequestError, exit_code
-from bit_jax.files import replacing
-from bit_jax.metrics import write_json
-from input_pipeline.examples import DatasetError
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
+from input_pipeline.files import replacing, write_json
 from parity import report, rungs, throughput
 from parity.accuracy import compare_logits
 from parity.attestation import attest
@@ -179,4 +178,4 @@ def _write_forms(built: report.Report, folder: Path, json: Path | None, html: Pa
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, DatasetError))
+    sys.exit(exit_code(main))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ import optax
 import input_pipeline
 from bit_jax import mesh as meshes
 from bit_jax import metrics, optimizer, program, resnetv2, steps, weights
-from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import choose, products
+from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults, inputs
 from parity.fingerprint import fingerprint

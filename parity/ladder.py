@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bit_jax import weights, zoo
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
 from input_pipeline.sources import open_source
 from parity import inputs

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)

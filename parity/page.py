@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bit_jax.class_names import in_words
-from bit_jax.errors import RequestError
-from bit_jax.files import replacing
+from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError, Source
+from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
 from parity import report as reports
 from parity.oracle import GATE, MULTIPLE

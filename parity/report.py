@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bit_jax.errors import RequestError
-from bit_jax.files import replacing
-from bit_jax.metrics import write_json
+from input_pipeline.errors import RequestError
+from input_pipeline.files import replacing, write_json
 from parity.ladder import ROLES, Ladder, RungResult
 from parity.oracle import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, SLACK, worst
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 from parity import rungs
 from parity.attestation import attest
 from parity.faults import FAULTS, Fault

@@ -6,7 +6,7 @@ import re
 from typing import Any, Literal
 
 from bit_jax import hugepages
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
 SWITCHES = {"jax": ("tuned", "hugepages"), "torch": ("compile", "channels_last", "hugepages")}

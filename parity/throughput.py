@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from bit_jax import weights, zoo
-from bit_jax.errors import RequestError, RunFailed
-from bit_jax.metrics import write_json
 from input_pipeline.bench import CROP, RESIZE_TO
+from input_pipeline.errors import RequestError, RunFailed
+from input_pipeline.files import write_json
 from input_pipeline.sources import open_source
 from parity import faults, flops, inputs, throughput_report, timing
 from parity.ladder import RANDOM, ULP, working_folder

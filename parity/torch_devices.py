@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; compiling differs by less between processes
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 HEAD_KERNEL = "resnet/head/conv2d/kernel"
 LISTED = 6

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from bit_jax import probe
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source, Subset
 from input_pipeline.sources import open_source
 from parity import faults, inputs, torch_devices, torch_names, torch_pipeline, torch_reference

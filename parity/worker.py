@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bit_jax.errors import RequestError, RunFailed
+from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.examples import DatasetError
 from parity.side import Side
 

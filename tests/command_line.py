@@ -6,8 +6,7 @@ import io
 import sys
 from unittest import mock
 
-from bit_jax.errors import exit_code
-from input_pipeline import DatasetError
+from input_pipeline.exits import exit_code
 from parity import __main__ as parity_main
 
 
@@ -23,7 +22,7 @@ def parity(*arguments: object) -> Done:
     command = mock.patch.object(sys, "argv", ["parity", *map(str, arguments)])
     with command, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = exit_code(parity_main.main, DatasetError)
+            code = exit_code(parity_main.main)
         except SystemExit as ended:
             code = ended.code
     assert isinstance(code, int)

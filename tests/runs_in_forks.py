@@ -10,12 +10,11 @@ import sys
 import sklearn.datasets  # noqa: F401 (train.py imports it when it opens digits)
 
 import train
-from bit_jax.errors import exit_code
-from input_pipeline import DatasetError
+from input_pipeline.exits import exit_code
 
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:
-        os._exit(exit_code(train.main, DatasetError))
+        os._exit(exit_code(train.main))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

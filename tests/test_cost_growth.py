@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cost_growth.py"
 SMALL = {"batch": 2, "size": 32, "width": 0.5, "depth": 14}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bit_jax import doctor
-from bit_jax.errors import RunFailed
 from bit_jax.launch import free_port
 from bit_jax.mesh import make_mesh
 from input_pipeline import fingerprint
+from input_pipeline.errors import RunFailed
 from input_pipeline.examples import ArraySource
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from bit_jax import config
-from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Schedule, recipe
 from bit_jax.optimizer import learning_rate, sgd
+from input_pipeline.errors import RequestError
 
 HYPERRULE = dataclasses.replace(config.HYPERRULE, run=config.RunConfig(workdir=Path("unused")))
 

@@ -17,7 +17,7 @@ from command_line import parity
 from conftest import SMALL, random_weights
 from rich.console import Console
 
-from bit_jax.errors import RequestError, RunFailed
+from input_pipeline.errors import RequestError, RunFailed
 from parity import faults, report, selftest
 from parity.ladder import Ladder
 from parity.options import Options

@@ -12,7 +12,7 @@ import torch
 from test_torch_reference import original_name
 
 from bit_jax import probe
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 from parity import inputs, oracle, rungs, statistics, torch_names, torch_pipeline, torch_reference, torch_side
 from parity.ladder import RungResult
 from parity.options import Options

@@ -10,7 +10,7 @@ import pytest
 
 from bit_jax import hlo, plan
 from bit_jax.accelerators import ACCELERATORS
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(

@@ -10,8 +10,7 @@ from conftest import random_weights
 from PIL import Image
 
 from bit_jax import predict, weights
-from bit_jax.errors import exit_code
-from input_pipeline import DatasetError
+from input_pipeline.exits import exit_code
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_unknown_heads_are_numbered_and_small_ones_short(tmp_path, image):
 def test_wrong_requests(tmp_path, image, capsys, monkeypatch, arguments, said):
     path = npz(tmp_path, 3)
     monkeypatch.setattr(sys, "argv", ["predict", *(argument.format(npz=path, image=image) for argument in arguments)])
-    assert exit_code(predict.main, DatasetError) == 2
+    assert exit_code(predict.main) == 2
     sentence = capsys.readouterr().err
     assert said in sentence
     assert sentence.count("\n") == 1

@@ -12,7 +12,7 @@ from jax import lax
 
 import bit_jax
 from bit_jax import ops, resnetv2, steps, weights
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
 # The same mathematics in float64 differs by rounding only, seen at 1e-13; a wrong epsilon moves a logit by 1e-6.

@@ -7,10 +7,10 @@ import pytest
 
 from bit_jax import mesh as meshes
 from bit_jax import steps, weights
-from bit_jax.errors import RequestError
 from bit_jax.hyperrule import Schedule
 from bit_jax.optimizer import sgd
 from bit_jax.program import abstract_state
+from input_pipeline.errors import RequestError
 
 ROWS, SIDE, STEPS = 32, 16, 3
 

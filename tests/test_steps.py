@@ -7,10 +7,10 @@ import pytest
 
 import bit_jax
 from bit_jax import mesh, steps
-from bit_jax.errors import RequestError
 from bit_jax.evaluate import evaluate
 from bit_jax.hyperrule import Schedule
 from bit_jax.optimizer import sgd
+from input_pipeline.errors import RequestError
 
 
 def test_neighbours_are_mixed():

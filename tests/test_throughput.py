@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from bit_jax import resnetv2
-from bit_jax.errors import RequestError
 from bit_jax.weights import Architecture
+from input_pipeline.errors import RequestError
 from parity import flops, throughput, throughput_report, timing
 from parity.jax_side import JaxSide
 from parity.side import Side

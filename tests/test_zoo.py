@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bit_jax import zoo
-from bit_jax.errors import RequestError
+from input_pipeline.errors import RequestError
 
 CONTENT = np.random.default_rng(0).bytes(3 << 20)
 NAME = "BiT-M-R50x1"

@@ -1,0 +1,218 @@
+"""Who owns a directory: a file in it that names host, process and time, so that a second writer is refused.
+
+The claim works on shared disks without locks. On the machine that made it, a claim is as alive as its process. From
+any other machine or container it is watched: the owner writes a new number into the file every few seconds, and a
+claim whose number stands still for `PATIENCE` seconds belongs to an owner that is dead. No clocks are compared.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from input_pipeline.errors import RequestError
+
+CLAIM = ".owner.json"  # the claim of a whole directory
+BEAT = 5.0  # seconds between two signs of life
+PATIENCE = 30.0  # seconds without one after which an owner elsewhere is taken for dead
+LOST = 2  # looks in a row at which the claim is another's: one may fall between another claimant's two renames
+UNKNOWN: dict[str, Any] = {"host": "?", "process": 0, "since": "?", "command": "?"}
+
+
+class InUse(RequestError):
+    """Another process owns the directory or file; the message names it."""
+
+
+@contextlib.contextmanager
+def claimed(
+    claim: Path,
+    name: object,
+    remedy: str,
+    *,
+    wait: bool = False,
+    lost: Callable[[str], None] | None = None,
+    patience: float = PATIENCE,
+) -> Iterator[None]:
+    """Within, this process owns what the claim stands for; the claim is gone afterwards.
+
+    Args:
+        claim: the claim's file, such as DIRECTORY / `CLAIM`; its directory exists.
+        name: what is owned, for messages.
+        remedy: the last clause of a refusal: what else can be done than to wait.
+        wait: whether to wait for the owner's end instead of refusing.
+        lost: is called with a sentence, in a thread, where another process took the claim because this one showed no
+            sign of life; by default it ends the process with exit code 1, because two owners would write.
+        patience: seconds to watch an owner on another machine.
+
+    Raises:
+        InUse: another process, which is alive, owns it.
+        OSError: the claim cannot be written.
+    """
+    token = secrets.token_hex(8)
+    file = _acquire(claim, token, name, remedy, wait, patience)
+    ended = threading.Event()
+    beat = threading.Thread(target=_beat, args=(file, claim, token, ended, name, lost or _end), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        os.close(file)
+        if (_read(claim) or {}).get("token") == token:
+            claim.unlink(missing_ok=True)
+
+
+def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, patience: float) -> int:
+    """The open file of this process's own claim."""
+    while True:
+        try:
+            file = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:
+            owner = _read(claim)
+            if owner is None:  # it has just ended
+                continue
+            if not _is_alive(owner, claim, patience):
+                _remove(claim, owner)
+            elif wait or owner["host"] == "?":  # a claim that was just being written says in a moment whose it is
+                time.sleep(0.1)
+            else:
+                raise InUse(
+                    f"{name} is in use by process {owner['process']} on {owner['host']} since {owner['since']} "
+                    f"({owner['command']}); wait for its end, or {remedy}"
+                ) from None
+        else:
+            try:
+                _write(file, token, 0)
+            except OSError:
+                os.close(file)
+                claim.unlink(missing_ok=True)
+                raise
+            return file
+
+
+def _write(file: int, token: str, beat: int) -> None:
+    """The claim's text, always of the same length, so that it is never read half old and half new."""
+    content = {
+        "token": token,
+        "beat": f"{beat:012d}",
+        "host": platform.node(),
+        "machine": _machine(),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": _SINCE,
+        "command": shlex.join(sys.argv)[:200],
+    }
+    os.pwrite(file, (json.dumps(content) + "\n").encode(), 0)
+    os.fsync(file)
+
+
+def _read(claim: Path) -> dict[str, Any] | None:
+    """What a claim says; None where there is none. What is not readable as a claim is `UNKNOWN`'s, and its text stands
+    for its beat."""
+    try:
+        text = claim.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(text)
+        return UNKNOWN | {"token": "", "beat": "", "machine": "", "started": ""} | content
+    except (ValueError, TypeError):  # one that is just being written, or damaged
+        return UNKNOWN | {"token": text.hex(), "beat": text.hex(), "machine": "", "started": ""}
+
+
+def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
+    if owner["machine"] == _machine():
+        return _started(owner["process"]) == owner["started"]
+    until = time.monotonic() + patience
+    told = False
+    while time.monotonic() < until:
+        now = _read(claim)
+        if now is None or now["token"] != owner["token"] or now["beat"] != owner["beat"]:
+            return True
+        if not told and owner["host"] != "?":
+            print(
+                f"{claim.parent} is claimed by process {owner['process']} on {owner['host']}; watching for "
+                f"{patience:.0f} s whether that is alive",
+                file=sys.stderr,
+            )
+            told = True
+        time.sleep(min(BEAT / 10, patience / 10))
+    return False
+
+
+def _remove(claim: Path, owner: dict[str, Any]) -> None:
+    """Removes a dead owner's claim; another claimant may do the same at the same time."""
+    aside = claim.with_name(f"{claim.name}.{secrets.token_hex(4)}")
+    try:
+        os.rename(claim, aside)
+    except FileNotFoundError:
+        return
+    if (_read(aside) or {}).get("token") != owner["token"]:  # another claimant was faster: this is its new claim
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, claim)
+    aside.unlink(missing_ok=True)
+
+
+def _beat(
+    file: int, claim: Path, token: str, ended: threading.Event, name: object, lost: Callable[[str], None]
+) -> None:
+    count, gone = 0, 0
+    while not ended.wait(BEAT):
+        count += 1
+        try:
+            owner = _read(claim)
+            gone = gone + 1 if (owner or {}).get("token") != token else 0
+            if gone >= LOST:
+                by = f"process {owner['process']} on {owner['host']}" if owner else "somebody who removed its claim"
+                return lost(f"{name} was taken over by {by}; this process ends and writes no more")
+            _write(file, token, count)
+        except OSError:  # a disk that does not answer now may do so at the next beat
+            continue
+
+
+def _end(sentence: str) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _machine() -> str:
+    """What tells whether a process number here means the same process there: machine, boot and container."""
+    parts = [platform.node()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        with contextlib.suppress(OSError):
+            parts.append(read())
+    return " ".join(parts)
+
+
+def _started(process: int) -> str:
+    """When a process began, in whatever unit the system counts; empty where it has ended."""
+    try:
+        # the 22nd field, and the state; the second, the program's name in parentheses, may hold anything
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else fields[18]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    except OSError:
+        return ""
+    with contextlib.suppress(psutil.Error):  # no /proc: not Linux
+        return str(psutil.Process(process).create_time())
+    return ""
+
+
+_SINCE = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,92 @@
+"""Files that are there whole or not at all, JSON beside them, and paths as people type them."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from input_pipeline.errors import RequestError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s name when it is complete and on disk; on an error nothing of it remains."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically; what JSON has no form for, such as a path, becomes text."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+class DamagedFile(RequestError):
+    """A side file was read, and its content is not what this program writes."""
+
+
+def parse_json(text: bytes | str, kind: type, name: object, remedy: str) -> Any:
+    """The value in a JSON text, which must be of `kind`.
+
+    Args:
+        text: the text, UTF-8 where it is bytes.
+        kind: the Python type that the outermost value must have, such as `dict`.
+        name: what the text is called in the message.
+        remedy: the message's last clause: what the reader can do.
+
+    Raises:
+        DamagedFile: the text is not UTF-8, not JSON, nested too deeply, or another kind of value.
+    """
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise DamagedFile(f"{name} is damaged ({reason}); {remedy}") from None
+    if not isinstance(value, kind):
+        raise DamagedFile(f"{name} is damaged (it holds a {type(value).__name__}, not a {kind.__name__}); {remedy}")
+    return value
+
+
+def read_json(path: Path, kind: type, remedy: str) -> Any:
+    """The value in a JSON file; see `parse_json`.
+
+    Raises:
+        DamagedFile: the file was read and is not what it should be.
+        RequestError: the file cannot be read; the message says why and advises nothing that would lose it.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None
+    return parse_json(text, kind, path, remedy)
+
+
+def is_url(text: str) -> bool:
+    """Whether the text begins with a scheme, such as `https://` or `gs://`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text) is not None
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """The path that a person typed, `~` and `~user` expanded.
+
+    Raises:
+        RequestError: it is a URL, or the home directory is not known.
+    """
+    typed = os.fspath(text)
+    if is_url(typed):
+        raise RequestError(f"{typed} is a URL, and a path on this machine is needed; mount or copy it first")
+    try:
+        return Path(typed).expanduser()
+    except RuntimeError:  # a uid without an entry in /etc/passwd, and no $HOME
+        raise RequestError(f"{typed} names a home directory that is not known here; write the whole path") from None

@@ -21,6 +21,7 @@ from input_pipeline import DatasetError, Loader, Views, few_shot, imagenet, open
 from input_pipeline import __main__ as command_line
 from input_pipeline.check import check
 from input_pipeline.examples import ArraySource
+from input_pipeline.exits import exit_code
 
 ROOT = Path(__file__).parent.parent
 VERSION = Path("imagenet2012") / "5.1.0"
@@ -33,14 +34,14 @@ def nothing(done: int) -> None:
 
 
 def run(*arguments) -> tuple[int, str, str]:
-    """The command line in this process: (exit code, standard output, standard error)."""
+    """Runs the command line in this process and returns (exit code, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["input_pipeline", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        code = command_line.main()
+        code = exit_code(command_line.main)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -222,12 +222,12 @@ def test_evaluation_never_replaces_an_image():
         rows_of(Loader(damaged(8, 3), VIEWS, 4, skip_damaged=True).evaluation())
 
 
-@pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_out_of_range_is_an_error(label):
+@pytest.mark.parametrize(("label", "said"), [(-1, "no label: splits such as"), (3, "label 3, but there are 3 classes")])
+def test_a_label_out_of_range_is_an_error(label, said):
     source = numbered(8)
     source.labels[5] = label
     for read in (lambda loader: loader.train(0, 2), lambda loader: loader.evaluation()):
-        with pytest.raises(DatasetError, match=f"example 5 of numbered has label {label}, but there are 3 classes"):
+        with pytest.raises(DatasetError, match=f"example 5 of numbered has {said}"):
             rows_of(read(Loader(source, VIEWS, 4)))
 
 

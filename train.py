@@ -23,11 +23,12 @@ from bit_jax.workdir import Workdir
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.limits import raise_descriptor_limit
 
 
 def main() -> None:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    input_pipeline.raise_descriptor_limit()
+    raise_descriptor_limit()
     keep_compiled_programs()
     with hosts.joined(cfg.scale):
         if cfg.scale.doctor:
@@ -57,7 +58,10 @@ def run(cfg: config.Config) -> dict:
         microbatches=cfg.scale.microbatches,
     )
     train, validation = open_sources(cfg)
-    native_area, seen = input_pipeline.typical_area(train, skip_damaged=cfg.data.skip_damaged)
+    native_area, notes = None, []
+    if hyperrule.needs_native_area(cfg):
+        native_area, seen = input_pipeline.typical_area(train, skip_damaged=cfg.data.skip_damaged)
+        notes = [f"{seen}; BiT-HyperRule chooses the resolution by the median"]
     if cfg.data.examples_per_class is not None:
         train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
     recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
@@ -98,7 +102,7 @@ def run(cfg: config.Config) -> dict:
             global_batch=global_batch,
             mesh=devices,
             workdir=workdir,
-            notes=[seen],
+            notes=notes,
         )
 
 

@@ -33,7 +33,8 @@ class Coordinator:
         with self._process.stdout as answers:
             answer = answers.readline().strip()
         if answer != LISTENING:
-            raise RequestError(answer or f"the coordinator ended with exit code {self._process.wait()}")
+            self._process.communicate()  # it has ended
+            raise RequestError(answer or f"the coordinator ended with exit code {self._process.returncode}")
 
     def shutdown(self) -> None:
         """Ends it at once."""

@@ -1,7 +1,6 @@
 """What a run will need of the machine, held against what there is before the run starts, not hours later."""
 
 import dataclasses
-import resource
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import psutil
 from bit_jax import weights
 from bit_jax.workdir import Workdir
 from input_pipeline.errors import RequestError
+from input_pipeline.limits import RESERVED, raise_descriptor_limit
 
 GIB, MIB = 2**30, 2**20
-OWN_DESCRIPTORS = 128  # files, sockets and threads' pipes beside the dataset's; a run on one CPU is seen to open 60
 SHARED_PER_GPU = 32 * MIB  # NCCL's buffers in /dev/shm where GPUs of a host talk through it
 SHARED = Path("/dev/shm")
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
@@ -55,8 +54,8 @@ def needs(architecture: weights.Architecture, dtype: np.dtype, workdir: Workdir,
     return [
         Need(
             "open files (ulimit -n)",
-            files + OWN_DESCRIPTORS,
-            resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            files + RESERVED,
+            raise_descriptor_limit(),
             "raise the hard limit (ulimit -Hn), or prepare the dataset in fewer shards",
         ),
         Need(

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -27,6 +28,8 @@ Remat = Literal["none", "norm", "unit"]
 CONVOLVED = "convolved"  # with `ops.STATISTICS` what `remat` "norm" keeps, by the name given where it is made
 GATHERED = "gathered"  # what is never kept
 STANDARDIZED = "standardized_conv2d"  # the checkpoint's name of every convolution but the head
+
+WANTED = "floats [batch, height, width, 3] in [-1, 1]"  # images
 
 UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -286,6 +289,32 @@ class Head(nn.Module):
         return HeadConv(self.num_classes, self.numerics, name="conv2d")(features)
 
 
+def check_images(images: Any) -> None:
+    """Looks at shape and dtype while the model is traced, and at no value.
+
+    Raises:
+        RequestError: they are not floats [batch, height, width, 3]; the message says how to make them so.
+    """
+    if not isinstance(images, (jax.Array, np.ndarray)):
+        raise RequestError(f"images are a {type(images).__name__}, not an array; give {WANTED}")
+    shape = images.shape
+    if len(shape) == 3 and 3 in (shape[0], shape[2]):
+        remedy = "add a batch axis: images[None]"
+    elif len(shape) == 4 and shape[1] == 3 != shape[3]:
+        remedy = "move the channels to the end: images.transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 1:
+        remedy = "repeat the grey channel: images.repeat(3, axis=-1)"
+    elif len(shape) == 4 and shape[3] == 4:
+        remedy = "leave out the fourth channel: images[..., :3]"
+    elif len(shape) != 4 or shape[3] != 3 or not shape[1] * shape[2]:
+        remedy = "bring them into that shape"
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+        remedy = "bring 0..255 into that range: (images.astype('float32') - 127.5) / 127.5"
+    else:
+        return
+    raise RequestError(f"images are {images.dtype} {list(shape)}, and the model takes {WANTED}; {remedy}")
+
+
 class ResNetV2(nn.Module):
     """Maps images [batch, height, width, 3] in [-1, 1], of any height and width, to logits [batch, num_classes].
 
@@ -314,6 +343,7 @@ class ResNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
+        check_images(images)
         numerics = Numerics(
             self.dtype,
             self.precision,

@@ -204,7 +204,7 @@ def _kept(leaf: Any) -> np.dtype | None:
 
 
 def _is_count(number: object) -> bool:
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and number > 0
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and int(number) > 0
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -43,7 +43,7 @@ CONTENTS = (
 
 
 def recognize(path: Path) -> str | None:
-    """A clause that says what the file or directory is and what can be done, or None where it is nothing known.
+    """A clause that says what the file or directory is and what can be done; None where it may be an .npz.
 
     Only the first bytes, the names in a zip file and those in a directory are looked at.
 
@@ -66,6 +66,8 @@ def recognize(path: Path) -> str | None:
         return _zip(path)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER:
         return f"is a safetensors file; {CONVERTED}"
+    if not any(start):
+        return "begins with zeros, as a file does whose download or copy did not finish; get it again"
     if re.match(rb"\x80[\x02-\x05]", start):
         return f"is a Python pickle, as PyTorch's older .pth files are; {CONVERTED}"
     if start[TAR_MAGIC] == b"ustar":
@@ -96,7 +98,7 @@ def _zip(path: Path) -> str | None:
     return None
 
 
-def _text(start: bytes) -> str | None:
+def _text(start: bytes) -> str:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
         return f"is a web page, such as a server's login or error page; {OFFICIAL}"
@@ -104,4 +106,4 @@ def _text(start: bytes) -> str | None:
         return f"is an XML document, such as a server's error message; {OFFICIAL}"
     if text.startswith((b"{", b"[")):
         return f"is JSON text; {OFFICIAL}"
-    return None
+    return f"is not an .npz file; {OFFICIAL}"

@@ -66,8 +66,8 @@ class Numerics(NamedTuple):
     """How layers compute.
 
     Attributes:
-        dtype: of convolutions and activations between them.
-        precision: of the products.
+        dtype: what convolutions and the activations between them are computed in.
+        precision: how exactly products are computed.
         gather: (kernel in `dtype`, split over devices) -> the same, whole on each, used and dropped again: the backward
             pass gathers it a second time. None where parameters are not split.
         recompute: the backward pass computes activations again from convolutions' outputs.
@@ -322,9 +322,9 @@ class ResNetV2(nn.Module):
         units: bottleneck units in each of the four stages.
         width: channels as a multiple of ResNet's 64.
         num_classes: size of the head.
-        dtype: of convolutions and activations between them. Parameters, statistics and logits are float32 or
-            wider: in bfloat16 only what is multiplied and stored between layers is narrow.
-        precision: of the products; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
+        dtype: what convolutions and the activations between them are computed in. Parameters, statistics and logits
+            are float32 or wider: in bfloat16 only what is multiplied and stored between layers is narrow.
+        precision: how exactly products are computed; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
         remat: what the backward pass computes again instead of keeping it: nothing; `norm`, GroupNorm and ReLU, from
             convolutions' outputs; `unit`, whole bottleneck units, from their inputs.
         gather, paced, products, standardized: see `Numerics`.

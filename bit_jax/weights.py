@@ -106,7 +106,7 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.f
     Args:
         path: the file; `~` is the home directory.
         num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers.
-        dtype: of the computation. Parameters are float32, or float64 where `dtype` is (which needs x64).
+        dtype: what the model computes in. Parameters are float32, or float64 where `dtype` is (which needs x64).
 
     Returns:
         The model and its parameters, on JAX's default device: `model.apply({"params": params}, images)`.
@@ -140,7 +140,7 @@ def read(
     The arrays' order is the file's, a replaced head last.
 
     Raises:
-        WeightsError, RequestError: as `load`.
+        WeightsError, RequestError: see `load`.
     """
     if num_classes is not None and not _is_count(num_classes):
         raise RequestError(f"num_classes is {num_classes!r}; give a whole number from 1, or None to keep the head")
@@ -259,7 +259,7 @@ def _members(path: Path) -> dict[str, _Member]:
             f"weight file {path} does not exist; `python -m bit_jax.zoo list` names those that can be fetched"
         ) from None
     except Exception as error:  # damaged directories make zipfile raise many kinds
-        raise _unreadable(path, "is truncated or not an .npz file", error) from None
+        raise _unreadable(path, "is truncated or damaged", error) from None
 
 
 def _headers(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], path: Path) -> dict[str, _Member]:

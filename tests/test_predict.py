@@ -120,6 +120,7 @@ def test_wrong_requests(tmp_path, image, capsys, monkeypatch, arguments, said):
         (b'{"config": {"data.resize": "cubic"}}', "not pillow or tf"),
         (b'{"config": {"data.resize": ["pillow"]}}', "not pillow or tf"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_a_config_that_no_run_wrote(tmp_path, content, said):
     (tmp_path / "config.json").write_bytes(content)

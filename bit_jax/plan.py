@@ -28,7 +28,7 @@ from bit_jax.config import FLAGPERF, Config, ScaleConfig
 from bit_jax.program import Steps, compiler_options, make_steps
 from bit_jax.resnetv2 import Remat, is_architecture_name, parse_architecture
 from bit_jax.weights import Architecture
-from bit_jax.zoo import ZOO
+from bit_jax.zoo import published
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
@@ -82,7 +82,7 @@ class Request:
         return accelerator(self.device)
 
     def architecture(self) -> Architecture:
-        name = ZOO[self.model].architecture if self.model in ZOO else self.model
+        name = known.architecture if (known := published(self.model)) else self.model
         if not is_architecture_name(name):
             raise RequestError(f"unknown --model {self.model!r}; write a published name or R<depth>x<width>")
         return Architecture(*parse_architecture(name), self.classes)

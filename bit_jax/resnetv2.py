@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -29,6 +30,8 @@ GATHERED = "gathered"  # what is never kept
 # of all random numbers; named, because JAX_DEFAULT_PRNG_IMPL would otherwise decide what a seed means
 GENERATOR = "threefry2x32"
 STANDARDIZED = "standardized_conv2d"  # the checkpoint's name of every convolution but the head
+
+WANTED = "floats [batch, height, width, 3] in [-1, 1]"  # images
 
 UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -65,8 +68,8 @@ class Numerics(NamedTuple):
     """How layers compute.
 
     Attributes:
-        dtype: of convolutions and activations between them.
-        precision: of the products.
+        dtype: what convolutions and the activations between them are computed in.
+        precision: how exactly products are computed.
         gather: (kernel in `dtype`, split over devices) -> the same, whole on each, used and dropped again: the backward
             pass gathers it a second time. None where parameters are not split.
         recompute: the backward pass computes activations again from convolutions' outputs.
@@ -288,6 +291,32 @@ class Head(nn.Module):
         return HeadConv(self.num_classes, self.numerics, name="conv2d")(features)
 
 
+def check_images(images: Any) -> None:
+    """Looks at shape and dtype while the model is traced, and at no value.
+
+    Raises:
+        RequestError: they are not floats [batch, height, width, 3]; the message says how to make them so.
+    """
+    if not isinstance(images, (jax.Array, np.ndarray)):
+        raise RequestError(f"images are a {type(images).__name__}, not an array; give {WANTED}")
+    shape = images.shape
+    if len(shape) == 3 and 3 in (shape[0], shape[2]):
+        remedy = "add a batch axis: images[None]"
+    elif len(shape) == 4 and shape[1] == 3 != shape[3]:
+        remedy = "move the channels to the end: images.transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 1:
+        remedy = "repeat the grey channel: images.repeat(3, axis=-1)"
+    elif len(shape) == 4 and shape[3] == 4:
+        remedy = "leave out the fourth channel: images[..., :3]"
+    elif len(shape) != 4 or shape[3] != 3 or not shape[1] * shape[2]:
+        remedy = "bring them into that shape"
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+        remedy = "bring 0..255 into that range: (images.astype('float32') - 127.5) / 127.5"
+    else:
+        return
+    raise RequestError(f"images are {images.dtype} {list(shape)}, and the model takes {WANTED}; {remedy}")
+
+
 class ResNetV2(nn.Module):
     """Maps images [batch, height, width, 3] in [-1, 1], of any height and width, to logits [batch, num_classes].
 
@@ -295,9 +324,9 @@ class ResNetV2(nn.Module):
         units: bottleneck units in each of the four stages.
         width: channels as a multiple of ResNet's 64.
         num_classes: size of the head.
-        dtype: of convolutions and activations between them. Parameters, statistics and logits are float32 or
-            wider: in bfloat16 only what is multiplied and stored between layers is narrow.
-        precision: of the products; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
+        dtype: what convolutions and the activations between them are computed in. Parameters, statistics and logits
+            are float32 or wider: in bfloat16 only what is multiplied and stored between layers is narrow.
+        precision: how exactly products are computed; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
         remat: what the backward pass computes again instead of keeping it: nothing; `norm`, GroupNorm and ReLU, from
             convolutions' outputs; `unit`, whole bottleneck units, from their inputs.
         gather, paced, products, standardized: see `Numerics`.
@@ -316,6 +345,7 @@ class ResNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
+        check_images(images)
         numerics = Numerics(
             self.dtype,
             self.precision,

@@ -1,6 +1,8 @@
 """Predictions for image files, with the names that belong to the head."""
 
 import json
+import os
+import socket
 import sys
 
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import pytest
 from conftest import random_weights
 from PIL import Image
 
-from bit_jax import predict, weights
+from bit_jax import predict, weights, zoo
+from bit_jax.fine_tuned import Description, described
+from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 
 
@@ -26,8 +30,8 @@ def npz(tmp_path, num_classes):
     return path
 
 
-def test_imagenet_names(tmp_path, image):
-    names = predict.class_names(npz(tmp_path, 1000), 1000)
+def test_imagenet_names(tmp_path):
+    names = predict.class_names(described(npz(tmp_path, 1000)).class_names, 1000)
     assert len(names) == 1000
     assert names[0] == "tench, Tinca tinca"
     assert names[207] == "golden retriever"
@@ -56,7 +60,11 @@ def test_names_and_size_of_a_fine_tuned_model(tmp_path, image, capsys, monkeypat
 
 def test_a_dataset_that_names_classes_by_wordnet_ids(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"class_names": ["n01440764", "n02099601", "mine"]}))
-    assert predict.class_names(npz(tmp_path, 3), 3) == ["tench, Tinca tinca", "golden retriever", "mine"]
+    assert predict.class_names(described(npz(tmp_path, 3)).class_names, 3) == [
+        "tench, Tinca tinca",
+        "golden retriever",
+        "mine",
+    ]
 
 
 def test_a_model_trained_on_tensorflows_pixels_is_shown_those(tmp_path, image):
@@ -92,3 +100,81 @@ def test_wrong_requests(tmp_path, image, capsys, monkeypatch, arguments, said):
     sentence = capsys.readouterr().err
     assert said in sentence
     assert sentence.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[1, 2]", "it holds a list, not a dict"),
+        (b"\xff\xfe", "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"class_names": 7}', "its 'class_names' is 7, not a list of names"),
+        (b'{"class_names": ["a", 1]}', "not a list of names"),
+        (b'{"class_names": "abc"}', "not a list of names"),
+        (b'{"recipe": []}', "its 'recipe' is"),
+        (b'{"recipe": {"crop": "32"}}', "its 'crop' is '32', not a number of pixels"),
+        (b'{"recipe": {"crop": -1}}', "not a number of pixels"),
+        (b'{"recipe": {"crop": true}}', "not a number of pixels"),
+        (b'{"recipe": {"crop": 1.5}}', "not a number of pixels"),
+        (b'{"config": "x"}', "its 'config' is"),
+        (b'{"config": {"data.resize": "cubic"}}', "not pillow or tf"),
+        (b'{"config": {"data.resize": ["pillow"]}}', "not pillow or tf"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
+)
+def test_a_config_that_no_run_wrote(tmp_path, content, said):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(RequestError) as caught:
+        described(tmp_path / "w.npz")
+    sentence = str(caught.value)
+    assert said in sentence
+    assert str(tmp_path / "config.json") in sentence
+    assert "delete" not in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"recipe": null, "config": {}, "class_names": null}', '{"model": 1}'])
+def test_a_config_that_says_nothing(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert described(tmp_path / "w.npz") == Description(None, None, "pillow")
+
+
+def test_the_embedded_models_own_description():
+    assert described(zoo.EMBEDDED_FILE) == Description([str(label) for label in range(10)], 48, "pillow")
+
+
+def test_names_from_outside_are_printed_escaped(tmp_path, image, capsys):
+    """A class directory with an escape sequence in its name, and an image whose name is no UTF-8."""
+    (tmp_path / "config.json").write_text(json.dumps({"class_names": ["\x1b[31mred", "caf\udce9", "plain"]}))
+    strange = tmp_path / os.fsdecode(b"\xe9\x1b.png")
+    image.rename(strange)
+    predict.predict_files((strange,), str(npz(tmp_path, 3)), size=32)
+    printed = capsys.readouterr().out
+    assert "\\xe9\\x1b.png" in printed
+    assert "\\x1b[31mred" in printed
+    assert "caf\\xe9" in printed
+    assert "\x1b" not in printed
+
+
+def test_only_ordinary_files_are_images(tmp_path):
+    path = npz(tmp_path, 3)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "directory.png").mkdir()
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(tmp_path)  # a socket's path may have no more than 107 bytes
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.png")
+    os.chdir(here)
+    os.close(here)
+    for name in ("pipe.png", "directory.png", "socket.png"):
+        with pytest.raises(RequestError, match=f"{name}.* ordinary file"):
+            list(predict.predict(path, [tmp_path / name]))
+
+
+def test_the_home_directory_is_expanded(tmp_path, image, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    npz(tmp_path, 3)
+    monkeypatch.setattr(sys, "argv", ["predict", "--weights", "~/w.npz", "~/image.png", "--size", "32"])
+    assert exit_code(predict.main) == 0
+    assert capsys.readouterr().out.startswith(str(image))

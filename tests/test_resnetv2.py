@@ -5,6 +5,7 @@ from pathlib import Path
 import golden_inputs
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -218,6 +219,56 @@ def test_any_image_size(small_npz, height, width):
     logits = model.apply({"params": params}, jnp.zeros((2, height, width, 3)))
     assert logits.shape == (2, 10)
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "remedy"),
+    [
+        ((2, 32, 32, 3), "uint8", "127.5"),
+        ((2, 32, 32, 3), "int32", "127.5"),
+        ((2, 3, 32, 32), "float32", "transpose(0, 2, 3, 1)"),
+        ((2, 3, 32, 32), "uint8", "transpose(0, 2, 3, 1)"),
+        ((2, 32, 32, 1), "float32", "repeat(3, axis=-1)"),
+        ((2, 32, 32, 4), "float32", "images[..., :3]"),
+        ((32, 32, 3), "float32", "images[None]"),
+        ((3, 32, 32), "float32", "images[None]"),
+        ((32, 32), "float32", "bring them into that shape"),
+        ((2, 32, 32, 5), "float32", "bring them into that shape"),
+        ((2, 0, 32, 3), "float32", "bring them into that shape"),
+        ((), "float32", "bring them into that shape"),
+    ],
+)
+def test_images_that_the_model_does_not_take(small_npz, monkeypatch, shape, dtype, remedy):
+    """As users run it, without the tests' own checks of shapes; under `jax.jit`, so that values cannot be seen."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model, params = bit_jax.load(small_npz)
+    for apply in (jax.jit(model.apply), model.apply):
+        with pytest.raises(RequestError) as caught:
+            apply({"params": params}, np.zeros(shape, dtype))
+        sentence = str(caught.value)
+        assert f"{dtype} {list(shape)}" in sentence
+        assert "[batch, height, width, 3] in [-1, 1]" in sentence
+        assert sentence.endswith(remedy) or remedy == "127.5"
+        assert remedy in sentence
+
+
+@pytest.mark.parametrize("images", [[[0.0]], torch.zeros(1, 32, 32, 3), None])
+def test_images_that_are_no_array(images):
+    with pytest.raises(RequestError, match="not an array"):
+        resnetv2.check_images(images)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_checking_images_adds_nothing_to_the_program(small_npz, monkeypatch, dtype):
+    model, params = bit_jax.load(small_npz)
+    images = jnp.zeros((3, 32, 40, 3), dtype)
+
+    def program():
+        return jax.jit(lambda params, images: model.apply({"params": params}, images)).lower(params, images).as_text()
+
+    checked = program()
+    monkeypatch.setattr(resnetv2, "check_images", lambda images: None)
+    assert program() == checked
 
 
 def test_architecture_names():

@@ -1,19 +1,27 @@
 """Official files in and out: bit-equal, total, one copy in memory, and every kind of broken file named."""
 
+import errno
+import io
+import pickle
 import struct
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, random_weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import bit_jax
 from bit_jax import weights, zoo
 from bit_jax.resnetv2 import parse_architecture
 from bit_jax.weights import WeightsError
+from input_pipeline.errors import RequestError
 
 
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
@@ -133,6 +141,112 @@ def test_reading_holds_one_array_at_a_time(tmp_path):
     assert peak < 2.5 * largest < total
 
 
+# What `save` writes, `load` reads.
+
+KEYS = sorted(weights.layout(SMALL))
+WRITTEN = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32", ">f4", "float64", ">f8")
+REFUSED = ("int32", "uint8", "bool", "complex64", "longdouble", "O")
+SPECIAL = (0.0, -0.0, 1e-45, 2.0**-24, 448.0, 3.4e38, 1e300, -1e39, np.nan, np.inf, -np.inf)
+
+
+@given(
+    dtypes=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(WRITTEN + REFUSED), max_size=3),
+    values=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(SPECIAL), max_size=2),
+    columns_first=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_save_accepts_load_gives_back_equal(tmp_path, small_npz, dtypes, values, columns_first):
+    """Each example changes a few arrays' dtypes and values; what is refused leaves nothing behind."""
+    flat = dict(np.load(small_npz))
+    with np.errstate(all="ignore"):
+        for key, dtype in dtypes.items():
+            flat[key] = flat[key].astype(jnp.dtype(dtype) if "float8" in dtype or "bf" in dtype else dtype)
+        for key, value in values.items():
+            if flat[key].dtype.kind in "fV":
+                flat[key].flat[-1] = value
+    flat = {key: np.asfortranarray(array) if columns_first else array for key, array in flat.items()}
+    path = tmp_path / "w.npz"
+    wrong = {key for key in dtypes if dtypes[key] in REFUSED} or {
+        key for key, array in flat.items() if not np.all(np.abs(array.astype(np.float64)) < 3.5e38)
+    }
+    if wrong:
+        with pytest.raises(WeightsError) as caught:
+            bit_jax.save(path, weights.unflatten(flat))
+        named = str(caught.value)
+        assert all(key in named for key in wrong)
+        assert not list(tmp_path.iterdir())
+        return
+    bit_jax.save(path, weights.unflatten(flat))
+    with jax.enable_x64(True):
+        _, params = bit_jax.load(path, dtype=jnp.float64)
+    for key, array in weights.flatten(params).items():
+        np.testing.assert_array_equal(array, flat[key].astype(np.float64))
+    _, params = bit_jax.load(path)
+    for key, array in weights.flatten(params).items():
+        np.testing.assert_array_equal(array, flat[key].astype(np.float32))
+    path.unlink()
+
+
+def test_narrow_floats_are_written_as_float32_and_float64_stays(tmp_path, small_npz):
+    _, params = bit_jax.load(small_npz)
+    params["head"]["conv2d"]["bias"] = np.arange(10.0)
+    narrow = jax.tree.map(lambda leaf: leaf if leaf.dtype == np.float64 else leaf.astype(jnp.bfloat16), params)
+    bit_jax.save(tmp_path / "w.npz", narrow)
+    with np.load(tmp_path / "w.npz") as saved:
+        assert {saved[key].dtype for key in saved.files} == {np.dtype(np.float32), np.dtype(np.float64)}
+        assert saved[weights.HEAD_BIAS].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda array: np.asarray(array, np.int32), "int32"),
+        (lambda array: array.at[2].set(np.nan), "NaN"),
+        (lambda array: array.at[0].set(-np.inf), "NaN"),
+        (lambda array: np.asarray(array, np.float64) + 1e39, "float32's range"),
+        (lambda array: np.asarray(array, np.complex64), "complex64"),
+        (list, "list"),
+        (lambda array: torch.zeros(10), "torch.float32"),
+    ],
+)
+def test_save_refuses_what_load_refuses_and_leaves_the_old_file(tmp_path, small_npz, change, said):
+    _, params = bit_jax.load(small_npz)
+    params["head"]["conv2d"]["bias"] = change(params["head"]["conv2d"]["bias"])
+    (tmp_path / "w.npz").write_bytes(b"old")
+    with pytest.raises(WeightsError, match=said) as caught:
+        bit_jax.save(tmp_path / "w.npz", params)
+    assert weights.HEAD_BIAS in str(caught.value)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("params", [[1, 2], {1: np.zeros(3)}, {"head": {2: np.zeros(3)}}, None])
+def test_save_refuses_what_is_no_tree_of_names(tmp_path, params):
+    with pytest.raises(WeightsError, match="not a tree"):
+        bit_jax.save(tmp_path / "w.npz", params)
+
+
+def test_the_home_directory_is_expanded_and_addresses_are_refused(tmp_path, small_npz, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, params = bit_jax.load(small_npz)
+    bit_jax.save("~/w.npz", params)
+    assert (tmp_path / "w.npz").exists()
+    assert bit_jax.load("~/w.npz")[0].num_classes == 10
+    with pytest.raises(RequestError, match="is a URL"):
+        bit_jax.load("gs://bucket/w.npz")
+
+
+@pytest.mark.parametrize("number", [0, -1, 10.0, "10", True])
+def test_a_number_of_classes_that_cannot_be(small_npz, number):
+    with pytest.raises(RequestError, match="num_classes is"):
+        bit_jax.load(small_npz, num_classes=number)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, "float99", jnp.float8_e5m2])
+def test_a_dtype_that_is_not_computed_in(small_npz, dtype):
+    with pytest.raises(RequestError, match="choose one of float32, bfloat16, float16, float64"):
+        bit_jax.load(small_npz, dtype=dtype)
+
+
 # Broken files. Each is one sentence that names the file.
 
 
@@ -224,15 +338,17 @@ def test_the_same_array_under_two_spellings(tmp_path):
     [
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[:-1000], "truncated"),
-        (lambda data: b"", "truncated"),
+        (lambda data: b"", "is empty"),
         (lambda data: b"not a zip at all" * 100, "not an .npz"),
+        (lambda data: bytes(2000) + data[2000:], "begins with zeros"),
         (lambda data: data[:4_000_000] + bytes(16) + data[4_000_016:], "CRC"),
     ],
 )
 def test_damaged_files(tmp_path, small_npz, content, said):
     (tmp_path / "w.npz").write_bytes(content(small_npz.read_bytes()))
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=said) as caught:
         bit_jax.load(tmp_path / "w.npz")
+    assert "delete" not in str(caught.value)
 
 
 def test_every_single_damaged_header_byte_is_an_error_or_harmless(tmp_path, small_npz):
@@ -251,6 +367,155 @@ def test_every_single_damaged_header_byte_is_an_error_or_harmless(tmp_path, smal
             continue
         for key, array in original.items():
             np.testing.assert_array_equal(arrays[key], array)
+
+
+def npy(shape, content=b"", dtype="<f4") -> bytes:
+    """An array's file as a header may claim it to be."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue() + content
+
+
+def changed_archive(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """A small BiT with members replaced or added."""
+    arrays = random_weights(SMALL)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for key, array in arrays.items():
+            if f"{key}.npy" not in members:
+                archive.writestr(f"{key}.npy", npy(array.shape, array.tobytes()))
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+BIAS = f"{weights.HEAD_BIAS}.npy"
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"resnet/block1/unit999999/a/group_norm/gamma.npy": npy((3,), bytes(12))}, "more units"),
+        ({f"resnet/block1/unit{'9' * 5000}/a/group_norm/gamma.npy": npy((3,), bytes(12))}, "1 extra"),
+        ({BIAS: npy((2**40,), bytes(40))}, "for shape"),
+        ({BIAS: npy((2**62, 4))}, "for shape"),  # whose product is 0 in 64 bits
+        ({BIAS: npy((-1, -10), bytes(40))}, "for shape"),
+        ({BIAS: b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + bytes(100_000)}, "not plain arrays"),
+        ({BIAS: npy((10,), bytes(160), "<f16")}, "at most 64 bits"),
+        ({BIAS: npy((10,), bytes(20), "|V2")}, "not a float"),
+    ],
+)
+def test_numbers_in_a_file_are_not_believed(tmp_path, members, said):
+    """Whatever a file names, reading it takes no more memory than the file has bytes."""
+    changed_archive(tmp_path / "w.npz", members)
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match=said) as caught:
+        weights.read(tmp_path / "w.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (tmp_path / "w.npz").stat().st_size
+    assert len(str(caught.value)) < 3000
+
+
+def test_a_head_without_classes(tmp_path):
+    kernel = npy((1, 1, 1024, 0))
+    changed_archive(tmp_path / "w.npz", {f"{weights.HEAD_KERNEL}.npy": kernel, BIAS: npy((0,))})
+    with pytest.raises(WeightsError, match="0 classes"):
+        weights.read(tmp_path / "w.npz")
+
+
+def test_a_zip_bomb(tmp_path):
+    """Deflate makes a thousandth of zeros; the sizes that the zip's directory names are held against the file's."""
+    bomb = npy((10_000_000,), bytes(40_000_000))
+    with zipfile.ZipFile(tmp_path / "w.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(BIAS, bomb)
+    with pytest.raises(WeightsError, match="are said to hold 40,000"):
+        weights.read(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_numpy_does_not_write(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "w.npz", "w", compression) as archive:
+        archive.writestr(BIAS, npy((10,), bytes(40)))
+    with pytest.raises(WeightsError, match="compression"):
+        weights.read(tmp_path / "w.npz")
+
+
+def test_a_size_in_the_directory_that_the_file_does_not_have(tmp_path, small_npz):
+    data = bytearray(small_npz.read_bytes())
+    directory = struct.unpack("<I", data[-6:-2])[0]
+    struct.pack_into("<II", data, directory + 20, 2**31, 2**31)  # the first member's sizes, packed and unpacked
+    (tmp_path / "w.npz").write_bytes(data)
+    with pytest.raises(WeightsError, match="are said to hold"):
+        weights.read(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_file_that_the_system_does_not_give_is_not_called_damaged(small_npz, monkeypatch, number):
+    def refuse(*arguments, **settings):
+        raise OSError(number, "the reason")
+
+    _, arrays = weights.read(small_npz)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", refuse)
+    for attempt in (lambda: weights.read(small_npz), lambda: next(arrays)):
+        with pytest.raises(RequestError, match=r"cannot read .*: the reason") as caught:
+            attempt()
+        assert not isinstance(caught.value, WeightsError)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(RequestError, match=r"cannot read .*: the reason"):
+        weights.read(small_npz)
+
+
+def test_too_little_memory_is_not_called_damage(small_npz, monkeypatch):
+    def refuse(count):
+        raise MemoryError
+
+    monkeypatch.setattr(weights, "_aligned_bytes", refuse)
+    with pytest.raises(RequestError, match="memory"):
+        bit_jax.load(small_npz)
+
+
+# Other people's files: what they are and what to do, by their content.
+
+
+def torch_zip() -> bytes:
+    file = io.BytesIO()
+    torch.save({"state_dict": {"w": torch.zeros(3)}}, file)
+    return file.getvalue()
+
+
+def safetensors() -> bytes:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", safetensors(), "safetensors"),
+        ("x.pth.tar", torch_zip(), "PyTorch"),
+        ("x.pth", pickle.dumps({"w": [1.0]}), "pickle"),
+        ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+        ("x.npy", npy((10,), bytes(40)), "single NumPy array"),
+        ("x.npz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        ("x.npz", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+        ("x.npz", b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "XML"),
+        ("x.npz", b"", "empty"),
+        ("x.npz", b"\x1f\x8b" + bytes(100), "gzip"),
+        ("x.tar", bytes(257) + b"ustar" + bytes(300), "tar archive"),
+        ("saved_model.pb", b"x", "SavedModel"),
+        ("_CHECKPOINT_METADATA", b"{}", "Orbax"),
+        ("final.npz", b"x", "name the final.npz"),
+        ("anything", b"x", "is a directory"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
+)
+def test_other_files_are_recognized(tmp_path, name, content, said):
+    directory = said in ("SavedModel", "Orbax", "name the final.npz", "is a directory")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=said) as caught:
+        bit_jax.load(tmp_path if directory else tmp_path / name)
+    assert "delete" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_zip_without_arrays(tmp_path):

@@ -3,14 +3,21 @@
 import base64
 import hashlib
 import http.server
+import json
+import os
+import pwd
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from bit_jax import zoo
+from input_pipeline.claims import CLAIM
 from input_pipeline.errors import RequestError
 
 CONTENT = np.random.default_rng(0).bytes(3 << 20)
@@ -41,6 +48,9 @@ class Server(http.server.ThreadingHTTPServer):
         content: what is sent; announced: what x-goog-hash is of.
         drops: how many answers to cut off after a megabyte.
         etag, status, ranges: of the answers; ranges False ignores Range.
+        other: headers to send in place of the right ones, or not at all where None; `rest`: the same of a 206.
+        endless: send zeros for ever in place of the content.
+        redirects: addresses to send the first requests to.
         seen: the Range header of every request.
     """
 
@@ -49,8 +59,14 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = self.announced = CONTENT
-        self.drops, self.status, self.ranges, self.etag = 0, 200, True, '"1"'
+        self.drops, self.status, self.ranges, self.etag, self.endless = 0, 200, True, '"1"', False
+        self.other: dict[str, str | None] = {}
+        self.rest: dict[str, str | None] = {}
+        self.redirects: list[str] = []
         self.seen: list[str | None] = []
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up are what some tests are about."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -60,6 +76,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         wanted = self.headers["Range"]
         server.seen.append(wanted)
+        if server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects.pop())
+            self.end_headers()
+            return
         if server.status != 200:
             self.send_error(server.status)
             return
@@ -70,16 +91,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(416)
             return
         body = server.content[start:]
+        md5 = base64.b64encode(hashlib.md5(server.announced).digest()).decode()
+        headers = {"Content-Length": str(len(body)), "ETag": server.etag, "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", server.etag)
-        self.send_header("x-goog-hash", "crc32c=AAAAAA==")
-        self.send_header("x-goog-hash", f"md5={base64.b64encode(hashlib.md5(server.announced).digest()).decode()}")
+        for name, value in (headers | server.other | (server.rest if start else {})).items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if server.drops:
             server.drops -= 1
             body = body[: 1 << 20]
             self.close_connection = True
+        while server.endless:
+            try:
+                self.wfile.write(bytes(1 << 20))
+            except OSError:
+                self.close_connection = True
+                return
         self.wfile.write(body)
 
     def log_message(self, *args):
@@ -93,7 +123,7 @@ def server(monkeypatch, tmp_path):
     thread.start()
     monkeypatch.setenv("BIT_JAX_MIRROR", f"http://127.0.0.1:{server.server_port}/bit_models/")
     monkeypatch.setenv("BIT_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(zoo.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(zoo, "PAUSES", (0, 0, 0, 0))
     yield server
     server.shutdown()
     thread.join()
@@ -104,7 +134,20 @@ def cached() -> set[str]:
     return {path.name for path in zoo.cache_dir().rglob("*") if path.is_file()}
 
 
-WHOLE = {f"{NAME}.npz", f"{NAME}.npz.md5", f"{NAME}.npz.lock"}
+WHOLE = {f"{NAME}.npz", f"{NAME}.npz.md5"}
+ATTEMPTS = len(zoo.PAUSES) + 1
+
+
+def test_one_header_for_each_hash_as_google_sends_them(server, monkeypatch):
+    send = Handler.send_header
+
+    def split(self, name, value):
+        for each in value.split(",") if name == "x-goog-hash" else [value]:
+            send(self, name, each)
+
+    monkeypatch.setattr(Handler, "send_header", split)
+    zoo.find(NAME)
+    assert cached() == WHOLE
 
 
 def test_fetch_once_and_find_again(server):
@@ -129,7 +172,7 @@ def test_dropped_connections_are_resumed(server):
 
 
 def test_a_later_start_resumes_what_has_arrived(server):
-    server.drops = zoo.ATTEMPTS
+    server.drops = ATTEMPTS
     server.ranges = False  # no progress beyond the first megabyte
     with pytest.raises(zoo.FetchError, match="kept"):
         zoo.find(NAME)
@@ -140,7 +183,7 @@ def test_a_later_start_resumes_what_has_arrived(server):
 
 
 def test_a_file_changed_meanwhile_is_fetched_from_the_start(server):
-    server.drops = zoo.ATTEMPTS
+    server.drops = ATTEMPTS
     server.ranges = False
     with pytest.raises(zoo.FetchError):
         zoo.find(NAME)
@@ -153,7 +196,8 @@ def test_a_part_longer_than_the_file_starts_over(server):
     part = zoo.cache_dir() / f"{NAME}.npz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(len(CONTENT) + 5))
-    (zoo.cache_dir() / f"{NAME}.npz.part.etag").write_text(server.etag)
+    note = {"size": None, "md5": None, "etag": server.etag}
+    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
     assert zoo.find(NAME).read_bytes() == CONTENT
     assert cached() == WHOLE
 
@@ -162,7 +206,7 @@ def test_wrong_checksum(server):
     server.announced = CONTENT + b"x"
     with pytest.raises(zoo.FetchError, match="MD5"):
         zoo.find(NAME)
-    assert cached() == {f"{NAME}.npz.lock"}
+    assert cached() == set()
 
 
 def test_not_found(server):
@@ -171,14 +215,14 @@ def test_not_found(server):
         zoo.find(NAME)
     assert str(zoo.cache_dir() / f"{NAME}.npz") in str(caught.value)
     assert len(server.seen) == 1
-    assert cached() == {f"{NAME}.npz.lock"}
+    assert cached() == set()
 
 
 def test_a_server_in_trouble_is_asked_again(server):
     server.status = 503
     with pytest.raises(zoo.FetchError, match="503"):
         zoo.find(NAME)
-    assert len(server.seen) == zoo.ATTEMPTS
+    assert len(server.seen) == ATTEMPTS
 
 
 def test_offline_says_what_to_fetch_and_where_to_put_it(server, monkeypatch):
@@ -206,6 +250,273 @@ def test_two_at_once_fetch_once(server):
     assert len(set(paths)) == 1
     assert len(paths) == 4
     assert server.seen == [None]
+
+
+# Servers that send something else, or do not say what they send.
+
+TINY = zoo.Published("tiny", "R14x0.5", 10, "tiny.npz")
+
+
+@pytest.fixture
+def tiny(server, monkeypatch, small_npz):
+    """The server with the smallest BiT, of which it announces no MD5."""
+    monkeypatch.setitem(zoo.ZOO, "tiny", TINY)
+    server.content = server.announced = small_npz.read_bytes()
+    server.other = {"x-goog-hash": None}
+    return server
+
+
+def refused(said: str, name: str = "tiny") -> str:
+    """The sentence with which fetching ends."""
+    with pytest.raises(zoo.FetchError, match=said) as caught:
+        zoo.find(name)
+    assert "\n" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_an_md5_the_file_is_read_whole_and_nothing_claims_more(tiny, small_npz, capsys):
+    (zoo.cache_dir()).mkdir()
+    (zoo.cache_dir() / "tiny.npz.md5").write_text("of an earlier file")
+    assert zoo.find("tiny").read_bytes() == small_npz.read_bytes()
+    assert cached() == {"tiny.npz"}
+    assert "read whole as R14x0.5 with 10 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("digest", ["!!!a", "", "AAAA", "é"])
+def test_a_malformed_md5_confirms_nothing(tiny, digest):
+    tiny.other = {"x-goog-hash": f"crc32c=AAAAAA==,md5={digest}"}
+    zoo.find("tiny")
+    assert cached() == {"tiny.npz"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[:4_000_000] + bytes(16) + data[4_000_016:], "CRC"),
+        (lambda data: b"<!DOCTYPE html><html>Sign in to the proxy</html>", "web page"),
+        (lambda data: b"<?xml version='1.0'?><Error>AccessDenied</Error>", "XML"),
+        (lambda data: b"\x1f\x8b" + bytes(100), "gzip"),
+        (lambda data: bytes(len(data)), "begins with zeros"),
+    ],
+)
+@pytest.mark.parametrize("length", ["announced", "not announced"])
+def test_what_is_no_such_file_is_not_stored(tiny, change, said, length):
+    """A server that closes the connection half-way, or answers with something else and calls it right."""
+    tiny.content = change(tiny.content)
+    tiny.other |= {"Content-Length": None} if length == "not announced" else {}
+    assert str(zoo.cache_dir()) not in refused(said)
+    assert cached() == set()
+
+
+def test_half_of_a_file_without_its_length_does_not_pass_for_the_whole(server):
+    server.other = {"Content-Length": None}
+    server.drops = 1
+    refused("has MD5", NAME)
+    assert cached() == set()
+    assert zoo.find(NAME).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("architecture", "classes"), [("R14x1", 10), ("R26x0.5", 10), ("R14x0.5", 11)])
+def test_weights_of_another_architecture_or_head(tiny, monkeypatch, architecture, classes):
+    monkeypatch.setitem(zoo.ZOO, "tiny", zoo.Published("tiny", architecture, classes, "tiny.npz"))
+    assert "R14x0.5 with 10 classes, not" in refused(f"{architecture} with {classes} classes as its name promises")
+    assert cached() == set()
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e9", "", "9" * 30])
+def test_a_content_length_that_is_none(server, length):
+    server.other = {"Content-Length": length}
+    refused("Content-Length", NAME)
+    assert cached() == set()
+
+
+def test_an_endless_answer_is_cut_off(tiny):
+    tiny.endless = True
+    tiny.other |= {"Content-Length": None}
+    refused("no such file has more than")
+    assert cached() == set()
+    assert len(tiny.seen) == 1
+
+
+def test_an_answer_announced_as_far_too_long_is_not_begun(server):
+    server.other = {"Content-Length": str(10**12)}
+    refused("announces 1,000,000,000,000 bytes", NAME)
+    assert cached() == set()
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"},
+        {"Content-Range": f"bytes {1 << 20}-{len(CONTENT)}/{len(CONTENT) + 1}"},
+        {"Content-Range": f"bytes {1 << 20}-{(1 << 20) + 9}/{len(CONTENT)}"},
+        {"Content-Range": "bytes */10"},
+        {"Content-Range": "nonsense"},
+        {"Content-Range": None},
+        {"ETag": '"2"'},
+        {"x-goog-hash": "md5=AAAAAAAAAAAAAAAAAAAAAA=="},
+    ],
+)
+def test_a_206_that_is_not_the_rest_is_not_appended(server, rest):
+    server.drops, server.rest = 1, rest
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert server.seen == [None, f"bytes={1 << 20}-", None]
+    assert cached() == WHOLE
+
+
+def test_a_206_need_not_repeat_what_the_first_answer_said(server):
+    server.drops = 1
+    server.rest = {"Content-Length": None, "ETag": None, "x-goog-hash": None}
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert server.seen == [None, f"bytes={1 << 20}-"]
+    assert cached() == WHOLE
+
+
+def test_a_206_that_nobody_asked_for(server, monkeypatch):
+    send = Handler.send_response
+    monkeypatch.setattr(Handler, "send_response", lambda self, code: send(self, 206))
+    refused("not asked for", NAME)
+    assert cached() == set()
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"1"', "1"])
+def test_without_a_strong_etag_nothing_is_resumed(server, etag):
+    server.drops, server.other = 1, {"ETag": etag}
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert server.seen == [None, None]
+    assert cached() == WHOLE
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["", "[]", "{}", '{"size": "a", "md5": 1, "etag": "\\"1\\""}', '{"size":1,"md5":null,"etag":"a\\nb: c"}', b"\xff"],
+)
+def test_a_damaged_note_beside_a_part_is_not_believed(server, note):
+    part = zoo.cache_dir() / f"{NAME}.npz.part"
+    part.parent.mkdir()
+    part.write_bytes(bytes(1000))
+    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_bytes(note if isinstance(note, bytes) else note.encode())
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert server.seen == [None]
+    assert cached() == WHOLE
+
+
+def test_a_part_that_is_whole_is_only_verified(server):
+    part = zoo.cache_dir() / f"{NAME}.npz.part"
+    part.parent.mkdir()
+    part.write_bytes(CONTENT)
+    note = {"size": len(CONTENT), "md5": hashlib.md5(CONTENT).hexdigest(), "etag": server.etag}
+    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert server.seen == []
+    assert cached() == WHOLE
+
+
+def test_redirects_are_followed_and_judged_by_what_comes(server):
+    here = f"http://127.0.0.1:{server.server_port}"
+    server.redirects = [f"{here}/elsewhere"]
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    server.redirects = [f"{here}/login"] * 20
+    refused("302", "BiT-M-R50x3")
+    server.content, server.other, server.redirects = b"<html>login</html>", {"x-goog-hash": None}, [f"{here}/login"]
+    refused("web page", "BiT-M-R50x3")
+    assert cached() == WHOLE
+
+
+@pytest.mark.parametrize("status", [204, 304, 407, 502])
+def test_other_answers(server, monkeypatch, status):
+    server.status = status
+    monkeypatch.setattr(Handler, "send_error", lambda self, code: (self.send_response(code), self.end_headers()))
+    refused(str(status), NAME)
+    assert cached() == set()
+
+
+@pytest.mark.parametrize("mirror", ["/data/bit", "file:///data/bit", "ftp://host/bit", "gs://bit_models"])
+def test_a_mirror_that_is_no_http_address(server, monkeypatch, mirror):
+    monkeypatch.setenv("BIT_JAX_MIRROR", mirror)
+    with pytest.raises(RequestError, match=r"BIT_JAX_MIRROR .* is no http address"):
+        zoo.find(NAME)
+
+
+@pytest.mark.parametrize("host", ["a..b", "127.0.0.1:port", "a b", "x" * 70])
+def test_a_host_that_cannot_be(server, monkeypatch, host):
+    monkeypatch.setenv("BIT_JAX_MIRROR", f"http://{host}/bit")
+    refused("cannot fetch", NAME)
+
+
+def test_a_killed_process_blocks_nobody(server):
+    """Its claim names a process that is gone."""
+    claim = zoo.cache_dir() / f".{NAME}.npz{CLAIM}"
+    script = (
+        "import os; from pathlib import Path; from input_pipeline import claims\n"
+        f"owner = claims.claimed(Path({str(claim)!r}), 'x', 'y'); owner.__enter__(); os._exit(9)"
+    )
+    zoo.cache_dir().mkdir()
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 9
+    assert cached() == {f".{NAME}.npz{CLAIM}"}
+    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert cached() == WHOLE
+
+
+# What `--model` names.
+
+
+def test_published_addresses_are_their_models(server, monkeypatch):
+    path = zoo.find(NAME)
+    assert zoo.find(zoo.ZOO[NAME].url) == path
+    assert zoo.find("https://storage.googleapis.com/bit_models/BiT-M-R50x1.npz") == path
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("model", ["https://example.org/w.npz", "gs://bucket/w.npz", "file:///w.npz"])
+def test_other_addresses_are_refused(server, model):
+    with pytest.raises(RequestError, match="the address of no published file"):
+        zoo.find(model)
+    assert server.seen == []
+
+
+def test_the_home_directory_is_expanded(small_npz, monkeypatch):
+    monkeypatch.setenv("HOME", str(small_npz.parent))
+    assert zoo.find("~/small.npz") == small_npz
+    monkeypatch.setenv("BIT_JAX_CACHE", "~/cache")
+    assert zoo.cache_dir() == small_npz.parent / "cache"
+    monkeypatch.delenv("BIT_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert zoo.cache_dir() == small_npz.parent / ".cache" / "bit_jax"
+
+
+def test_a_user_without_a_home(monkeypatch, capsys):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "BIT_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(RequestError, match="set BIT_JAX_CACHE"):
+        zoo.find(NAME)
+    zoo._list("R50x1_224")
+    assert "distill/R50x1_224.npz" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_full_or_read_only(server, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    refused("Read-only file system.*BIT_JAX_CACHE", NAME)
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"]])
+def test_a_reader_that_has_gone_ends_the_list_quietly(arguments):
+    """As `| head -1` does."""
+    command = [sys.executable, "-m", "bit_jax.zoo", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, complaint = process.communicate()
+    assert (process.returncode, complaint) == (141, b"")
 
 
 def test_unknown_names_get_the_nearest():

@@ -1,0 +1,109 @@
+"""What a file or directory that is no BiT `.npz` is, by its content, and what can be done with it."""
+
+import os
+import re
+import stat
+import zipfile
+from pathlib import Path
+
+OFFICIAL = "the official .npz is wanted; `python -m bit_jax.zoo list` names those that can be fetched"
+CONVERTED = f"PyTorch, timm and TensorFlow weights are not converted: {OFFICIAL}"
+
+# The first bytes of files that are taken for weights, what such a file is, and what to do about it.
+BEGINNINGS = (
+    (b"\x93NUMPY", "a single NumPy array (.npy)", OFFICIAL),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them", CONVERTED),
+    (b"GGUF", "a GGUF file", CONVERTED),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer, which stands for the file itself",
+        "`git lfs pull` in that repository brings the file",
+    ),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it first"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it first"),
+    (b"BZh", "compressed by bzip2", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+    (b"Rar!", "a RAR archive", "unpack it first"),
+    (b"%PDF", "a PDF document", OFFICIAL),
+)
+TAR_MAGIC = slice(257, 262)  # where a tar archive says "ustar"
+START = 1024  # bytes that are enough to tell
+HEADER = 100_000_000  # bytes: the longest header that a safetensors file may have
+
+# What lies in directories that are taken for weights.
+CONTENTS = (
+    ("saved_model.pb", "a TensorFlow SavedModel", CONVERTED),
+    ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
+    ("manifest.ocdbt", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
+    ("model.safetensors", "a directory of safetensors weights", CONVERTED),
+    ("pytorch_model.bin", "a directory of PyTorch weights", CONVERTED),
+    ("final.npz", "a run's work directory", "name the final.npz in it"),
+)
+
+
+def recognize(path: Path) -> str | None:
+    """A clause that says what the file or directory is and what can be done; None where it may be an .npz.
+
+    Only the first bytes, the names in a zip file and those in a directory are looked at.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        return _directory(path)
+    if not stat.S_ISREG(mode):
+        return "is a pipe, socket or device; name an .npz file"
+    with open(path, "rb") as file:
+        start = file.read(START)
+    if not start:
+        return f"is empty; {OFFICIAL}"
+    for beginning, what, remedy in BEGINNINGS:
+        if start.startswith(beginning):
+            return f"is {what}; {remedy}"
+    if start.startswith(b"PK"):
+        return _zip(path)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER:
+        return f"is a safetensors file; {CONVERTED}"
+    if not any(start):
+        return "begins with zeros, as a file does whose download or copy did not finish; get it again"
+    if re.match(rb"\x80[\x02-\x05]", start):
+        return f"is a Python pickle, as PyTorch's older .pth files are; {CONVERTED}"
+    if start[TAR_MAGIC] == b"ustar":
+        return "is a tar archive; unpack it first"
+    return _text(start)
+
+
+def _directory(path: Path) -> str:
+    names = set(os.listdir(path))
+    for name, what, remedy in CONTENTS:
+        if name in names:
+            return f"is {what}; {remedy}"
+    return "is a directory; name an .npz file"
+
+
+def _zip(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # damaged directories make zipfile raise many kinds
+        return None
+    if any(name.endswith("data.pkl") for name in names):
+        return f"is a PyTorch file; {CONVERTED}"
+    if "model.weights.h5" in names:
+        return f"is a Keras model; {CONVERTED}"
+    if not any(name.endswith(".npy") for name in names):
+        return f"is a zip file without .npy arrays; {OFFICIAL}"
+    return None
+
+
+def _text(start: bytes) -> str:
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
+        return f"is a web page, such as a server's login or error page; {OFFICIAL}"
+    if text.startswith(b"<?xml"):
+        return f"is an XML document, such as a server's error message; {OFFICIAL}"
+    if text.startswith((b"{", b"[")):
+        return f"is JSON text; {OFFICIAL}"
+    return f"is not an .npz file; {OFFICIAL}"

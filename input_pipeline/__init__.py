@@ -64,9 +64,11 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a name's module when it is first used: `preprocess` brings Numba, which many commands do without."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"input_pipeline.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers read the imports above
+
+    def __getattr__(name: str) -> Any:
+        """Imports a name's module when it is first used: `preprocess` brings Numba, which many commands do without."""
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"input_pipeline.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, last_step
 
-from bit_jax import hosts
+from bit_jax import schedulers
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 8  # seconds without a sign of life
@@ -197,16 +197,16 @@ def test_which_gpus_are_a_processes_own(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def own() -> list[int]:
-        task = hosts._Task.find()
+        task = schedulers.Task.find()
         assert task is not None
         return task.own_gpus()
 
     assert own() == [1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # srun --gpus-per-task=1
-    assert own() == hosts.ALL
+    assert own() == schedulers.ALL
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")
-    assert own() == hosts.ALL
+    assert own() == schedulers.ALL
 
 
 @pytest.fixture

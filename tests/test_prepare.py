@@ -16,9 +16,10 @@ from unittest import mock
 
 import archives
 import numpy as np
+import own_dataset
 import pytest
 
-from input_pipeline import DatasetError, Loader, Views, few_shot, imagenet, open_source
+from input_pipeline import DatasetError, Loader, Views, few_shot, imagenet, limits, open_source
 from input_pipeline import __main__ as command_line
 from input_pipeline.check import check
 from input_pipeline.claims import CLAIM, claimed
@@ -124,6 +125,30 @@ def test_an_image_that_went_missing_on_the_way_is_noticed_and_nothing_kept(manua
     assert code == 2
     assert "tfds wrote 12 train examples of 13; nothing was kept" in err
     assert not list(tmp_path.rglob("*.array_record*"))
+
+
+def test_what_others_made_is_left_and_named(manual_dir, tmp_path, monkeypatch):
+    """Whatever looks like unfinished work may be somebody's: tfds's own commands leave such directories too."""
+    monkeypatch.setattr(imagenet, "train_images", lambda *_, **__: 13)  # so that the attempt fails in the end
+    theirs = tmp_path / "imagenet2012" / "incomplete.ABC123_5.1.0"
+    unmarked = tmp_path / ".imagenet2012.unfinished"
+    for directory in (theirs, unmarked):
+        directory.mkdir(parents=True)
+        (directory / "file").write_text("")
+    flags = ["--manual-dir", manual_dir, "--data-dir", tmp_path, "--subset"]
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "did not make it; move it elsewhere" in err) == (2, True)
+    assert (unmarked / "file").exists()
+    (unmarked / "file").unlink()
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "nothing was kept" in err) == (2, True)
+    assert f"{theirs} is left as it is" in err
+    assert (theirs / "file").exists()
+    assert not unmarked.exists()
+    (tmp_path / VERSION).mkdir()
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "holds no dataset that tfds knows; move it elsewhere" in err) == (2, True)
+    assert (tmp_path / VERSION).exists()
 
 
 def test_prepared_already(prepared):
@@ -298,6 +323,34 @@ def test_check_lists_what_is_damaged_or_labelled_out_of_range(tmp_path):
     assert not checked.holds
     (tmp_path / "train" / "b" / "2.jpg").write_bytes(archives.jpeg(3))
     assert run("check", f"folder:{tmp_path}", "--splits", "train[:2]")[0] == 0
+
+
+def test_check_names_a_limit_on_open_files_that_is_too_low(tmp_path, monkeypatch):
+    own_dataset.write(tmp_path, "1.0.0", examples=4, shards=4)
+    monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 135)
+    code, _, err = run("check", "own_pets", "--data-dir", tmp_path)
+    assert code == 2
+    assert err == (
+        "error: reading own_pets holds 8 files open and other parts of the program up to 128, but this process may "
+        "open 135; raise its hard limit, as by ulimit -n 136 in a shell that may, or prepare the dataset in fewer "
+        "shards\n"
+    )
+    assert run("check", "own_pets", "--data-dir", tmp_path, "--splits", "test")[0] == 0
+
+
+def test_names_are_printed_as_escapes(tmp_path):
+    """An ESC in a class's name does not recolour the terminal, and a byte that is no UTF-8 does not end the program."""
+    folder = tmp_path / "x[red]y" / "train-small"
+    for name, content in ((b"caf\xe9", archives.jpeg(1)), (b"\x1b[31mred", b"damaged")):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        (folder / os.fsdecode(name) / "1.jpg").write_bytes(content)
+    code, out, err = run("check", f"folder:{tmp_path / 'x[red]y'}")
+    assert code == 1
+    assert "x[red]y/train-small: damaged: \\x1b[31mred/1.jpg: not a readable image" in out
+    assert "\x1b" not in out + err
+    (folder / os.fsdecode(b"caf\xe9") / "1.jpg").unlink()
+    code, _, err = run("check", f"folder:{tmp_path / 'x[red]y'}")
+    assert (code, "train-small/caf\\xe9 has no images" in err) == (2, True)
 
 
 def test_a_truncated_shard_and_a_directory_that_is_gone(prepared, tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         require_labels,
     )
     from input_pipeline.image_file import read_image_file
+    from input_pipeline.limits import raise_descriptor_limit, require_descriptors
     from input_pipeline.loader import Batch, Loader
     from input_pipeline.preprocess import Views, native_area, typical_area
     from input_pipeline.sources import open_source
@@ -39,8 +40,10 @@ __all__ = [
     "fingerprint",
     "native_area",
     "open_source",
+    "raise_descriptor_limit",
     "read_image_file",
     "relabelled",
+    "require_descriptors",
     "require_labels",
     "typical_area",
 ]
@@ -58,6 +61,7 @@ _MODULES = {
         "require_labels",
     ),
     "image_file": ("read_image_file",),
+    "limits": ("raise_descriptor_limit", "require_descriptors"),
     "loader": ("Batch", "Loader"),
     "preprocess": ("Views", "native_area", "typical_area"),
     "sources": ("open_source",),

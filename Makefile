@@ -1,15 +1,19 @@
-# The two doors: `make demo` and `make test`. Both set up .venv from pinned versions first.
+# The two doors: `make demo` and `make test`. Both set up .venv from pinned versions first. `make test-all` runs the
+# tests that take minutes each: dying hosts, cut cables, kills, whole comparisons.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: .venv/main.stamp
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-all: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -114,3 +114,48 @@ def killed_and_prepared(manual_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared(killed_and_prepared):
     return killed_and_prepared[0]
+
+
+DIGITS = "digits --global-batch 16 --resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 60 --log-every 1"
+
+
+class Runs:
+    """The same run of the smallest BiT, started again and again as a fork of one process that has imported it all."""
+
+    def __init__(self, *flags: object, cache: Path):
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "tests/runs_in_forks.py", *DIGITS.split(), *map(str, flags)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, **pipes)
+
+    def start(self) -> int:
+        """The process number of one more."""
+        self._process.stdin.write("\n")
+        return int(self._process.stdout.readline())
+
+    def finish(self) -> int:
+        """The exit code of the last one, once it ended."""
+        while not (line := self._process.stdout.readline().strip()).lstrip("-").isdigit():
+            assert self._process.poll() is None  # what a run prints goes the same way
+        return int(line)
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture
+def runs(small_npz, tmp_path):
+    """(flags) -> `Runs` with these."""
+    made = []
+
+    def of(*flags):
+        made.append(Runs("--model", small_npz, *flags, cache=tmp_path / "xla"))
+        return made[-1]
+
+    yield of
+    for each in made:
+        each.end()

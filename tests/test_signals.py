@@ -1,0 +1,59 @@
+"""A run that is asked to end twice, at any moment, ends within a second of the second time."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from conftest import last_step
+
+from input_pipeline.exits import ASKING
+
+DOUBLES = 20
+WITHIN = 1.0  # seconds; the process has nothing to compute any more, however slow its machine is
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_double_signals_at_random_moments(runs, tmp_path):
+    """While it starts, traces, compiles, trains, saves and evaluates."""
+    moments, workdir = random.Random(0), tmp_path / "run"
+    fresh = runs("--workdir", workdir, "--checkpoint-every", 1, "--eval-every", 3, "--steps", 100000)
+    late = []
+    for number in range(DOUBLES):
+        process, before = fresh.start(), last_step(workdir)
+        if number % 2:  # from its first moment on: imports are done, all else lies ahead
+            time.sleep(moments.uniform(0, 8))
+        else:  # in the midst of steps, evaluations and saving
+            while last_step(workdir) == before:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 1))
+        first, second = moments.choice(ASKING), moments.choice(ASKING)
+        os.kill(process, first)
+        time.sleep(moments.uniform(0.002, 0.3))
+        sent = time.monotonic()
+        with_second = True
+        try:
+            os.kill(process, second)
+        except ProcessLookupError:
+            with_second = False
+        code = fresh.finish()
+        took = time.monotonic() - sent
+        assert code in {128 + number for number in ASKING}, code
+        if with_second and took > WITHIN:
+            late.append((number, took))
+    assert not late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_one_signal_is_enough_whatever_the_run_does(runs, tmp_path, number):
+    """Also where Python loses the exception: in a finalizer, or in a callback of the garbage collector."""
+    moments = random.Random(1)
+    asked = runs("--workdir", tmp_path / "run", "--checkpoint-every", 1, "--eval-every", 3, "--steps", 100000)
+    for _ in range(10):
+        process = asked.start()
+        time.sleep(moments.uniform(0, 8))
+        os.kill(process, number)
+        assert asked.finish() == 128 + number

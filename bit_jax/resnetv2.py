@@ -324,7 +324,8 @@ class ResNetV2(nn.Module):
         num_classes: size of the head.
         dtype: what convolutions and the activations between them are computed in. Parameters, statistics and logits
             are float32 or wider: in bfloat16 only what is multiplied and stored between layers is narrow.
-        precision: how exactly products are computed; HIGHEST keeps float32 products IEEE on hardware that would use TF32.
+        precision: how exactly products are computed; HIGHEST keeps float32 products IEEE on hardware that would use
+            TF32.
         remat: what the backward pass computes again instead of keeping it: nothing; `norm`, GroupNorm and ReLU, from
             convolutions' outputs; `unit`, whole bottleneck units, from their inputs.
         gather, paced, products, standardized: see `Numerics`.

@@ -1,8 +1,9 @@
 """Fine-tunes a BiT model: `python train.py PRESET --workdir DIR`; see `--help` of each preset for its flags."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
@@ -13,29 +14,31 @@ if __name__ == "__main__":
 
 import jax
 import tyro
-from rich.console import Console
 
 import input_pipeline
-from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, weights, zoo
+from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, resources, weights, zoo
 from bit_jax.precision import choose
-from bit_jax.resnetv2 import is_architecture_name, parse_architecture
+from bit_jax.resnetv2 import is_architecture_name, param_dtype, parse_architecture
 from bit_jax.workdir import Workdir
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.limits import raise_descriptor_limit
 
 
 def main() -> None:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    raise_descriptor_limit()
     keep_compiled_programs()
     with hosts.joined(cfg.scale):
         if cfg.scale.doctor:
             return examine(cfg)
         result = run(cfg)
         first = hosts.is_first()
-    if not first:
-        return
-    Console(width=120).print(metrics.flagperf_row(result))
-    print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/")
+    if first:
+        with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
+            terminal.console(width=120).print(metrics.flagperf_row(result))
+            print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
 
 
 def keep_compiled_programs() -> None:
@@ -55,22 +58,24 @@ def run(cfg: config.Config) -> dict:
         microbatches=cfg.scale.microbatches,
     )
     train, validation = open_sources(cfg)
+    native_area, notes = None, []
+    if hyperrule.needs_native_area(cfg):
+        native_area, seen = input_pipeline.typical_area(train, skip_damaged=cfg.data.skip_damaged)
+        notes = [f"{seen}; BiT-HyperRule chooses the resolution by the median"]
     if cfg.data.examples_per_class is not None:
         train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
-
-    native_area = input_pipeline.native_area(train[0]["image"])
     recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
     if recipe.mixup and global_batch % 2:
         raise RequestError(f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0")
 
     views = input_pipeline.Views(recipe.resize_to, recipe.crop, cfg.data.flip, cfg.data.resize)
     architecture, initial_params = initial_model(cfg, num_classes=len(train.class_names))
-    workdir = Workdir(cfg.run.workdir)
-    workdir.claim(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
+    workdir = Workdir.of(cfg, recipe=recipe, global_batch=global_batch, class_names=list(train.class_names))
     if result := workdir.finished():
         if hosts.is_first():
             print(f"{workdir.path} holds this run, finished; its result:", file=sys.stderr)
         return result
+    resources.require(needs(cfg, architecture, workdir, (train, validation)))
 
     def loader(source: input_pipeline.Source) -> loop.Split:
         batches = input_pipeline.Loader(
@@ -86,34 +91,51 @@ def run(cfg: config.Config) -> dict:
         )
         return loop.Split(source.name, len(source), batches)
 
-    return finetune.finetune(
-        cfg,
-        recipe,
-        architecture,
-        initial_params,
-        train=loader(train),
-        validation=loader(validation),
-        global_batch=global_batch,
-        mesh=devices,
-    )
+    with workdir.owned():
+        return finetune.finetune(
+            cfg,
+            recipe,
+            architecture,
+            initial_params,
+            train=loader(train),
+            validation=loader(validation),
+            global_batch=global_batch,
+            mesh=devices,
+            workdir=workdir,
+            notes=notes,
+        )
 
 
 def examine(cfg: config.Config) -> None:
     """Looks at everything that the run is made of and at what it runs on, and starts nothing."""
     choose(cfg.model.precision)
-    inputs = {source.name: input_pipeline.fingerprint(source) for source in open_sources(cfg)}
+    sources = open_sources(cfg)
+    inputs = {source.name: input_pipeline.fingerprint(source) for source in sources}
     if not starts_from_nothing(cfg.model):
         inputs["weights"] = doctor.file_fingerprint(zoo.find(cfg.model.model))
-    doctor.examine(cfg, inputs)
+    architecture, _ = initial_model(cfg, num_classes=len(sources[0].class_names))
+    doctor.examine(cfg, inputs, needs(cfg, architecture, Workdir.of(cfg), sources))
 
 
 def open_sources(cfg: config.Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
-    """Of training and of evaluation."""
+    """The training split, and the evaluation split with its labels numbered as training's: by the classes' names."""
     data = cfg.data
     train, validation = (
         input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
     )
-    return train, validation
+    return train, input_pipeline.relabelled(validation, train.class_names, train.name)
+
+
+def needs(
+    cfg: config.Config,
+    architecture: weights.Architecture,
+    workdir: Workdir,
+    sources: Sequence[input_pipeline.Source],
+) -> list[resources.Need]:
+    """What the run will need of this machine."""
+    files = sum(input_pipeline.descriptors(source) for source in sources)
+    dtype = param_dtype(choose(cfg.model.precision).dtype)
+    return resources.needs(architecture, dtype, workdir, cfg.run.keep_checkpoints, files)
 
 
 def starts_from_nothing(model: config.ModelConfig) -> bool:

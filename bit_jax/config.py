@@ -11,6 +11,7 @@ import tyro
 
 from bit_jax.resnetv2 import Remat
 from input_pipeline.errors import RequestError
+from input_pipeline.flags import UserPath
 
 EMBEDDED = "embedded"  # --model's name for the small model under assets/
 
@@ -35,7 +36,7 @@ class DataConfig:
     dataset: str = "digits"
     """digits, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY (MNIST's file format), synthetic, or a tfds name
     prepared as array_record, such as imagenet2012 or cifar10:3.0.2."""
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Where tfds keeps its datasets."""
     train_split: str = "train"
     """A split, or a slice of one, such as train[:98%]."""
@@ -106,7 +107,7 @@ class ScaleConfig:
 class RunConfig:
     """Where the results go, and when to look at them."""
 
-    workdir: Path
+    workdir: UserPath
     """Receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz. A run found here is continued."""
     seed: int = 0
     """Of example order, augmentation, mixup, few-shot choice and random initialization."""

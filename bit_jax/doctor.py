@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
 from rich.table import Table
 
-from bit_jax import hosts, mesh, metrics
+from bit_jax import hosts, mesh, metrics, resources
 from bit_jax.config import Config, identity
 from bit_jax.precision import PRECISIONS, products
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
@@ -29,24 +29,27 @@ REPETITIONS = 5
 MISSING = "missing"
 
 
-def examine(cfg: Config, inputs: dict[str, str]) -> None:
+def examine(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> None:
     """Compares the hosts, tries the mesh's collectives, and prints both on the first host.
 
     Args:
         cfg: of the run that is to be started.
         inputs: {"weights" or a dataset: its fingerprint}.
+        needs: what the run will need of this machine.
 
     Raises:
         RequestError: the hosts differ, or do not fit the mesh.
         RunFailed: a collective returns a wrong number.
     """
-    found = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs)))]
-    console = Console(width=120, quiet=not hosts.is_first())
+    found = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs, needs)))]
+    console = terminal.console(width=120, quiet=not hosts.is_first())
     console.print(_comparison(found))
+    console.print(_resources(found))
     if differing := _differences([one["alike"] | one["flags"] for one in found]):
         raise RequestError(f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started")
     for warning in _unused_gpus(found):
-        console.print(f"[yellow]{warning}[/yellow]")
+        console.print(warning, style="yellow")
+    resources.require(needs)  # each host says it of itself
 
     devices = mesh.make_mesh(fsdp=mesh.parse_mesh(cfg.scale.mesh, jax.device_count()))
     seconds = cfg.scale.host_timeout
@@ -58,7 +61,7 @@ def examine(cfg: Config, inputs: dict[str, str]) -> None:
     console.print(f"hosts: {len(found)}, devices: {devices.size} ({shape}); {what}")
 
 
-def _facts(cfg: Config, inputs: dict[str, str]) -> dict:
+def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> dict:
     """Of this host: what has to be the same on all, and what only has to be known."""
     local, flags = jax.local_devices(), identity(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
@@ -71,7 +74,24 @@ def _facts(cfg: Config, inputs: dict[str, str]) -> dict:
         "products": ", ".join(f"{kind} {width}" for kind, width in used.items()),
     }
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": alike, "flags": flags}
+    return {
+        "machine": platform.node(),
+        "gpus": gpus,
+        "devices": len(local),
+        "alike": alike,
+        "flags": flags,
+        "needs": [dataclasses.asdict(need) for need in needs],
+    }
+
+
+def _resources(found: list[dict]) -> Table:
+    """What each host has of what the run needs; too little is marked."""
+    table = Table("resource", "needed", *(f"host {number}" for number in range(len(found))), title="Resources")
+    for rows in zip(*(one["needs"] for one in found), strict=True):
+        needs = [resources.Need(**row) for row in rows]
+        have = [f"{need.available:,.4g}" + ("" if need.enough else " (too little)") for need in needs]
+        table.add_row(needs[0].name, f"{max(need.needed for need in needs):,.4g}", *have)
+    return table
 
 
 def _differences(found: list[dict]) -> list[str]:

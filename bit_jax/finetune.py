@@ -1,6 +1,6 @@
 """Fine-tuning: restore or start, train with evaluations and checkpoints, save, report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
 from bit_jax.evaluate import Accuracy
 from bit_jax.hyperrule import Recipe
-from bit_jax.loop import Loop, Split
+from bit_jax.log import Log
+from bit_jax.loop import BEFORE, Loop, Split
 from bit_jax.precision import choose, products
 from bit_jax.program import compile_program
 from bit_jax.steps import TrainState
@@ -33,6 +34,8 @@ def finetune(
     validation: Split,
     global_batch: int,
     mesh: Mesh,
+    workdir: Workdir,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json.
 
@@ -44,6 +47,8 @@ def finetune(
         train, validation: the data.
         global_batch: rows of their batches.
         mesh: where they lie.
+        workdir: of the run, owned by this process.
+        notes: sentences that the log begins with.
 
     Returns:
         The content of result.json.
@@ -53,7 +58,6 @@ def finetune(
         RunFailed: the loss is not finite.
         RequestError: a checkpoint or the work directory cannot be used.
     """
-    workdir = Workdir(cfg.run.workdir)
     timeline = Timeline()
     with deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
@@ -67,11 +71,11 @@ def finetune(
             state = program.initial_state(initial_params(program.state_shape.params))
 
         total = recipe.schedule.steps
-        with metrics.Log(
-            workdir.path, start=start, stop=total, global_batch=global_batch, quiet=not hosts.is_first()
-        ) as log:
+        with Log(workdir.path, start=start, stop=total, global_batch=global_batch, quiet=not hosts.is_first()) as log:
             if start:
                 log.note(f"continuing {workdir.path} from step {start}")
+            for sentence in notes:
+                log.note(sentence)
             loop = Loop(
                 cfg, recipe, program, mesh, train, validation, global_batch, workdir, checkpoints, timeline, log
             )
@@ -91,8 +95,8 @@ def finetune(
             "resumed_from_step": start,
             "replaced_examples": loop.replaced,
         }
-        | metrics.figures(timeline, trained=(stop - start) * global_batch)
-        | _outcome(state, accuracy)
+        | metrics.figures(timeline, trained=(stop - start) * global_batch, before=timeline[BEFORE])
+        | _outcome(cfg, state, accuracy)
     )
     if hosts.is_first():
         write_json(workdir.result, result)
@@ -108,13 +112,14 @@ def save_final(workdir: Workdir, params: Params) -> None:
             meshes.fetch(array)
 
 
-def _outcome(state: TrainState, accuracy: Accuracy) -> dict[str, Any]:
+def _outcome(cfg: Config, state: TrainState, accuracy: Accuracy) -> dict[str, Any]:
     """What result.json says of what came out."""
     found: dict[str, Any] = {
         "final_acc1": accuracy.acc1,
         "final_acc5": accuracy.acc5,
         "final_loss": accuracy.loss,
         "eval_examples": accuracy.examples,
+        "converged": None if cfg.run.target_acc1 is None else accuracy.acc1 >= cfg.run.target_acc1,
     }
     return found if state.loss_scale is None else found | {"skipped_steps": int(state.loss_scale.skipped)}
 

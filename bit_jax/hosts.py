@@ -6,35 +6,25 @@ Every host runs the same command and computes the same steps; the first, host 0,
 import contextlib
 import functools
 import os
-import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from bit_jax import coordinator
 from bit_jax.config import ScaleConfig
+from bit_jax.schedulers import ALL, Task
 from input_pipeline import exits
 from input_pipeline.errors import RequestError
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
-# processes that a scheduler starts together: how many, which, and both of its machine's alone
-SCHEDULERS = {
-    "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-    ),
-}
-ALL: list[int] = []  # GPUs, for `jax.distributed.initialize`; by None it means one
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # what gRPC reads
 
 
 def is_first() -> bool:
@@ -90,6 +80,8 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
                 heartbeat_timeout_seconds=10 * scale.host_timeout,  # JAX's own, which aborts without a sentence
                 shutdown_timeout_seconds=scale.host_timeout,
             )
+        except RequestError:
+            raise
         except Exception as error:  # of several kinds
             raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
     watch = _Watch(scale.host_timeout)
@@ -139,11 +131,23 @@ def _initialize(**arguments: Any) -> None:
     start = runtime.get_distributed_runtime_service
     runtime.get_distributed_runtime_service = coordinator.start
     try:
-        jax.distributed.initialize(**arguments)
+        with _without_proxies():
+            jax.distributed.initialize(**arguments)
     finally:
         runtime.get_distributed_runtime_service = start
     own = _address_facing(distributed.global_state.coordinator_address or "")
     runtime.make_gloo_tcp_collectives = functools.partial(runtime.make_gloo_tcp_collectives, hostname=own)
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Within, gRPC knows no proxy: the coordinator is a host of the same cluster, which a proxy for the internet may
+    not reach. A connection that was made within stays direct."""
+    hidden = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _address_facing(other: str) -> str:
@@ -157,7 +161,7 @@ def _address_facing(other: str) -> str:
 
 def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
     """Of `jax.distributed.initialize`; None for a host alone."""
-    task = _Task.find()
+    task = Task.find()
     if scale.coordinator:
         hosts, host = scale.hosts, scale.host
         if task is not None and hosts is None and host is None:
@@ -185,29 +189,6 @@ def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
             )
         return {"local_device_ids": task.own_gpus()}
     return {"local_device_ids": ALL} if _in_kubernetes_job() else None
-
-
-class _Task(NamedTuple):
-    """What a scheduler says of this process: how many there are, which this is, and the same of its machine's alone."""
-
-    scheduler: str
-    count: int
-    number: int
-    local_count: int
-    local_number: int
-
-    @classmethod
-    def find(cls) -> "_Task | None":
-        for scheduler, variables in SCHEDULERS.items():
-            if all(name in os.environ for name in variables):
-                # SLURM's tasks a machine are listed as 8(x2),4
-                return cls(scheduler, *(int(re.findall(r"\d+", os.environ[name])[0]) for name in variables))
-        return None
-
-    def own_gpus(self) -> list[int]:
-        """Where several processes share a machine's GPUs, the one of this process's number."""
-        given_one = os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()
-        return ALL if self.local_count == 1 or given_one else [self.local_number]
 
 
 def _in_kubernetes_job() -> bool:

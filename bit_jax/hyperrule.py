@@ -28,15 +28,20 @@ class Recipe:
     schedule: Schedule
 
 
-def recipe(cfg: Config, *, train_examples: int, native_area: int) -> Recipe:
+def needs_native_area(cfg: Config) -> bool:
+    """Whether the resolution follows from the images, because the configuration leaves some of it open."""
+    return cfg.data.crop is None or cfg.data.resize_to is None
+
+
+def recipe(cfg: Config, *, train_examples: int, native_area: int | None) -> Recipe:
     """What the configuration says, and BiT-HyperRule where it says None.
 
     Args:
         train_examples: after few-shot selection.
-        native_area: pixels of an image before resizing.
+        native_area: pixels of a typical image before resizing; None is enough unless `needs_native_area`.
     """
     numbers = _schedule(train_examples)
-    resize_to, crop = resolution(native_area)
+    resize_to, crop = resolution(native_area or 0)
     mixup = 0.0 if train_examples < 20_000 else 0.1
     data, optimizer = cfg.data, cfg.optimizer
     if data.crop is not None and data.resize_to is None:

@@ -1,7 +1,8 @@
 """Runs a command as several hosts on this machine: `python -m bit_jax.launch --hosts 2 -- train.py digits ...`.
 
 For trying out and testing what otherwise takes several machines, and for several processes on one. Every process is
-given --coordinator, --hosts and --host behind the command's own flags. Ctrl-C and SIGTERM go to all of them.
+given --coordinator, --hosts and --host behind the command's own flags. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 go to all
+of them.
 """
 
 import os
@@ -12,6 +13,7 @@ import sys
 
 import tyro
 
+from input_pipeline import exits
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 
@@ -49,6 +51,7 @@ def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
                 *f"--coordinator 127.0.0.1:{port} --hosts {hosts} --host {host}".split(),
             ],
             env=os.environ | (_environment(host, devices) if devices is not None else {}),
+            process_group=0,  # a terminal's Ctrl-C would reach them as well, and twice means "at once"
         )
         for host in range(hosts)
     ]
@@ -58,7 +61,7 @@ def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in exits.ASKING:
         signal.signal(number, forward)
     codes = [process.wait() for process in processes]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -27,6 +27,8 @@ STANDARDIZE_EPS = 1e-10  # BiT; timm's is 1e-8, which float64 tells apart
 Remat = Literal["none", "norm", "unit"]
 CONVOLVED = "convolved"  # with `ops.STATISTICS` what `remat` "norm" keeps, by the name given where it is made
 GATHERED = "gathered"  # what is never kept
+# of all random numbers; named, because JAX_DEFAULT_PRNG_IMPL would otherwise decide what a seed means
+GENERATOR = "threefry2x32"
 STANDARDIZED = "standardized_conv2d"  # the checkpoint's name of every convolution but the head
 
 WANTED = "floats [batch, height, width, 3] in [-1, 1]"  # images
@@ -368,7 +370,7 @@ class ResNetV2(nn.Module):
     def init_params(self, seed: int) -> dict:
         """Random kernels, a zero head: what training from scratch starts from."""
         image = jnp.zeros((1, 32, 32, 3), param_dtype(self.dtype))
-        return jax.jit(self.init)(jax.random.key(seed), image)["params"]
+        return jax.jit(self.init)(jax.random.key(seed, impl=GENERATOR), image)["params"]
 
 
 def param_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bit_jax.resnetv2 import STANDARDIZED, ResNetV2, param_dtype, standardize
+from bit_jax.resnetv2 import GENERATOR, STANDARDIZED, ResNetV2, param_dtype, standardize
 
 TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
@@ -55,7 +55,7 @@ def mixup_weight(seed: int, step: Int[Array, ""], alpha: float) -> Float[Array, 
 
     Drawn in float32 whatever the precision, so that all precisions mix alike.
     """
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), step)
     return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
 
 
@@ -76,10 +76,17 @@ def prepare(
     """uint8 images and labels -> what the model is given and the distribution it should give, mixed unless `weight`
     (see `mix_pairs`) is None."""
     images = normalize(batch["image"], dtype)
-    targets = jax.nn.one_hot(batch["label"], num_classes, dtype=dtype)
+    targets = one_hot(batch["label"], num_classes, dtype)
     if weight is None:
         return images, targets
     return mix_pairs(images, weight), mix_pairs(targets, weight)
+
+
+def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> Float[Array, "batch classes"]:
+    """1 at the label, 0 elsewhere; NaN everywhere for a label that is no class, which `jax.nn.one_hot` would turn into
+    zeros and a loss of 0."""
+    known = (label >= 0) & (label < num_classes)
+    return jnp.where(known[:, None], jax.nn.one_hot(label, num_classes, dtype=dtype), jnp.nan)
 
 
 def cross_entropy(
@@ -227,7 +234,7 @@ def _signal(batch: dict) -> dict:
 
 def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
     """Over the rows whose mask is True: loss, correct1, correct5, seen."""
-    targets = jax.nn.one_hot(batch["label"], logits.shape[1], dtype=logits.dtype)
+    targets = one_hot(batch["label"], logits.shape[1], logits.dtype)
     losses = cross_entropy(logits, targets)
     rank = label_rank(logits, batch["label"])
     sums = {f"correct{k}": (batch["mask"] & (rank < k)).sum(dtype=jnp.int32) for k in TOP_K}
@@ -241,10 +248,11 @@ def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"
     """How many classes are placed before the label: 0 where it is the prediction.
 
     Ties go to the lower class, as `argmax` does, so that equal logits (a head of zeros) are not counted as correct;
-    a logit that is not finite puts the label last.
+    a logit that is not finite and a label that is no class put the label last.
     """
+    known = (label >= 0) & (label < logits.shape[1])
     own = jnp.take_along_axis(logits, label[:, None], axis=1)
     classes = jnp.arange(logits.shape[1], dtype=label.dtype)
     before: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
     finite = jnp.isfinite(logits).all(axis=1)
-    return jnp.where(finite, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)
+    return jnp.where(finite & known, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)

@@ -6,14 +6,21 @@ from collections.abc import Iterable, Iterator
 
 
 class Timeline:
-    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block."""
+    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block.
+
+    Attributes:
+        seconds: {activity: how long it took in all}.
+        began: {activity: when it first began, in seconds since 1970}.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.began: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.began.setdefault(activity, time.time())
         try:
             yield
         finally:

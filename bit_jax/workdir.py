@@ -1,20 +1,45 @@
 """A run's folder: config.json says whose it is; a folder that holds another configuration's run is refused."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bit_jax import hosts
 from bit_jax.config import Config, identity
 from bit_jax.hyperrule import Recipe
+from input_pipeline import claims
 from input_pipeline.errors import RequestError
-from input_pipeline.files import write_json
+from input_pipeline.files import read_json, write_json
+
+OTHER = "choose another --workdir"
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
+    """The folder of one run.
+
+    Attributes:
+        path: the folder.
+        content: what config.json says of the run.
+    """
+
     path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def of(cls, cfg: Config, **derived: Any) -> "Workdir":
+        """The folder of the configured run.
+
+        Args:
+            cfg: what is to run.
+            derived: what follows from it and from the machine or dataset (recipe, global batch, class names); kept
+                beside it in config.json, and compared too.
+        """
+        content = {"config": identity(cfg), **derived}
+        return cls(cfg.run.workdir, json.loads(json.dumps(content, default=_plain)))
 
     @property
     def config(self) -> Path:
@@ -32,47 +57,50 @@ class Workdir:
     def final(self) -> Path:
         return self.path / "final.npz"
 
-    def claim(self, cfg: Config, **derived: Any) -> None:
-        """Makes the folder and writes config.json, or finds there the same configuration.
-
-        Args:
-            cfg: what is to run.
-            derived: what follows from it and from the machine or dataset (recipe, global batch, class names); kept
-                beside it, and compared too.
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within, this run alone writes into the folder; config.json is there. Host 0 owns it for all hosts.
 
         Raises:
-            RequestError: the folder cannot be written, or holds another configuration's run.
+            RequestError: the folder cannot be written, belongs to another process, or holds another configuration's
+                run.
         """
         if not hosts.is_first():
             hosts.wait_for_all("work directory")
             if not self.config.exists():
                 raise RequestError(f"{self.path} is not the first host's; put --workdir on a disk that all hosts share")
-        try:
-            self._claim(cfg, derived)
-        finally:
-            if hosts.is_first():
-                hosts.wait_for_all("work directory")
-
-    def _claim(self, cfg: Config, derived: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps({"config": identity(cfg), **derived}, default=_plain))
+            self.check()
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.config.exists():
-                stray = [name for name in ("checkpoints", "final.npz", "result.json") if (self.path / name).exists()]
-                if stray:
-                    raise RequestError(
-                        f"{self.path} holds {stray[0]} but no config.json to say of which run; choose another --workdir"
-                    )
-                write_json(self.config, wanted)
-                return
-            found = json.loads(self.config.read_text())
+            owning = contextlib.ExitStack()
+            owning.enter_context(claims.claimed(self.path / claims.CLAIM, self.path, OTHER))
         except OSError as error:
-            raise RequestError(
-                f"cannot use work directory {self.path}: {error.strerror}; choose another --workdir"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{self.config} is damaged ({error}); choose another --workdir") from None
-        differing = _differences(found, wanted)
+            raise RequestError(f"cannot use work directory {self.path}: {error.strerror}; {OTHER}") from None
+        with owning:
+            try:
+                self.check()
+                if not self.config.exists():
+                    write_json(self.config, self.content)
+            finally:
+                hosts.wait_for_all("work directory")
+            yield
+
+    def check(self) -> None:
+        """Compares what config.json says, if it is there, with this run.
+
+        Raises:
+            RequestError: it is another configuration's, or damaged, or missing beside a run's results.
+        """
+        if not self.config.exists():
+            stray = [name for name in ("checkpoints", "final.npz", "result.json") if (self.path / name).exists()]
+            if stray:
+                raise RequestError(
+                    f"{self.path} holds {stray[0]} but no config.json to say of which run; choose another --workdir"
+                )
+            return
+        differing = _differences(read_json(self.config, dict, OTHER), self.content)
         if differing:
             raise RequestError(
                 f"{self.path} holds a run of another configuration ({'; '.join(differing)}); "
@@ -80,12 +108,14 @@ class Workdir:
             )
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that came to its end here."""
+        """The result of this very run where it came to its end here, else None.
+
+        Raises:
+            RequestError: as `check`; or result.json is damaged.
+        """
+        self.check()
         if self.result.exists() and self.final.exists():
-            try:
-                return json.loads(self.result.read_text())
-            except ValueError as error:
-                raise RequestError(f"{self.result} is damaged ({error}); delete it to have it written again") from None
+            return read_json(self.result, dict, "move it away to have it written again")
         return None
 
 

@@ -1,44 +1,74 @@
 """Datasets as uint8 batches with a mask: `open_source` finds the examples, `Loader` orders and batches them.
 
 This package is the ground floor. It imports neither `bit_jax` nor `parity`, and what all three share stands here: how a
-command ends (`errors`, `exits`), how files and paths are handled (`files`, `flags`), who owns a directory (`claims`)
-and what a terminal is shown (`terminal`). Those six import no array library, so every command starts fast.
+command ends (`errors`, `exits`), how files and paths are handled (`files`, `flags`), who owns a directory (`claims`),
+how many files a process may hold open (`limits`) and what a terminal is shown (`terminal`). Those seven import no array
+library, so every command starts fast.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from input_pipeline.examples import DamagedImage, DatasetError, Source, few_shot, fingerprint, relabelled
+    from input_pipeline.examples import (
+        CannotRead,
+        DamagedImage,
+        DatasetError,
+        Source,
+        descriptors,
+        few_shot,
+        fingerprint,
+        relabelled,
+        require_labels,
+    )
+    from input_pipeline.image_file import read_image_file
     from input_pipeline.loader import Batch, Loader
-    from input_pipeline.preprocess import Views, native_area
+    from input_pipeline.preprocess import Views, native_area, typical_area
     from input_pipeline.sources import open_source
 
 __all__ = [
     "Batch",
+    "CannotRead",
     "DamagedImage",
     "DatasetError",
     "Loader",
     "Source",
     "Views",
+    "descriptors",
     "few_shot",
     "fingerprint",
     "native_area",
     "open_source",
+    "read_image_file",
     "relabelled",
+    "require_labels",
+    "typical_area",
 ]
 
 _MODULES = {
-    "examples": ("DamagedImage", "DatasetError", "Source", "few_shot", "fingerprint", "relabelled"),
+    "examples": (
+        "CannotRead",
+        "DamagedImage",
+        "DatasetError",
+        "Source",
+        "descriptors",
+        "few_shot",
+        "fingerprint",
+        "relabelled",
+        "require_labels",
+    ),
+    "image_file": ("read_image_file",),
     "loader": ("Batch", "Loader"),
-    "preprocess": ("Views", "native_area"),
+    "preprocess": ("Views", "native_area", "typical_area"),
     "sources": ("open_source",),
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a name's module when it is first used: `preprocess` brings Numba, which many commands do without."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"input_pipeline.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers read the imports above
+
+    def __getattr__(name: str) -> Any:
+        """Imports a name's module when it is first used: `preprocess` brings Numba, which many commands do without."""
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"input_pipeline.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

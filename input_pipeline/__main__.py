@@ -4,24 +4,25 @@ Exit code 0: done; 1: the dataset has faults; 2: the request was wrong.
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from input_pipeline import prepare as preparing
 from input_pipeline.bench import bench
 from input_pipeline.check import Checked, check
+from input_pipeline.examples import descriptors
 from input_pipeline.exits import exit_code
+from input_pipeline.flags import UserPath
+from input_pipeline.limits import raise_descriptor_limit, require_descriptors
 from input_pipeline.sources import open_source, split_names
-
-SHOWN = 20  # faults of a split
+from input_pipeline.terminal import console, printable
 
 
 def main() -> int:
+    raise_descriptor_limit()
     commands = {"prepare": _prepare, "convert": _convert, "check": _check, "bench": bench}
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m input_pipeline", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
@@ -31,8 +32,8 @@ def main() -> int:
 
 def _prepare(
     dataset: tyro.conf.Positional[str],
-    data_dir: Path,
-    manual_dir: Path | None = None,
+    data_dir: UserPath,
+    manual_dir: UserPath | None = None,
     subset: bool = False,
     skip_md5: bool = False,
     skip_check: bool = False,
@@ -47,28 +48,28 @@ def _prepare(
         skip_md5: of imagenet2012: do not read the archives once more to compare their MD5.
         skip_check: do not read every record afterwards.
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    preparing.prepare(dataset, data_dir, manual_dir, subset=subset, verify_md5=not skip_md5, console=console)
+    errors = console(stderr=True)
+    preparing.prepare(dataset, data_dir, manual_dir, subset=subset, verify_md5=not skip_md5, console=errors)
     if skip_check:
-        console.print("skipped: reading every record, as --skip-check says; python -m input_pipeline check does it")
+        errors.print("skipped: reading every record, as --skip-check says; python -m input_pipeline check does it")
         return True
     return _check(dataset, data_dir)
 
 
-def _convert(dataset: tyro.conf.Positional[str], data_dir: Path) -> bool:
+def _convert(dataset: tyro.conf.Positional[str], data_dir: UserPath) -> bool:
     """Adds array_record to a dataset that tfds prepared as tfrecord, by tfds's own conversion; the old files stay.
 
     Args:
         dataset: its name.
         data_dir: where it is.
     """
-    preparing.convert(dataset, data_dir, Console(stderr=True, soft_wrap=True, highlight=False, markup=False))
+    preparing.convert(dataset, data_dir, console(stderr=True))
     return _check(dataset, data_dir)
 
 
 def _check(
     dataset: tyro.conf.Positional[str],
-    data_dir: Path | None = None,
+    data_dir: UserPath | None = None,
     splits: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPLIT...")] = (),
 ) -> bool:
     """Reads and decodes every record, as training will, and lists what is damaged; exit code 1 if anything is.
@@ -79,11 +80,13 @@ def _check(
         splits: only these, or slices such as train[:1%]; none: all.
     """
     sources = [open_source(dataset, split, data_dir) for split in splits or split_names(dataset, data_dir)]
+    # readers stay open from the first split to the last
+    require_descriptors(sum(descriptors(source) for source in sources), dataset)
     results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console(stderr=True)) as progress:
         for source in sources:
-            task = progress.add_task(f"reading {source.name}", total=len(source))
+            task = progress.add_task(f"reading {printable(source.name)}", total=len(source))
             results.append(check(source, lambda done, task=task: progress.update(task, completed=done)))
     _show(results)
     return all(result.holds for result in results)
@@ -94,15 +97,15 @@ def _show(results: list[Checked]) -> None:
     for result in results:
         least, most = (f"{height}x{width}" for height, width in (result.least, result.most))
         counts = (f"{count:,}" for count in (result.examples, result.classes))
-        table.add_row(result.name, *counts, least, most, str(len(result.damaged)), str(len(result.wrong)))
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
-    console = Console(soft_wrap=True, highlight=False)
+        table.add_row(printable(result.name), *counts, least, most, f"{result.damaged:,}", f"{result.wrong:,}")
+    output = console(width=120)
+    output.print(table)
     for result in results:
-        faults = [f"damaged: {identity}: {why}" for identity, why in result.damaged.items()] + result.wrong
-        for fault in faults[:SHOWN]:
-            console.print(f"{result.name}: {fault}", markup=False)
-        if len(faults) > SHOWN:
-            console.print(f"{result.name}: and {len(faults) - SHOWN} more")
+        for fault in result.faults:
+            output.print(printable(f"{result.name}: {fault}"))
+        more = result.damaged + result.wrong - len(result.faults)
+        if more:
+            output.print(printable(f"{result.name}: and {more:,} more"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ such a process.
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import signal
@@ -23,13 +22,15 @@ from typing import Any
 
 import psutil
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from input_pipeline.examples import DatasetError
+from input_pipeline.files import write_json
+from input_pipeline.flags import UserPath
 from input_pipeline.loader import Loader
 from input_pipeline.preprocess import Views
 from input_pipeline.sources import open_source
+from input_pipeline.terminal import console
 
 RESIZE_TO, CROP = 512, 480  # BiT's for ImageNet
 SETTLE = 8  # batches before each measurement, more than any pipeline has waiting
@@ -61,7 +62,11 @@ ARMS = {
 
 
 def bench(
-    folder: tyro.conf.Positional[Path], batch: int = 32, batches: int = 40, rounds: int = 5, json: Path | None = None
+    folder: tyro.conf.Positional[UserPath],
+    batch: int = 32,
+    batches: int = 40,
+    rounds: int = 5,
+    json: UserPath | None = None,
 ) -> None:
     """Measures training input in images/s, side by side with tf.data and PyTorch's DataLoader where installed.
 
@@ -77,20 +82,20 @@ def bench(
         raise DatasetError(f"--batch {batch}, --batches {batches} and --rounds {rounds} must be at least 1")
     if len(source) < batch:
         raise DatasetError(f"{folder} has {len(source)} training images, fewer than --batch {batch}; draw more")
-    console = Console(stderr=True, highlight=False)
+    errors = console(stderr=True)
     arms = {name: arm for name, arm in ARMS.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
     for name in ARMS.keys() - arms.keys():
-        console.print(f"{ARMS[name].what} is left out: {ARMS[name].needs} is not installed")
+        errors.print(f"{ARMS[name].what} is left out: {ARMS[name].needs} is not installed")
     processes: dict[str, Process] = {}
     rates: dict[str, list[float]] = {name: [] for name in arms}
     try:
         for name, arm in arms.items():
-            console.print(f"starting {arm.what}")
+            errors.print(f"starting {arm.what}")
             processes[name] = Process(name, arm, folder, batch)
         for number in range(1, rounds + 1):
             for name, process in processes.items():
                 rates[name].append(batch * batches / process.run(batches))
-            console.print(f"round {number} of {rounds}: " + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items()))
+            errors.print(f"round {number} of {rounds}: " + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items()))
     finally:
         for process in processes.values():
             process.close()
@@ -198,9 +203,9 @@ def _show(arms: dict[str, Arm], rates: dict[str, list[float]], memory: dict[str,
             "" if name == "pillow" else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             f"{memory[name] / MIB:,.0f}",
         )
-    console = Console(width=140 if not sys.stdout.isatty() else None)
-    console.print(table)
-    console.print("times: how many times the pipeline's images/s the first line has, in the same round")
+    output = console()
+    output.print(table)
+    output.print("times: how many times the pipeline's images/s the first line has, in the same round")
 
 
 def _save(
@@ -217,9 +222,7 @@ def _save(
         "versions": {name: installed[name] for name in packages if name in installed},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, content)
 
 
 def _machine() -> str:

@@ -4,13 +4,15 @@ import dataclasses
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline.examples import NO_LABEL, DamagedImage, DatasetError, Source
+from input_pipeline.examples import NO_LABEL, CannotRead, DamagedImage, DatasetError, Source
 from input_pipeline.preprocess import decode
 
 BLOCK = 1024  # records under way at once
+SHOWN = 20  # faults of a split that are spelled out
 
 
 @dataclasses.dataclass
@@ -19,17 +21,19 @@ class Checked:
 
     Attributes:
         name, examples: of the split.
-        classes: how many occur.
-        damaged: {id: why} of images that cannot be decoded.
-        wrong: sentences on records that cannot be read and labels out of range.
+        classes: how many of its classes occur.
+        damaged: number of images that cannot be decoded.
+        wrong: number of records that cannot be read and of labels out of range.
+        faults: a sentence on each of the first `SHOWN` of them.
         least, most: pixels of the smallest and the largest image, as height x width.
     """
 
     name: str
     examples: int
     classes: int = 0
-    damaged: dict[str, str] = dataclasses.field(default_factory=dict)
-    wrong: list[str] = dataclasses.field(default_factory=list)
+    damaged: int = 0
+    wrong: int = 0
+    faults: list[str] = dataclasses.field(default_factory=list)
     least: tuple[int, int] = (0, 0)
     most: tuple[int, int] = (0, 0)
 
@@ -37,48 +41,78 @@ class Checked:
     def holds(self) -> bool:
         return not self.damaged and not self.wrong
 
+    def fault(self, sentence: str, *, damaged: int = 0, wrong: int = 0) -> None:
+        """Counts a fault; the first few sentences are kept, so that memory is bounded however many there are."""
+        self.damaged += damaged
+        self.wrong += wrong
+        if len(self.faults) < SHOWN:
+            self.faults.append(sentence)
+
+    def seen(self, size: tuple[int, int]) -> None:
+        """Takes note of an image's height and width."""
+        self.least = min(self.least, size, key=_area) if self.least != (0, 0) else size
+        self.most = max(self.most, size, key=_area)
+
+
+class _Look(NamedTuple):
+    """What came of one record: its id and label, if it can be read; its size, or what is wrong with it."""
+
+    identity: str
+    label: int | None
+    size: tuple[int, int] | None
+    fault: str = ""
+
 
 def check(source: Source, advance: Callable[[int], None] = lambda done: None) -> Checked:
     """Reads and decodes all of a split, on every core.
 
     Args:
         advance: called now and then with the number of examples done.
+
+    Raises:
+        CannotRead: the operating system refuses to read a file, which says nothing about the dataset.
     """
     checked = Checked(source.name, len(source))
-    labels, sizes = np.full(len(source), NO_LABEL), set()
+    occurring, unlabelled = np.zeros(len(source.class_names), bool), 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(source), BLOCK):
             block = range(start, min(start + BLOCK, len(source)))
-            for index, (identity, label, outcome) in zip(
-                block, pool.map(lambda index: _look(source, index), block), strict=True
-            ):
-                labels[index] = label
-                if isinstance(outcome, DamagedImage):
-                    checked.damaged[identity] = str(outcome)
-                elif isinstance(outcome, DatasetError):
-                    checked.wrong.append(str(outcome))
+            for look in pool.map(lambda index: _look(source, index), block):
+                if look.size is not None:
+                    checked.seen(look.size)
+                elif look.label is not None:
+                    checked.fault(look.fault, damaged=1)
                 else:
-                    sizes.add(outcome)
+                    checked.fault(look.fault, wrong=1)
+                if look.label == NO_LABEL:
+                    unlabelled += 1
+                elif look.label is not None and 0 <= look.label < len(occurring):
+                    occurring[look.label] = True
+                elif look.label is not None:
+                    checked.fault(
+                        f"label {look.label} of example {look.identity} is not one of {len(occurring)} classes", wrong=1
+                    )
             advance(block.stop)
-    present = np.unique(labels)
-    if not np.array_equal(present, [NO_LABEL]):
-        outside = present[(present < 0) | (present >= len(source.class_names))]
-        checked.wrong += [f"label {label} is not one of {len(source.class_names)} classes" for label in outside]
-    checked.classes = len(present)
-    if sizes:
-        checked.least = min(sizes, key=lambda size: size[0] * size[1])
-        checked.most = max(sizes, key=lambda size: size[0] * size[1])
+    checked.classes = int(occurring.sum())
+    if unlabelled and checked.classes:  # a whole split without labels is published so
+        checked.fault(f"{unlabelled:,} examples have no label, and others have", wrong=1)
     return checked
 
 
-def _look(source: Source, index: int) -> tuple[str, int, tuple[int, int] | DatasetError]:
-    """Its id, its label, and the image's height and width or what is wrong."""
+def _look(source: Source, index: int) -> _Look:
+    """Reads one record. It returns sentences, because an exception keeps the image in the frames of its traceback."""
     try:
         example = source[index]
+    except CannotRead:
+        raise
     except DatasetError as error:
-        return str(index), NO_LABEL, error
+        return _Look("", None, None, str(error))
     try:
-        height, width, _ = decode(example["image"]).shape
+        height, width, _ = decode(example["image"], reuse=True).shape
     except DamagedImage as error:
-        return example["id"], example["label"], error
-    return example["id"], example["label"], (height, width)
+        return _Look(example["id"], example["label"], None, f"damaged: {example['id']}: {error}")
+    return _Look(example["id"], example["label"], (height, width))
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]

@@ -25,7 +25,8 @@ from input_pipeline.errors import RequestError
 CLAIM = ".owner.json"  # the claim of a whole directory
 BEAT = 5.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one after which an owner elsewhere is taken for dead
-LOST = 2  # looks in a row at which the claim is another's: one may fall between another claimant's two renames
+LOST = 2  # looks in a row at which the claim is another's
+ABANDONED = 60.0  # seconds after which nobody removes a claim any more; long, because here clocks are compared
 UNKNOWN: dict[str, Any] = {"host": "?", "process": 0, "since": "?", "command": "?"}
 
 
@@ -153,15 +154,20 @@ def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
 
 def _remove(claim: Path, owner: dict[str, Any]) -> None:
     """Removes a dead owner's claim; another claimant may do the same at the same time."""
-    aside = claim.with_name(f"{claim.name}.{secrets.token_hex(4)}")
+    removing = claim.with_name(f"{claim.name}.removing")  # only one claimant removes, so that it is the one it read
     try:
-        os.rename(claim, aside)
-    except FileNotFoundError:
+        removing.mkdir()
+    except FileExistsError:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):  # its claimant was killed in the instant between
+            if time.time() - removing.stat().st_mtime > ABANDONED:
+                removing.rmdir()
         return
-    if (_read(aside) or {}).get("token") != owner["token"]:  # another claimant was faster: this is its new claim
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, claim)
-    aside.unlink(missing_ok=True)
+    try:
+        if (_read(claim) or {}).get("token") == owner["token"]:
+            claim.unlink()
+    finally:
+        removing.rmdir()
 
 
 def _beat(
@@ -176,7 +182,8 @@ def _beat(
             if gone >= LOST:
                 by = f"process {owner['process']} on {owner['host']}" if owner else "somebody who removed its claim"
                 return lost(f"{name} was taken over by {by}; this process ends and writes no more")
-            _write(file, token, count)
+            if not gone:
+                _write(file, token, count)
         except OSError:  # a disk that does not answer now may do so at the next beat
             continue
 

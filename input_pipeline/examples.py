@@ -3,11 +3,13 @@
 A source knows nothing of order, batches or hosts; `loader.py` decides those.
 """
 
+import errno
 import hashlib
+import os
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypedDict, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from input_pipeline.terminal import printable
 FINGERPRINTED = 64  # examples
 NO_LABEL = -1  # of every example of a split that is published without labels
 NAMED = 8  # classes that an error message spells out
+DAMAGED_IN_A_ROW = 10  # more are no damaged images but a damaged dataset
+T = TypeVar("T")
 
 
 class DatasetError(RequestError):
@@ -25,6 +29,32 @@ class DatasetError(RequestError):
 
 class DamagedImage(DatasetError):
     """The bytes of one image cannot be decoded; everything else may be in order."""
+
+
+class CannotRead(DatasetError):
+    """The operating system refuses to read a file. It says nothing about what the file holds, so it is no damage."""
+
+
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+def cannot_read(what: object, error: OSError | int, where: object = "its directory") -> CannotRead:
+    """The error for a file that the operating system refuses to read.
+
+    Args:
+        what: the file or example, for the message.
+        error: what the system raised, or its number.
+        where: the directory that the file lies in, for the message.
+    """
+    number = error if isinstance(error, int) else error.errno
+    reason = os.strerror(number) if number else str(error)
+    if number in (errno.EMFILE, errno.ENFILE):
+        remedy = "; raise the number of files that a process may hold open, with ulimit -n, and start again"
+    elif number in GONE:
+        remedy = f"; is {where} still there?"
+    else:
+        remedy = "; mend that and start again"
+    return CannotRead(f"{what} cannot be read ({reason}){remedy}")
 
 
 class Example(TypedDict):
@@ -41,6 +71,8 @@ class Source(Protocol):
         name: dataset and split, for messages and results.
         class_names: one a label, in label order.
         labels: int32 [len(source)], known without decoding an image.
+
+    A source that keeps files open has an attribute `descriptors` too; see the function of that name.
     """
 
     @property
@@ -51,6 +83,14 @@ class Source(Protocol):
     def labels(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+
+
+def descriptors(source: Source) -> int:
+    """Files that reading the whole source comes to hold open until the source is forgotten, such as a dataset's shards.
+
+    A file that is opened, read and closed again, as a folder's images are, does not count.
+    """
+    return getattr(source, "descriptors", 0)
 
 
 class ArraySource:
@@ -78,6 +118,10 @@ class Subset:
     @property
     def labels(self) -> np.ndarray:
         return self._source.labels[self._indices]
+
+    @property
+    def descriptors(self) -> int:
+        return descriptors(self._source)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -118,14 +162,83 @@ class Relabelled:
         known = (labels >= 0) & (labels < len(self._numbers))
         return np.where(known, self._numbers[np.where(known, labels, 0)], NO_LABEL).astype(np.int32)
 
+    @property
+    def descriptors(self) -> int:
+        return descriptors(self._source)
+
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        label = example["label"]
-        known = 0 <= label < len(self._numbers)
-        return {**example, "label": int(self._numbers[label]) if known else NO_LABEL}
+        if example["label"] == NO_LABEL:
+            return example
+        return {**example, "label": int(self._numbers[label_of(example, self._source)])}
+
+
+def label_of(example: Example, source: Source) -> int:
+    """The example's label, which is one of the source's classes.
+
+    Raises:
+        DatasetError: it has none, because its split is published without labels, or one outside the classes.
+    """
+    label, classes = example["label"], len(source.class_names)
+    if 0 <= label < classes:
+        return label
+    if label == NO_LABEL:
+        raise DatasetError(
+            f"example {example['id']} of {source.name} has no label: splits such as a challenge's test set are "
+            "published without; choose another split"
+        )
+    raise DatasetError(
+        f"example {example['id']} of {source.name} has label {label}, but there are {classes} classes; "
+        "choose another split or prepare the dataset again"
+    )
+
+
+def require_labels(source: Source) -> None:
+    """Refuses a split that is published without labels, by its first example, before anything is trained for it.
+
+    Raises:
+        DatasetError: its first example has no label, or one outside the classes.
+    """
+    label_of(source[0], source)
+
+
+def first_undamaged(
+    source: Source,
+    index: int,
+    use: Callable[[int], T],
+    *,
+    skip_damaged: bool,
+    note: Callable[[int, DamagedImage], None] = lambda index, error: None,
+) -> tuple[int, T]:
+    """What `use` makes of an example or, with `skip_damaged`, of the first one after it that is not damaged.
+
+    Args:
+        index: the number of the example; after the source's last comes its first.
+        use: is called with an example's number and raises `DamagedImage` where the example is damaged.
+        note: is called with the number of each damaged example and the error.
+
+    Returns:
+        The number of the example that was used, and what `use` returned for it.
+
+    Raises:
+        DamagedImage: the example is damaged and `skip_damaged` is false.
+        DatasetError: so many examples in a row are damaged that the dataset is.
+    """
+    for number in range(index, index + DAMAGED_IN_A_ROW):
+        number %= len(source)
+        try:
+            return number, use(number)
+        except DamagedImage as error:
+            if not skip_damaged:
+                raise DamagedImage(f"{error}; --skip-damaged shows the example after it instead") from None
+            note(number, error)
+    raise DatasetError(
+        f"{DAMAGED_IN_A_ROW} examples of {source.name} from number {index} on are damaged; "
+        "python -m input_pipeline check lists all that are"
+    )
 
 
 def relabelled(source: Source, class_names: Sequence[str], whose: str) -> Source:
@@ -165,9 +278,14 @@ def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:
     chosen = []
     for label, class_name in enumerate(source.class_names):
         of_class = np.flatnonzero(labels == label)[:examples_per_class]
+        if not len(of_class):
+            raise DatasetError(
+                f"{source.name} has no example of class {printable(class_name)}; choose another split, or train with "
+                "all examples instead of a number of each class"
+            )
         if len(of_class) < examples_per_class:
             raise DatasetError(
-                f"{source.name} has {len(of_class)} examples of class {class_name!r}, "
+                f"{source.name} has {len(of_class)} examples of class {printable(class_name)}, "
                 f"not {examples_per_class}; ask for at most {len(of_class)} a class"
             )
         chosen.append(of_class)
@@ -181,7 +299,7 @@ def parse_slice(split: str) -> tuple[str, str | None, str | None]:
     Raises:
         DatasetError: it is of another form.
     """
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    match = re.fullmatch(r"(\w[\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if match is None:
         raise DatasetError(f"split {split!r} is neither a name nor a slice such as train[:98%] or train[100:200]")
     return match[1], match[2], match[3]

@@ -1,26 +1,33 @@
 """`folder:PATH`: image files in PATH/SPLIT/CLASS/, as torchvision's ImageFolder takes them."""
 
 import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from input_pipeline.examples import DatasetError, Example
+from input_pipeline.examples import DatasetError, Example, cannot_read, canonical
+from input_pipeline.image_file import kind_of, read_image_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+LAYOUT = "folder:PATH holds PATH/SPLIT/CLASS/IMAGE"
 
 
 class FolderSource:
-    """One split; classes and files in the order of their names' code points, whatever the file system's own order."""
+    """One split; classes and files in the order of their canonical names' code points, whatever the file system's own
+    order. Classes have canonical names, files are read under the names that they have."""
 
     def __init__(self, directory: Path, split: str):
         self.name = f"{directory.name}/{split}"
         self._root = _split_root(directory, split)
-        self.class_names = directory_names(self._root)
-        if not self.class_names:
+        self._directories = directory_names(self._root)
+        if not self._directories:
             raise DatasetError(f"{self._root} has no class directories; put each class's images into one of its own")
-        of_class = [_names(self._root / name, directories=False) for name in self.class_names]
-        empty = [name for name, files in zip(self.class_names, of_class, strict=True) if not files]
+        self.class_names = [canonical(name) for name in self._directories]
+        _require_one_spelling(self._root, self._directories)
+        of_class = [_names(self._root / name, directories=False) for name in self._directories]
+        empty = [name for name, files in zip(self._directories, of_class, strict=True) if not files]
         if empty:
             raise DatasetError(f"{self._root / empty[0]} has no images; fill that class's directory or remove it")
         self.labels = np.repeat(np.arange(len(of_class), dtype=np.int32), [len(files) for files in of_class])
@@ -30,18 +37,12 @@ class FolderSource:
         return len(self._files)
 
     def path(self, index: int) -> Path:
-        return self._root / self.class_names[self.labels[index]] / self._files[index]
+        return self._root / self._directories[self.labels[index]] / self._files[index]
 
     def __getitem__(self, index: int) -> Example:
         label, path = int(self.labels[index]), self.path(index)
         identity = f"{path.parent.name}/{path.name}"
-        try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise DatasetError(
-                f"example {identity} of {self.name} cannot be read ({error.strerror}); is {self._root} still there?"
-            ) from None
-        return {"image": image, "label": label, "id": identity}
+        return {"image": read_image_file(path), "label": label, "id": identity}
 
 
 def directory_names(directory: Path) -> list[str]:
@@ -51,15 +52,36 @@ def directory_names(directory: Path) -> list[str]:
 
 def _split_root(directory: Path, split: str) -> Path:
     root = directory / split
-    if root.is_dir():
+    if _is_directory(root):
         return root
-    if not directory.is_dir():
-        raise DatasetError(f"{directory} is not a directory; folder:PATH holds PATH/SPLIT/CLASS/IMAGE")
+    if not _is_directory(directory):
+        raise DatasetError(f"{directory} is not a directory; {LAYOUT}")
     there = directory_names(directory)
     raise DatasetError(
-        f"{directory} has no split {split!r}; its directories are {', '.join(there[:8]) or 'none'}. "
-        "folder:PATH holds PATH/SPLIT/CLASS/IMAGE"
+        f"{directory} has no split {split!r}; its directories are {', '.join(there[:8]) or 'none'}. {LAYOUT}"
     )
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether it is one; raises `CannotRead` where the system does not say."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise cannot_read(path, error) from None
+
+
+def _require_one_spelling(root: Path, names: Sequence[str]) -> None:
+    """Refuses two directories whose names a person cannot tell apart: Unicode has several spellings of "é"."""
+    spellings: dict[str, str] = {}
+    for name in names:
+        other = spellings.setdefault(canonical(name), name)
+        if other != name:
+            raise DatasetError(
+                f"{root} has two directories for the class {canonical(name)}, {other!a} and {name!a}, which Unicode "
+                "takes for the same name; move the images of both into one"
+            )
 
 
 def _names(directory: Path, *, directories: bool) -> list[str]:
@@ -67,13 +89,29 @@ def _names(directory: Path, *, directories: bool) -> list[str]:
     image left out by its name would go unnoticed."""
     try:
         with os.scandir(directory) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+            found = [(entry.name, _mode(entry)) for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise DatasetError(
-            f"{directory} cannot be listed ({error.strerror}); folder:PATH holds PATH/SPLIT/CLASS/IMAGE"
-        ) from None
-    for name, is_directory in found:
-        if is_directory != directories or not (directories or name.lower().endswith(SUFFIXES)):
-            expected = "a class directory" if directories else f"an image file ({', '.join(SUFFIXES)})"
-            raise DatasetError(f"{directory / name} is not {expected}; remove it from there")
-    return [name for name, _ in found]
+        raise cannot_read(error.filename or directory, error) from None
+    expected = "a class directory" if directories else f"an image file ({', '.join(SUFFIXES)})"
+    for name, mode in sorted(found):
+        if stat.S_ISDIR(mode) if directories else stat.S_ISREG(mode) and _is_image_name(name):
+            continue
+        what = f"is {kind_of(mode)}, not" if mode and not stat.S_ISREG(mode) else "is not"
+        raise DatasetError(f"{directory / name} {what} {expected}; move it elsewhere. {LAYOUT}")
+    return sorted((name for name, _ in found), key=lambda name: (canonical(name), name))
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _mode(entry: os.DirEntry) -> int:
+    """What an entry is, symbolic links followed; the directory itself says it of most files, without a look at each."""
+    if entry.is_dir():
+        return stat.S_IFDIR
+    if entry.is_file():
+        return stat.S_IFREG
+    try:
+        return stat.S_IFMT(entry.stat().st_mode)
+    except FileNotFoundError:
+        return stat.S_IFLNK

@@ -1,21 +1,30 @@
 """MNIST's file format, as MNIST and Fashion-MNIST come: `idx:DIRECTORY`, compressed or not."""
 
 import gzip
+import io
+import math
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from input_pipeline.examples import ArraySource, DatasetError
+from input_pipeline.image_file import read_regular_file
 
 # https://yann.lecun.org/exdb/mnist: magic, sizes (big-endian int32), then bytes
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
 FILES = {"train": "train", "test": "t10k"}
+MAX_BYTES = 1 << 36  # of a file, which is held in memory
+MOST_DEFLATED = 1032  # bytes that one byte of a .gz can become (https://zlib.net/zlib_tech.html)
+CHUNK = 1 << 20
 
 
 def open_idx(directory: Path, split: str) -> ArraySource:
     """One split of the four files in a directory.
 
     Raises:
+        CannotRead: the operating system refuses to read a file.
         DatasetError: a file is missing, damaged or of another format, or images and labels do not pair up.
     """
     if split not in FILES:
@@ -29,20 +38,43 @@ def open_idx(directory: Path, split: str) -> ArraySource:
 
 
 def _read(directory: Path, stem: str, magic: int, dimensions: int) -> np.ndarray:
-    path = next((path for path in (directory / stem, directory / f"{stem}.gz") if path.exists()), None)
+    path = next((path for path in (directory / stem, directory / f"{stem}.gz") if os.path.lexists(path)), None)
     if path is None:
         raise DatasetError(
             f"{directory} has neither {stem} nor {stem}.gz; idx:DIRECTORY names the folder that holds them"
         )
+    data = read_regular_file(path, MAX_BYTES)
+    compressed = path.suffix == ".gz"
+    file = gzip.GzipFile(fileobj=io.BytesIO(data)) if compressed else io.BytesIO(data)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DatasetError(f"{path} cannot be read ({error}); fetch it again") from None
-    size = 4 * (1 + dimensions)
-    header = np.frombuffer(data.ljust(size, b"\0"), ">i4", count=1 + dimensions)
-    if header[0] != magic or len(data) < size:
+        header = file.read(4 * (1 + dimensions))
+        shape = _shape(path, header, magic, dimensions)
+        size = math.prod(shape)
+        if size > len(data) * (MOST_DEFLATED if compressed else 1):
+            raise DatasetError(f"{path} is truncated: {len(data):,} bytes for shape {shape}; fetch it again")
+        content = _read_up_to(file, size + 1)
+    except (OSError, EOFError, zlib.error) as error:  # the file's bytes are in memory: this is what gzip raises
+        raise DatasetError(f"{path} is damaged ({error}); fetch it again") from None
+    if len(content) < size:
+        raise DatasetError(f"{path} is truncated: {len(content):,} bytes for shape {shape}; fetch it again")
+    if len(content) > size:
+        raise DatasetError(f"{path} has more bytes than the {size:,} of shape {shape}; fetch it again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _shape(path: Path, header: bytes, magic: int, dimensions: int) -> tuple[int, ...]:
+    """Sizes in the file's header: the number of examples first, which may be 0, then the rows and columns of each."""
+    if len(header) < 4 * (1 + dimensions) or int.from_bytes(header[:4], "big") != magic:
         raise DatasetError(f"{path} is not an idx file of {dimensions} dimensions; fetch it again")
-    content = np.frombuffer(data, np.uint8, offset=size)
-    if content.size != np.prod(header[1:], dtype=np.int64):
-        raise DatasetError(f"{path} is truncated: {content.size} bytes for shape {tuple(header[1:])}; fetch it again")
-    return content.reshape(header[1:])
+    shape = tuple(int(size) for size in np.frombuffer(header, ">i4", offset=4))
+    if shape[0] < 0 or any(size < 1 for size in shape[1:]):
+        raise DatasetError(f"{path} is damaged: its header names the shape {shape}; fetch it again")
+    return shape
+
+
+def _read_up_to(file: gzip.GzipFile | io.BytesIO, most: int) -> bytearray:
+    """At most so many bytes, without memory for more than there are."""
+    content = bytearray()
+    while len(content) < most and (chunk := file.read(min(CHUNK, most - len(content)))):
+        content += chunk
+    return content

@@ -15,11 +15,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from input_pipeline.examples import DamagedImage, DatasetError, Source
+from input_pipeline.examples import DamagedImage, DatasetError, Source, first_undamaged, label_of
 from input_pipeline.preprocess import Views
+from input_pipeline.terminal import printable
 
 READ_AHEAD = 3  # batches made, placed or waiting while one is in use
-DAMAGED_IN_A_ROW = 10  # more are no damaged images but a damaged dataset
 log = logging.getLogger(__name__)
 
 
@@ -91,33 +91,21 @@ class Loader:
 
     def _fill_training_row(self, batch: Batch, row: int, index: int, rng: np.random.Generator) -> None:
         """The example, or the first after it that is not damaged; the same on every host and in every run."""
-        for shown in range(index, index + DAMAGED_IN_A_ROW):
-            try:
-                self._fill_row(
-                    batch, row, shown % len(self.source), lambda image, into: self.views.train(image, rng, into)
-                )
-            except DamagedImage as error:
-                if not self.skip_damaged:
-                    raise DamagedImage(f"{error}; --skip-damaged shows the example after it instead") from None
-                if shown not in self.said:
-                    log.warning("%s; the example after it is shown instead", error)
-                    self.said.add(shown)
-            else:
-                batch["index"][row] = index if shown == index else -2 - index
-                return
-        raise DatasetError(
-            f"{DAMAGED_IN_A_ROW} examples of {self.source.name} from number {index} on are damaged; "
-            "python -m input_pipeline check lists all that are"
-        )
+
+        def show(number: int) -> None:
+            self._fill_row(batch, row, number, lambda image, into: self.views.train(image, rng, into))
+
+        def note(number: int, error: DamagedImage) -> None:
+            if number not in self.said:
+                log.warning("%s; the example after it is shown instead", printable(error))
+                self.said.add(number)
+
+        shown, _ = first_undamaged(self.source, index, show, skip_damaged=self.skip_damaged, note=note)
+        batch["index"][row] = index if shown == index else -2 - index
 
     def _fill_row(self, batch: Batch, row: int, index: int, view: Callable[[Any, np.ndarray], Any]) -> None:
         example = self.source[index]
-        label, classes = example["label"], len(self.source.class_names)
-        if not 0 <= label < classes:
-            raise DatasetError(
-                f"example {example['id']} of {self.source.name} has label {label}, but there are {classes} classes; "
-                "choose another split or prepare the dataset again"
-            )
+        label = label_of(example, self.source)
         try:
             view(example["image"], batch["image"][row])
         except DamagedImage as error:

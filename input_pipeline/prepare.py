@@ -1,11 +1,8 @@
 """A tfds dataset prepared once, as array_record, checked before and after. The only place that needs TensorFlow."""
 
 import contextlib
-import fcntl
 import importlib.util
-import json
 import os
-import re
 import shutil
 import sys
 import types
@@ -18,10 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from input_pipeline import imagenet
+from input_pipeline.claims import CLAIM, claimed
 from input_pipeline.examples import DatasetError
+from input_pipeline.files import write_json
+from input_pipeline.terminal import printable
 from input_pipeline.tfds_source import FILE_FORMAT, is_prepared, open_builder
 
 RECORD = "prepared.json"  # beside the dataset: what it was made from, and what was verified
+STAGED = ".input_pipeline"  # marks a directory of unfinished work as this program's own
 
 
 def prepare(
@@ -37,30 +38,39 @@ def prepare(
 
     Raises:
         DatasetError: it cannot be prepared; the message names the reason.
+        InUse: another process prepares or converts it.
     """
     builder = open_builder(dataset, data_dir)
-    target = Path(builder.data_dir)
+    if is_prepared(builder):
+        console.print(f"{printable(builder.data_dir)} is prepared already")
+        return
+    name = builder.name
     data_dir.mkdir(parents=True, exist_ok=True)
-    with _sole(data_dir / f".{builder.name}.lock"):
-        if is_prepared(builder):
-            console.print(f"{target} is prepared already")
-            return
+    with _claimed(data_dir, name):
+        builder = open_builder(dataset, data_dir)  # anew: another process may just have ended
+        target = Path(builder.data_dir)
         if builder.info.splits:
             raise DatasetError(
                 f"{target} is in another format than {FILE_FORMAT}; python -m input_pipeline convert {dataset} "
                 f"--data-dir {data_dir} converts it, without the archives"
             )
+        if target.exists():
+            raise DatasetError(f"{target} is there, but holds no dataset that tfds knows; move it elsewhere")
         _require_tensorflow()  # before the archives are read for minutes
         made_from: dict[str, Any] = {}
         if builder.name == "imagenet2012":
             if manual_dir is None:
                 raise DatasetError("imagenet2012 is made from two archives; name their directory with --manual-dir")
             made_from = _imagenet_preflight(builder, manual_dir, data_dir, subset, verify_md5, console)
-        _remove_incomplete(target, console)
-        console.print(f"writing {target}: tfds reads everything, shuffles it, and writes it in shards")
-        _download_and_prepare(builder, data_dir, manual_dir)
-        _compare_counts(open_builder(dataset, data_dir), made_from.get("images", {}))
-        _write_record(target, made_from)
+        for path in target.parent.glob("incomplete.*"):
+            console.print(f"{printable(path)} is left as it is: tfds began it, by another command")
+        with _staging(data_dir, name, console) as staging:
+            console.print(f"writing {printable(target)}: tfds reads everything, shuffles it, and writes it in shards")
+            written = open_builder(dataset, staging)
+            _download_and_prepare(written, data_dir, manual_dir)
+            _compare_counts(open_builder(dataset, staging), made_from.get("images", {}))
+            write_json(Path(written.data_dir) / RECORD, made_from)
+            _move(staging, data_dir, Path(written.data_dir).relative_to(staging))
 
 
 def convert(dataset: str, data_dir: Path, console: Console) -> None:
@@ -68,16 +78,19 @@ def convert(dataset: str, data_dir: Path, console: Console) -> None:
 
     Raises:
         DatasetError: there is no such dataset, or it cannot be converted.
+        InUse: another process prepares or converts it.
     """
     builder = open_builder(dataset, data_dir)
     target = Path(builder.data_dir)
     if is_prepared(builder):
-        console.print(f"{target} is prepared as {FILE_FORMAT} already")
+        console.print(f"{printable(target)} is prepared as {FILE_FORMAT} already")
         return
     if not builder.info.splits:
         raise DatasetError(f"{target} holds no dataset to convert; prepare it instead")
     imagenet.check_room(data_dir, builder.info.dataset_size)
-    with _sole(data_dir / f".{builder.name}.lock"):
+    with _claimed(data_dir, builder.name):
+        if is_prepared(open_builder(dataset, data_dir)):  # another process has just ended
+            return
         utils = _conversion()
         with _failures(f"{target} cannot be converted"):
             # in place: shards are added one by one, and the format is announced when all are there;
@@ -87,6 +100,51 @@ def convert(dataset: str, data_dir: Path, console: Console) -> None:
             )
     if not is_prepared(open_builder(dataset, data_dir)):
         raise DatasetError(f"{target} was not converted; see what tfds printed above")
+
+
+def _claimed(data_dir: Path, name: str) -> contextlib.AbstractContextManager[None]:
+    """One process at a time prepares or converts a dataset in a data directory."""
+    return claimed(data_dir / f".{name}{CLAIM}", f"{name} in {data_dir}", "choose another --data-dir")
+
+
+@contextlib.contextmanager
+def _staging(data_dir: Path, name: str, console: Console) -> Iterator[Path]:
+    """A new directory beside the dataset for what is not whole yet. It is gone afterwards; what a killed process left
+    of it, the next one removes. Nothing else is ever deleted: a marker in it says whose it is."""
+    staging = data_dir / f".{name}.unfinished"
+    if staging.exists() and any(staging.iterdir()):
+        if not (staging / STAGED).is_file():
+            raise DatasetError(f"{staging} is in the way, and this program did not make it; move it elsewhere")
+        console.print(f"removing {printable(staging)}, which an interrupted attempt left")
+        _remove(staging)
+    staging.mkdir(exist_ok=True)
+    (staging / STAGED).touch()
+    try:
+        yield staging
+    finally:
+        _remove(staging)
+
+
+def _remove(staging: Path) -> None:
+    """Removes the directory, its marker last, so that whatever interrupts this, the next process knows whose it is."""
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != STAGED:
+            path.unlink()
+    (staging / STAGED).unlink()
+    staging.rmdir()
+
+
+def _move(staging: Path, data_dir: Path, dataset: Path) -> None:
+    """Gives the finished dataset, NAME/VERSION or NAME/CONFIG/VERSION, its place; it appears there whole."""
+    (data_dir / dataset).parent.mkdir(parents=True, exist_ok=True)
+    for notes in (staging / dataset.parts[0]).glob(".config/*"):  # which configuration of the dataset is the default
+        place = data_dir / dataset.parts[0] / ".config" / notes.name
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            notes.rename(place)
+    (staging / dataset).rename(data_dir / dataset)
 
 
 def _imagenet_preflight(
@@ -104,7 +162,7 @@ def _imagenet_preflight(
     with _reading(f"names in {validation.name}", sizes[imagenet.VALIDATION], console) as advance:
         images[imagenet.VALIDATION] = imagenet.validation_images(validation, subset=subset, advance=advance)
     for archive, path in paths.items():
-        console.print(f"{path}: {sizes[archive]:,} bytes, {images[archive]:,} images, names in order")
+        console.print(f"{printable(path)}: {sizes[archive]:,} bytes, {images[archive]:,} images, names in order")
     if subset:
         console.print("subset: sizes, counts and MD5 are not compared with the whole archives'")
     elif not verify_md5:
@@ -113,7 +171,7 @@ def _imagenet_preflight(
         for archive, path in paths.items():
             with _reading(f"MD5 of {archive.name}", sizes[archive], console) as advance:
                 imagenet.verify_md5(path, archive, advance)
-            console.print(f"{path}: MD5 {archive.md5}")
+            console.print(f"{printable(path)}: MD5 {archive.md5}")
     verified = verify_md5 and not subset
     return {
         "subset": subset,
@@ -125,11 +183,10 @@ def _imagenet_preflight(
 
 
 def _compare_counts(builder: Any, expected: dict[str, int]) -> None:
-    """Whether what was written has as many examples as the archives; what has not is removed."""
+    """Refuses what was written unless it has as many examples as the archives."""
     for split, images in expected.items():
         written = builder.info.splits[split].num_examples
         if written != images:
-            shutil.rmtree(builder.data_dir)
             raise DatasetError(f"tfds wrote {written:,} {split} examples of {images:,}; nothing was kept, start again")
 
 
@@ -164,20 +221,6 @@ def _conversion() -> Any:
     return convert_format_utils
 
 
-def _remove_incomplete(target: Path, console: Console) -> None:
-    """What a killed attempt left: tfds writes into a directory beside the target and renames it at the end."""
-    for path in target.parent.glob(f"incomplete.*_{target.name}"):
-        if re.fullmatch(rf"incomplete\.[A-Z0-9]{{6}}_{re.escape(target.name)}", path.name):
-            console.print(f"removing {path}, which an interrupted attempt left")
-            shutil.rmtree(path)
-
-
-def _write_record(target: Path, made_from: dict[str, Any]) -> None:
-    temporary = target / f".{RECORD}"
-    temporary.write_text(json.dumps(made_from, indent=2) + "\n")
-    temporary.replace(target / RECORD)
-
-
 @contextlib.contextmanager
 def _failures(what: str) -> Iterator[None]:
     """Whatever tfds raises is what is wrong with the request or the machine; its first line says it."""
@@ -188,17 +231,6 @@ def _failures(what: str) -> Iterator[None]:
             raise  # a disk that is full, a folder that cannot be written: the sentence for it is another
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DatasetError(f"{what}: {lines[0][:400]}") from error
-
-
-@contextlib.contextmanager
-def _sole(lock: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatasetError(f"another process prepares this dataset (it holds {lock}); wait for it") from None
-        yield
 
 
 @contextlib.contextmanager

@@ -6,18 +6,19 @@ file is, its first bytes say, never its name. docs/imagenet.md compares this wit
 """
 
 import dataclasses
-import io
+import statistics
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
 
-from input_pipeline.examples import DamagedImage, DatasetError
+from input_pipeline.examples import DamagedImage, DatasetError, Source, first_undamaged
+from input_pipeline.image_file import check_pixels, damaged, opened
 from input_pipeline.resample import Method, Window, resample, scratch
 
 JPEG = b"\xff\xd8"
 # what simplejpeg converts to RGB as Pillow does, bit for bit; it differs for CMYK, which 22 images of ImageNet are
 JPEG_COLOURS = ("YCbCr", "RGB", "Gray")
+LOOKED_AT = 16  # examples that a dataset's typical size is taken from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,34 +78,79 @@ def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False
     if isinstance(image, np.ndarray):
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
     if image.startswith(JPEG):
+        pixels = _simplejpeg(image, fast, reuse)
+        if pixels is not None:
+            return pixels
+    with opened(image) as file:
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-            if colours in JPEG_COLOURS:
-                buffer = scratch("decoded", int(height), int(width)) if reuse else None
-                return simplejpeg.decode_jpeg(image, "RGB", fastdct=fast, buffer=buffer)
-        except ValueError:
-            pass  # Pillow decides what cannot be read, because the comparison with PyTorch does
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            if opened.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would turn it white
-                grey = np.clip(np.asarray(opened) >> 8, 0, 255).astype(np.uint8)
+            if file.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would turn it white
+                grey = np.clip(np.asarray(file) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
-            return np.asarray(opened.convert("RGB"))
-    except Exception as error:  # readers of two dozen formats raise what they come across
-        raise _damaged(error) from None
+            return np.asarray(file.convert("RGB"))
+        except MemoryError:  # says nothing about the image
+            raise
+        except Exception as error:  # readers of many formats raise what they come across
+            raise damaged(error) from None
+
+
+def _simplejpeg(image: bytes, fast: bool, reuse: bool) -> np.ndarray | None:
+    """A JPEG's pixels, or None where Pillow has to decide, because the comparison with PyTorch does.
+
+    Besides damage, simplejpeg refuses some whole files, by whatever its tables happen to raise: a KeyError for the
+    4:4:1 subsampling that rotating a 4:1:1 file by 90 degrees makes.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    except Exception:
+        return None
+    check_pixels(int(height), int(width))
+    if colours not in JPEG_COLOURS:
+        return None
+    buffer = scratch("decoded", int(height), int(width)) if reuse else None
+    try:
+        return simplejpeg.decode_jpeg(image, "RGB", fastdct=fast, buffer=buffer)
+    except Exception:
+        return None
 
 
 def native_area(image: np.ndarray | bytes) -> int:
-    """Pixels of the image as it is stored; of a file only the header is read."""
+    """Pixels of the image as it is stored; of a file only the header is read.
+
+    Raises:
+        DamagedImage: the header cannot be read.
+    """
     if isinstance(image, np.ndarray):
         return image.shape[0] * image.shape[1]
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.width * opened.height
-    except Exception as error:  # as above
-        raise _damaged(error) from None
+    with opened(image) as file:
+        return file.width * file.height
 
 
-def _damaged(error: Exception) -> DamagedImage:
-    reason = "its first bytes are no known format's" if isinstance(error, UnidentifiedImageError) else error
-    return DamagedImage(f"not a readable image ({reason})")
+def typical_area(source: Source, *, skip_damaged: bool) -> tuple[int, str]:
+    """Pixels of a dataset's images as they are stored: the median of some that are spread evenly over the whole.
+
+    It depends on the source alone, so whoever chooses a resolution by it should give the whole training split, before
+    some examples of each class are selected by a seed.
+
+    Args:
+        skip_damaged: whether the example after a damaged one stands for it, as in training.
+
+    Returns:
+        The median, and a sentence for the log that says what was found.
+
+    Raises:
+        DamagedImage: an image's header cannot be read; the message names the example.
+        CannotRead: the operating system refuses to read a file.
+    """
+
+    def area(index: int) -> int:
+        example = source[index]
+        try:
+            return native_area(example["image"])
+        except DamagedImage as error:
+            raise DamagedImage(f"example {example['id']} of {source.name} is {error}") from None
+
+    places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int))
+    areas = [first_undamaged(source, int(index), area, skip_damaged=skip_damaged)[1] for index in places]
+    median = statistics.median_low(areas)
+    found = f"of {len(areas)} images spread over {source.name}, the smallest has {min(areas):,} pixels"
+    return median, f"{found}, the largest {max(areas):,}, the median {median:,}"

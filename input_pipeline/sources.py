@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from input_pipeline.examples import ArraySource, DatasetError, Example, Source, cut, parse_slice
+from input_pipeline.files import user_path
 from input_pipeline.folder import FolderSource, directory_names
 from input_pipeline.idx import open_idx
 from input_pipeline.tfds_source import open_builder, open_tfds
@@ -23,25 +23,27 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
     Args:
         dataset: `digits` (scikit-learn's scanned digits), `synthetic` (noise, to measure training without reading),
             `folder:PATH` (PATH/SPLIT/CLASS/IMAGE), `idx:DIRECTORY` (MNIST's file format), or a tfds image
-            classification dataset prepared as array_record, such as `cifar10`, `cifar10:3.0.2` or `imagenet2012`.
-        split: `train`, `test`, `validation`, or a slice such as `train[:98%]`.
+            classification dataset prepared as array_record, such as `cifar10`, `cifar10:3.0.2` or `imagenet2012`, or
+            one's own that lies in `data_dir`.
+        split: `train`, `test`, `train-small`, or a slice such as `train[:98%]`.
         data_dir: where tfds keeps its datasets.
 
     Raises:
         DatasetError: no such dataset or split, it is not prepared, or it is empty.
+        RequestError: a path is a URL, or its home directory is not known.
     """
     kind, _, place = dataset.partition(":")
     openers: dict[str, Callable[[str], Source]] = {
         "digits": _digits,
         "synthetic": SyntheticSource,
-        "folder": lambda whole: FolderSource(Path(place).expanduser(), whole),
-        "idx": lambda whole: open_idx(Path(place).expanduser(), whole),
+        "folder": lambda whole: FolderSource(user_path(place), whole),
+        "idx": lambda whole: open_idx(user_path(place), whole),
     }
     if kind in openers and bool(place) == (kind in ("folder", "idx")):
         whole, _, _ = parse_slice(split)
         source = cut(openers[kind](whole), split)
     else:
-        source = open_tfds(dataset, split, data_dir)
+        source = open_tfds(dataset, split, data_dir and user_path(data_dir))
     if not len(source):
         raise DatasetError(f"{source.name} has no examples; choose another split")
     return source
@@ -57,10 +59,10 @@ def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list
     if dataset == "synthetic":
         return list(SYNTHETIC_SPLITS)
     if kind == "folder":
-        return directory_names(Path(place).expanduser())
+        return directory_names(user_path(place))
     if dataset == "digits" or kind == "idx":
         return ["train", "test"]
-    return list(open_builder(dataset, data_dir).info.splits) or ["train"]
+    return list(open_builder(dataset, data_dir and user_path(data_dir)).info.splits) or ["train"]
 
 
 class SyntheticSource:

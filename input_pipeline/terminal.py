@@ -2,9 +2,9 @@
 
 import sys
 import unicodedata
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 WIDTH = 140  # columns of a table that goes to a file or a pipe
 
@@ -26,14 +26,24 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode()
 
 
-def console(*, stderr: bool = False, width: int = WIDTH, quiet: bool = False) -> Console:
+class Console(RichConsole):
+    """rich's console, which would end the process with exit code 1 where nobody reads a pipe any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def console(
+    *, stderr: bool = False, file: IO[str] | None = None, width: int = WIDTH, quiet: bool = False
+) -> RichConsole:
     """A console that prints text as it is: no markup, no highlighting, and lines that are not folded.
 
     Args:
         stderr: whether it writes to standard error.
+        file: what it writes to instead.
         width: columns where the output is no terminal; a terminal has its own.
         quiet: whether nothing is printed at all.
     """
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    terminal = (file or (sys.stderr if stderr else sys.stdout)).isatty()
     settings: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
-    return Console(stderr=stderr, width=None if terminal else width, quiet=quiet, **settings)
+    return Console(stderr=stderr, file=file, width=None if terminal else width, quiet=quiet, **settings)

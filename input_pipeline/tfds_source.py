@@ -1,6 +1,7 @@
 """tfds's image classification datasets, prepared as array_record and read by random access, without TensorFlow."""
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -9,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.examples import DatasetError, Example
+from input_pipeline.examples import DatasetError, Example, cannot_read
 
 FILE_FORMAT = "array_record"
 
 
 class TfdsSource:
-    """A split; images stay encoded."""
+    """A split; images stay encoded.
 
-    def __init__(self, name: str, records: Any, class_names: Sequence[str]):
-        self.name, self.class_names = name, class_names
+    Attributes:
+        descriptors: the files that reading all of it comes to hold open: a reader for each shard, or part of a shard,
+            which all threads share and which is opened when its first record is read.
+    """
+
+    def __init__(self, name: str, records: Any, class_names: Sequence[str], descriptors: int):
+        self.name, self.class_names, self.descriptors = name, class_names, descriptors
         self._records = records
         self._labels: np.ndarray | None = None
 
@@ -36,9 +42,11 @@ class TfdsSource:
         try:
             record = self._records[index]
         except Exception as error:  # the reader raises what its C++ side and the protocol buffers raise
+            refused = _system_error(error)
+            if refused:
+                raise cannot_read(f"record {index} of {self.name}", refused, "the dataset's directory") from None
             raise DatasetError(
-                f"record {index} of {self.name} cannot be read ({_innermost(error)}); "
-                "is the directory still there, and are its files whole?"
+                f"record {index} of {self.name} cannot be read ({_innermost(error)}); are the dataset's files whole?"
             ) from None
         if record["label"] is None or not record["image"]:  # what array_record makes of a place beyond the file's end
             raise DatasetError(
@@ -60,18 +68,26 @@ def open_tfds(dataset: str, split: str, data_dir: str | os.PathLike | None) -> T
     builder = open_builder(dataset, data_dir)
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        len(records)  # opens the files
+        len(records)  # asks for the files
+        splits = builder.info.splits  # empty for tfds's mock data
+        shards = len(splits[split].file_instructions) if splits else 0
     except Exception as error:  # tfds and the reader raise what they come across
+        refused = _system_error(error)
+        if refused:
+            raise cannot_read(f"{dataset}/{split}", refused, builder.data_dir) from None
         raise DatasetError(_why_not(dataset, split, data_dir, builder, error)) from None
-    return TfdsSource(f"{dataset}/{split}", records, builder.info.features["label"].names)
+    return TfdsSource(f"{dataset}/{split}", records, builder.info.features["label"].names, shards)
 
 
 def _why_not(dataset: str, split: str, data_dir: str | os.PathLike | None, builder: Any, error: Exception) -> str:
     splits, command = list(builder.info.splits or ()), "python -m input_pipeline"
-    where = f"{dataset} --data-dir {data_dir or builder.data_dir_root}"
+    where = f"{dataset} --data-dir {data_dir or _root(builder)}"
     if not splits:
-        return f"{dataset} is not prepared under {builder.data_dir}; {command} prepare {where} does that, once"
-    if not set(re.findall(r"[A-Za-z_]\w*", split)) <= set(splits) or "parsing split" in str(error):
+        others = _prepared_names(_root(builder) / builder.name)
+        ask = f"; prepared there are {', '.join(others)}" if others else ""
+        return f"{dataset} is not prepared under {builder.data_dir}; {command} prepare {where} does that, once{ask}"
+    names = [part.split("[")[0].strip() for part in split.split("+")]
+    if not set(names) <= set(splits) or "parsing split" in str(error):
         return f"{dataset} has no split {split!r}; it has {', '.join(splits)}, and slices such as train[:98%]"
     if not is_prepared(builder):
         return f"{builder.data_dir} is in another format than {FILE_FORMAT}; {command} convert {where} converts it"
@@ -82,20 +98,39 @@ def _why_not(dataset: str, split: str, data_dir: str | os.PathLike | None, build
 
 
 def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
-    """tfds's builder of an image classification dataset.
+    """tfds's builder of an image classification dataset: one that tfds knows, or whatever lies prepared in `data_dir`.
+
+    A dataset of one's own needs no code to be read; of several versions the newest is taken, unless the name says
+    which.
 
     Raises:
+        CannotRead: the operating system refuses to look into the directory.
         DatasetError: there is none of that name or version, or it has other features.
     """
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
-    if re.split("[:/]", dataset)[0] not in known:
+    name = re.split("[:/]", dataset)[0]
+    if name in known:
+        builder = _known(dataset, data_dir)
+    elif (there := _prepared_by_others(dataset, name, data_dir)) is not None:
+        builder = there
+    else:
         nearest = difflib.get_close_matches(dataset, ["digits", *known], 3) or ["digits"]
         raise DatasetError(
             f"unknown dataset {dataset!r}; near it: {', '.join(nearest)} "
-            "(or folder:PATH, idx:DIRECTORY, synthetic, or any tfds name)"
+            "(or folder:PATH, idx:DIRECTORY, synthetic, any tfds name, or one's own that lies prepared in --data-dir)"
         )
+    features = builder.info.features or {}
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+        raise DatasetError(f"{dataset} is not an image classification dataset: its features are {list(features)}")
+    return builder
+
+
+def _known(dataset: str, data_dir: str | os.PathLike | None) -> Any:
+    """The builder of a dataset whose code tfds has."""
+    import tensorflow_datasets as tfds
+
     try:
         builder: Any = tfds.builder(dataset, data_dir=data_dir)
     except (ValueError, AssertionError) as error:  # an unknown version or configuration
@@ -103,10 +138,49 @@ def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
         raise DatasetError(f"{dataset} cannot be had from tfds: {reason}") from None
     if builder.info.splits and not is_prepared(builder) and (Path(builder.data_dir) / "features.json").exists():
         builder = tfds.builder_from_directory(builder.data_dir)  # the other one forgets formats that were added
-    features = builder.info.features or {}
-    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-        raise DatasetError(f"{dataset} is not an image classification dataset: its features are {list(features)}")
     return builder
+
+
+def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | None) -> Any | None:
+    """A builder that only reads what lies in DATA_DIR/NAME; None where there is no such directory."""
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
+
+    found: list[str] = []
+    for place in file_utils.list_data_dirs(given_data_dir=data_dir):
+        found += _prepared_names(Path(place) / name)
+    if not found:
+        return None
+    try:
+        return read_only_builder.builder_from_files(dataset, data_dir=data_dir)
+    except Exception as error:  # tfds and the reader of its descriptions raise what they come across
+        refused = _system_error(error)
+        if refused:
+            raise cannot_read(dataset, refused, data_dir) from None
+        missing = type(error).__name__ == "DatasetNotFoundError"
+        reason = "no such version or configuration" if missing else _innermost(error)
+        raise DatasetError(f"{dataset} cannot be read ({reason}); prepared are {', '.join(found[:8])}") from None
+
+
+def _prepared_names(directory: Path) -> list[str]:
+    """What lies prepared in a dataset's directory, as one asks for it: NAME:VERSION or NAME/CONFIG:VERSION."""
+    try:
+        inside = sorted(path for path in directory.iterdir() if path.is_dir())
+        versions = [path for path in inside if (path / "features.json").exists()]
+        for config in inside:
+            if config not in versions:
+                versions += sorted(path for path in config.iterdir() if (path / "features.json").exists())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise cannot_read(error.filename, error) from None
+    return [f"{path.parent.relative_to(directory.parent)}:{path.name}" for path in versions]
+
+
+def _root(builder: Any) -> Path:
+    """The data directory that a dataset lies in, two levels up, or three with a configuration."""
+    directory = Path(builder.data_dir)
+    return directory.parents[len(Path(builder.info.full_name).parts) - 1]
 
 
 def is_prepared(builder: Any) -> bool:
@@ -117,6 +191,25 @@ def is_prepared(builder: Any) -> bool:
 
 def _innermost(error: BaseException) -> str:
     """The first line of what was raised first; tfds wraps it in what it was doing."""
+    return (str(_first(error)).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _first(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return error
+
+
+def _system_error(error: BaseException) -> int:
+    """The number of the operating system's error that is behind an exception; 0 where there is none.
+
+    array_record's reader, which is C++, writes it into its message: "open() failed: Too many open files; opening ...".
+    """
+    first = _first(error)
+    if isinstance(first, OSError) and first.errno:
+        return first.errno
+    reason = re.search(r"\w\(\) failed: ([^;]+)", str(first))
+    return _NUMBERS.get(reason[1].strip(), 0) if reason else 0
+
+
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -81,32 +80,33 @@ def manual_dir(tmp_path_factory):
     return archives.write(tmp_path_factory.mktemp("archives"))
 
 
+# tfds's own last act before it gives the dataset its name
+HELD_AT_THE_LAST_MOMENT = """
+import time
+import tensorflow_datasets as tfds
+from input_pipeline.__main__ import main
+tfds.core.DatasetInfo.write_to_directory = lambda *_: (print("all is written", flush=True), time.sleep(600))
+main()
+"""
+
+
 @pytest.fixture(scope="session")
 def killed_and_prepared(manual_dir, tmp_path_factory):
     """A data directory in which one attempt was killed while tfds wrote, and the next, told the same, finished:
     (the directory, what the killed one left, what was said of the dataset then, the second one's standard error)."""
     data_dir = tmp_path_factory.mktemp("data")
-    command = [
-        sys.executable,
-        "-m",
-        "input_pipeline",
-        "prepare",
-        "imagenet2012",
-        "--manual-dir",
-        manual_dir,
-        "--data-dir",
-        data_dir,
-        "--subset",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (left := list(data_dir.glob("imagenet2012/incomplete.*/*"))):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
+    arguments = ["prepare", "imagenet2012", "--manual-dir", manual_dir, "--data-dir", data_dir, "--subset"]
+    held = [sys.executable, "-c", HELD_AT_THE_LAST_MOMENT, *arguments]
+    process = subprocess.Popen(held, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert "all is written\n" in iter(process.stdout.readline, ""), "it ended before it could be killed"
+    left = list(data_dir.glob(".imagenet2012.unfinished/imagenet2012/incomplete.*/*"))
     process.kill()
-    process.wait()
+    process.communicate()
     with pytest.raises(DatasetError) as unprepared:
         open_source("imagenet2012", "train", data_dir)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = [sys.executable, "-m", "input_pipeline", *arguments]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return data_dir, left, str(unprepared.value), done.stderr
 

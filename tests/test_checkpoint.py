@@ -1,5 +1,9 @@
 """Checkpoints: bit-equal on any mesh, whole or not there, and no damage goes unseen."""
 
+import errno
+import os
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -109,5 +113,80 @@ def test_another_models_checkpoint(saved):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(CheckpointError, match="cannot use"):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
+
+
+@pytest.fixture
+def as_nobody():
+    """The rights of an ordinary user, for one test."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give up rights")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_cannot_be_read_is_not_damaged(saved, request):
+    """A permission that is missing, a disk that does not answer: the run ends, and everything stays where it is."""
+    request.getfixturevalue("as_nobody")
+    with pytest.raises(CheckpointError, match=r"cannot use .*Permission denied.*nothing was moved"):
+        Checkpoints(saved, keep=2)
+    os.seteuid(0)
+    assert {path.name for path in saved.iterdir()} == {"1", "2"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_error_of_the_disk_is_not_damage(saved, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", fails)
+    with pytest.raises(CheckpointError, match=os.strerror(number)):
+        Checkpoints(saved, keep=2)
+    assert {path.name for path in saved.iterdir()} == {"1", "2"}
+
+
+@pytest.mark.parametrize("manifest", [b"[]", b"\xff", b"[" * 100_000, b"{}"])
+def test_a_manifest_that_is_none_is_damage(saved, caplog, manifest):
+    (saved / "2" / MANIFEST).write_bytes(manifest)
+    assert Checkpoints(saved, keep=2).newest == 1
+    assert "2 is damaged" in caplog.text
+
+
+def test_only_the_programs_own_is_ever_deleted(saved, caplog):
+    """What a user keeps beside the checkpoints is named, survives, and is never taken for one."""
+    (saved / "best").mkdir()
+    (saved / "best" / "notes.txt").write_text("precious")
+    (saved / "notes.txt").write_text("precious")
+    shutil.copytree(saved / "2", saved / "2_backup")
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.newest == 2
+    for step in (3, 4, 5):
+        checkpoints.save(state_on(jax.devices(), step))
+    checkpoints.close()
+    assert {path.name for path in saved.iterdir()} == {"4", "5", "best", "notes.txt", "2_backup"}
+    assert (saved / "best" / "notes.txt").read_text() == "precious"
+    assert "left alone, as not this run's: 2_backup, best, notes.txt" in caplog.text
+
+
+def test_a_name_that_a_checkpoint_needs_is_not_taken_from_somebody_else(saved):
+    (saved / "7").mkdir()
+    (saved / "7" / "mine").write_text("precious")
+    with pytest.raises(CheckpointError, match="7 is no checkpoint of this program"):
+        Checkpoints(saved, keep=2)
+    assert (saved / "7" / "mine").read_text() == "precious"
+
+
+def test_a_copy_under_another_steps_name_is_refused(saved):
+    shutil.copytree(saved / "2", saved / "9")
+    with pytest.raises(CheckpointError, match="9 is of step 2"):
+        restored(saved, 9, state_on(jax.devices(), 2))
+
+
+def test_a_checkpoint_that_was_being_deleted_is_cleared_away(saved):
+    shutil.copytree(saved / "1", saved / "0.removing")
+    assert Checkpoints(saved, keep=2).newest == 2
+    assert {path.name for path in saved.iterdir()} == {"1", "2"}

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, last_step
 
-from bit_jax import hosts
+from bit_jax import coordinator, schedulers
+from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 8  # seconds without a sign of life
@@ -33,6 +35,7 @@ def environment(tmp_path_factory):
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "http_proxy": "http://127.0.0.1:9",  # nothing listens there: hosts of a cluster meet without it
     }
 
 
@@ -191,22 +194,62 @@ def test_what_a_scheduler_says_of_its_processes_is_understood(small_npz, environ
     assert not other
 
 
-def test_which_gpus_are_a_processes_own(monkeypatch):
-    for name, text in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x8),1"}).items():
+@pytest.mark.parametrize(
+    ("visible", "variables", "own"),
+    [
+        ("0,1,2,3,4,5,6,7", {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, [1]),
+        ("0,1,2,3,4,5,6,7", {"SLURM_STEP_TASKS_PER_NODE": "2(x8),1"}, [4, 5, 6, 7]),  # none is left unused
+        ("5", {}, schedulers.ALL),  # srun --gpus-per-task=1
+        ("GPU-8a2f", {}, schedulers.ALL),
+        ("MIG-GPU-8a2f/1/0", {}, schedulers.ALL),
+        ("4,5", {"SLURM_GPUS_PER_TASK": "2"}, schedulers.ALL),
+        ("4,5", {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=2"}, schedulers.ALL),
+        ("4,5", {"SLURM_TRES_BIND": "gres/gpu:per_task:2"}, schedulers.ALL),
+        ("4,5", {"SLURM_TRES_BIND": "gres/gpu:none"}, [1]),
+        ("0,1,2,3", {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, schedulers.ALL),
+        ("0,1,2", {"SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_NODEID": "1"}, [1]),
+        ("0,1,2", {"SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_NODEID": "0"}, schedulers.ALL),
+        ("0,1", {"SLURM_STEP_TASKS_PER_NODE": "", "SLURM_STEP_NUM_NODES": "1"}, [1]),
+        ("", {}, schedulers.ALL),
+        ("0,1,-1,2", {}, [1]),  # CUDA stops at what is no device
+    ],
+)
+def test_which_gpus_are_a_processes_own(monkeypatch, visible, variables, own):
+    for name, text in (SLURM | {"CUDA_VISIBLE_DEVICES": visible} | variables).items():
         monkeypatch.setenv(name, text.format(1))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    task = schedulers.Task.find()
+    assert task is not None
+    assert task.own_gpus() == own
 
-    def own() -> list[int]:
-        task = hosts._Task.find()
+
+@pytest.mark.parametrize(
+    ("visible", "variables", "said"),
+    [
+        ("0,1,2", {"SLURM_STEP_TASKS_PER_NODE": "2"}, "started 2 processes on this machine, which see 3 GPUs"),
+        ("0,1", {"SLURM_STEP_TASKS_PER_NODE": "4"}, "started 4 processes on this machine, which see 2 GPUs"),
+        ("0,1", {"SLURM_STEP_TASKS_PER_NODE": ""}, "SLURM_STEP_TASKS_PER_NODE='' says nothing of node 0"),
+        ("0,1", {"SLURM_PROCID": ""}, "SLURM_PROCID='' is no number"),
+    ],
+)
+def test_gpus_that_cannot_be_told_apart_are_refused(monkeypatch, visible, variables, said):
+    for name, text in (SLURM | {"CUDA_VISIBLE_DEVICES": visible} | variables).items():
+        monkeypatch.setenv(name, text.format(1))
+
+    def own():
+        task = schedulers.Task.find()
         assert task is not None
-        return task.own_gpus()
+        task.own_gpus()
 
-    assert own() == [1]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # srun --gpus-per-task=1
-    assert own() == hosts.ALL
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")
-    assert own() == hosts.ALL
+    with pytest.raises(RequestError, match=re.escape(said)):
+        own()
+
+
+def test_a_port_in_use_is_said_at_once():
+    """gRPC itself would share it with the other server."""
+    with socket.create_server(("", 0), reuse_port=True) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=f"cannot listen on port {port} .*another port"):
+            coordinator.start(f"[::]:{port}", 2, heartbeat_timeout=1, shutdown_timeout=1)
 
 
 @pytest.fixture

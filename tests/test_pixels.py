@@ -1,6 +1,10 @@
 """Pixels, bit for bit: what Pillow, torchvision and TensorFlow make of the same files, ordinary and not."""
 
 import io
+import struct
+import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -10,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from input_pipeline import DamagedImage, Views
+from input_pipeline import DamagedImage, Views, image_file
+from input_pipeline import resample as resampling
 from input_pipeline.preprocess import decode, native_area
 from input_pipeline.resample import Window, resample
 from parity import torch_pipeline
@@ -129,6 +134,23 @@ def test_jpegs_are_decoded_as_pillow_does(name):
     np.testing.assert_array_equal(decode(jpeg), torch_pipeline.decode(jpeg))
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_only_pillow_reads_is_read_by_pillow(fast):
+    """simplejpeg raises a KeyError for this subsampling."""
+    jpeg = (Path(__file__).parent / "data" / "subsampling_441.jpg").read_bytes()
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(jpeg)
+    np.testing.assert_array_equal(decode(jpeg, fast=fast, reuse=True), torch_pipeline.decode(jpeg))
+
+
+def test_whatever_simplejpeg_raises_pillow_decides(monkeypatch):
+    jpeg = encoded(PHOTO)
+    for name in ("decode_jpeg_header", "decode_jpeg"):
+        with monkeypatch.context() as patch:
+            patch.setattr(simplejpeg, name, lambda *_, **__: {}["unheard of"])
+            np.testing.assert_array_equal(decode(jpeg), torch_pipeline.decode(jpeg))
+
+
 def unusual():
     photo = Image.fromarray(PHOTO)
     turned = Image.Exif()
@@ -147,6 +169,9 @@ def unusual():
         "BMP": encoded(photo, "BMP"),
         "GIF": encoded(photo, "GIF"),
         "WebP": encoded(photo, "WEBP"),
+        "PPM": encoded(photo, "PPM"),
+        "TIFF": encoded(photo, "TIFF"),
+        "JPEG of two pictures": encoded(photo, "MPO", save_all=True, append_images=[photo]),
     }
 
 
@@ -190,6 +215,74 @@ def test_what_is_no_image(data):
     for read in (decode, native_area):
         with pytest.raises(DamagedImage, match="not a readable image"):
             read(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "PCX", "TGA", "SGI", "ICO", "JPEG2000", "AVIF", "PDF"])
+def test_formats_that_are_not_named_are_not_opened(kind):
+    """Pillow would start Ghostscript for an EPS, and decode most of the others."""
+    data = encoded(PHOTO, kind)
+    for read in (decode, native_area):
+        with pytest.raises(DamagedImage, match="none of the formats JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF"):
+            read(data)
+
+
+def claiming(height: int, width: int, kind: str) -> bytes:
+    """A small file whose header claims another size."""
+    data = bytearray(encoded(PHOTO, kind))
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    else:
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_size_beyond_the_limit_is_refused_by_the_header(kind, monkeypatch):
+    monkeypatch.setattr("input_pipeline.preprocess.scratch", lambda *_: pytest.fail("memory was taken for it"))
+    for read in (lambda data: decode(data, reuse=True), native_area):
+        with pytest.raises(DamagedImage, match=r"not a readable image .*178,?956,?970"):
+            read(claiming(30000, 30000, kind))
+
+
+def test_the_limit_is_the_same_for_all_formats_and_is_pillows(monkeypatch):
+    assert image_file.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 97 * 131)
+    larger = np.zeros((97, 132, 3), np.uint8)
+    for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"):
+        assert decode(encoded(PHOTO, kind)).shape == PHOTO.shape
+        for read in (decode, native_area):
+            with pytest.raises(DamagedImage, match="it has 97x132 pixels; at most 12,707 are read"):
+                read(encoded(larger, kind))
+
+
+def test_a_lack_of_memory_is_no_damage(monkeypatch):
+    for data in (encoded(PHOTO), encoded(PHOTO, "PNG")):
+
+        def lacking(*_, **__):
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(simplejpeg, "decode_jpeg", lacking)
+            patch.setattr(Image.Image, "convert", lacking)
+            with pytest.raises(MemoryError):
+                decode(data)
+
+
+def test_threads_keep_no_huge_memory(monkeypatch):
+    monkeypatch.setattr(resampling, "KEPT", 3000)
+    kept = []
+
+    def use():
+        for height, width in ((20, 30), (100, 100), (20, 30)):
+            resampling.scratch("test", height, width)
+        kept.append(resampling._kept.test.nbytes)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert kept == [20 * 30 * 3]
 
 
 def test_tensorflows_pixels_differ_in_decoding_and_in_resizing():

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from unittest import mock
 
 import archives
 import numpy as np
+import own_dataset
 import pytest
 
-from input_pipeline import DatasetError, Loader, Views, few_shot, imagenet, open_source
+from input_pipeline import DatasetError, Loader, Views, few_shot, imagenet, limits, open_source
 from input_pipeline import __main__ as command_line
 from input_pipeline.check import check
+from input_pipeline.claims import CLAIM, claimed
 from input_pipeline.examples import ArraySource
+from input_pipeline.exits import exit_code
 
 ROOT = Path(__file__).parent.parent
 VERSION = Path("imagenet2012") / "5.1.0"
@@ -33,14 +37,14 @@ def nothing(done: int) -> None:
 
 
 def run(*arguments) -> tuple[int, str, str]:
-    """The command line in this process: (exit code, standard output, standard error)."""
+    """Runs the command line in this process and returns (exit code, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["input_pipeline", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        code = command_line.main()
+        code = exit_code(command_line.main)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -120,7 +124,31 @@ def test_an_image_that_went_missing_on_the_way_is_noticed_and_nothing_kept(manua
     code, _, err = run("prepare", "imagenet2012", *flags)
     assert code == 2
     assert "tfds wrote 12 train examples of 13; nothing was kept" in err
-    assert not (tmp_path / VERSION).exists()
+    assert not list(tmp_path.rglob("*.array_record*"))
+
+
+def test_what_others_made_is_left_and_named(manual_dir, tmp_path, monkeypatch):
+    """Whatever looks like unfinished work may be somebody's: tfds's own commands leave such directories too."""
+    monkeypatch.setattr(imagenet, "train_images", lambda *_, **__: 13)  # so that the attempt fails in the end
+    theirs = tmp_path / "imagenet2012" / "incomplete.ABC123_5.1.0"
+    unmarked = tmp_path / ".imagenet2012.unfinished"
+    for directory in (theirs, unmarked):
+        directory.mkdir(parents=True)
+        (directory / "file").write_text("")
+    flags = ["--manual-dir", manual_dir, "--data-dir", tmp_path, "--subset"]
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "did not make it; move it elsewhere" in err) == (2, True)
+    assert (unmarked / "file").exists()
+    (unmarked / "file").unlink()
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "nothing was kept" in err) == (2, True)
+    assert f"{theirs} is left as it is" in err
+    assert (theirs / "file").exists()
+    assert not unmarked.exists()
+    (tmp_path / VERSION).mkdir()
+    code, _, err = run("prepare", "imagenet2012", *flags)
+    assert (code, "holds no dataset that tfds knows; move it elsewhere" in err) == (2, True)
+    assert (tmp_path / VERSION).exists()
 
 
 def test_prepared_already(prepared):
@@ -242,13 +270,11 @@ def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, monkeypatch):
 
 
 def test_two_at_once(prepared, tmp_path):
-    import fcntl
-
-    with open(tmp_path / ".imagenet2012.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with claimed(tmp_path / f".imagenet2012{CLAIM}", "it", "wait"):
         code, _, err = run("prepare", "imagenet2012", "--data-dir", tmp_path)
     assert code == 2
-    assert "another process prepares this dataset" in err
+    assert f"imagenet2012 in {tmp_path} is in use by process {os.getpid()}" in err
+    assert "choose another --data-dir" in err
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +319,38 @@ def test_check_lists_what_is_damaged_or_labelled_out_of_range(tmp_path):
     assert "damaged: b/2.jpg: not a readable image" in out
     images = np.zeros((3, 4, 4), np.uint8)
     checked = check(ArraySource("array", images, np.array([0, 7, 1]), ["a", "b"]))
-    assert checked.wrong == ["label 7 is not one of 2 classes"]
+    assert (checked.faults, checked.wrong) == (["label 7 of example 1 is not one of 2 classes"], 1)
     assert not checked.holds
     (tmp_path / "train" / "b" / "2.jpg").write_bytes(archives.jpeg(3))
     assert run("check", f"folder:{tmp_path}", "--splits", "train[:2]")[0] == 0
+
+
+def test_check_names_a_limit_on_open_files_that_is_too_low(tmp_path, monkeypatch):
+    own_dataset.write(tmp_path, "1.0.0", examples=4, shards=4)
+    monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 135)
+    code, _, err = run("check", "own_pets", "--data-dir", tmp_path)
+    assert code == 2
+    assert err == (
+        "error: reading own_pets holds 8 files open and other parts of the program up to 128, but this process may "
+        "open 135; raise its hard limit, as by ulimit -n 136 in a shell that may, or prepare the dataset in fewer "
+        "shards\n"
+    )
+    assert run("check", "own_pets", "--data-dir", tmp_path, "--splits", "test")[0] == 0
+
+
+def test_names_are_printed_as_escapes(tmp_path):
+    """An ESC in a class's name does not recolour the terminal, and a byte that is no UTF-8 does not end the program."""
+    folder = tmp_path / "x[red]y" / "train-small"
+    for name, content in ((b"caf\xe9", archives.jpeg(1)), (b"\x1b[31mred", b"damaged")):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        (folder / os.fsdecode(name) / "1.jpg").write_bytes(content)
+    code, out, err = run("check", f"folder:{tmp_path / 'x[red]y'}")
+    assert code == 1
+    assert "x[red]y/train-small: damaged: \\x1b[31mred/1.jpg: not a readable image" in out
+    assert "\x1b" not in out + err
+    (folder / os.fsdecode(b"caf\xe9") / "1.jpg").unlink()
+    code, _, err = run("check", f"folder:{tmp_path / 'x[red]y'}")
+    assert (code, "train-small/caf\\xe9 has no images" in err) == (2, True)
 
 
 def test_a_truncated_shard_and_a_directory_that_is_gone(prepared, tmp_path):
@@ -307,7 +361,7 @@ def test_a_truncated_shard_and_a_directory_that_is_gone(prepared, tmp_path):
         read_all(tmp_path)
     assert run("check", "imagenet2012", "--data-dir", tmp_path)[0] == 1
     shard.unlink()
-    with pytest.raises(DatasetError, match=r"cannot be read .*; is the directory still there"):
+    with pytest.raises(DatasetError, match=r"cannot be read .*; is the dataset's directory still there"):
         read_all(tmp_path)
     shutil.rmtree(tmp_path / "imagenet2012")
     with pytest.raises(DatasetError, match="not prepared"):

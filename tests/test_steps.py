@@ -57,6 +57,30 @@ def test_rank_counts_ties_as_argmax_does():
     np.testing.assert_array_equal(steps.label_rank(logits, labels) == 0, logits.argmax(axis=1) == labels)
 
 
+def test_a_label_that_is_no_class_is_never_in_favour():
+    """Gathered out of range it would be first in rank, and as zeros instead of a one it would cost nothing."""
+    logits = jnp.eye(3)
+    ranks = steps.label_rank(logits, jnp.array([0, 3, 200]))
+    assert ranks[0] == 0
+    assert (ranks[1:] >= 3).all()
+    assert (steps.label_rank(logits, jnp.array([-1, -3, 1])) >= jnp.array([3, 3, 1])).all()
+    batch = {"label": jnp.array([0, 3, -1]), "mask": jnp.ones(3, bool), "image": jnp.zeros((3, 2, 2, 3), jnp.uint8)}
+    sums = steps.evaluation_sums(logits, batch)
+    assert (sums["correct1"], sums["correct5"], sums["seen"]) == (1, 1, 3)
+    assert not np.isfinite(sums["loss"])
+    _, targets = steps.prepare(batch, 3, jnp.dtype(jnp.float32), None)
+    assert np.isnan(steps.cross_entropy(logits, targets)[1:]).all()
+
+
+def test_random_numbers_follow_from_the_seed_alone():
+    model = bit_jax.ResNetV2((1, 1, 1, 1), 0.5, 2)
+    weight, params = steps.mixup_weight(3, jnp.int32(7), 0.1), model.init_params(0)
+    with jax.default_prng_impl("rbg"):
+        assert steps.mixup_weight(3, jnp.int32(7), 0.1) == weight
+        again = model.init_params(0)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_a_logit_that_is_not_finite_is_never_correct(broken):
     logits = jnp.array([[0.0, 5, 1], [0, 5, 1]]).at[0, 0].set(broken)

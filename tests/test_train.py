@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
+import tyro
 from conftest import COMPILES_FAST
 from PIL import Image
 
 import train
+from bit_jax import config, resources
 from bit_jax.loop import Loop
 from bit_jax.timeline import Timeline
+from input_pipeline import claims
 from input_pipeline.exits import exit_code
 from parity.inputs import pictures
 
@@ -88,6 +91,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert result["eval_examples"] == 359
     assert (result["devices"], result["hosts"], result["batch_per_device"], result["global_batch"]) == (1, 1, 16, 16)
     assert 0 < result["p_whole"] < result["p_train"] <= result["p_core"]
+    assert result["p_whole"] == pytest.approx(96 / result["raw_train_time"])
+    assert result["init_time"] > result["compile_time"]
+    assert result["converged"] is None  # no target was set
     assert result["e2e_time"] > result["compile_time"] + result["train_seconds"] + result["evaluation_seconds"]
     assert result["trained_examples"] == 96
     assert result["p_train"] == pytest.approx(96 / result["train_seconds"])
@@ -175,7 +181,7 @@ def test_a_damaged_image_ends_the_run_or_is_replaced_and_counted(command, photog
     assert "dog  (1)" in shown
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_it_after_the_step_with_all_its_threads_and_processes(command, tmp_path, number, code):
     flags = ("--workdir", tmp_path / "run", "--log-every", 1, "--steps", 10000, "--warmup-steps", 1)
     process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -225,6 +231,11 @@ def test_flagperf_on_imagenet(command, prepared, tmp_path):
     assert result["architecture"].endswith("1,000 classes")
     evaluated = [line["step"] for line in lines_of(tmp_path / "run") if "val_acc1" in line]
     assert evaluated == [0, 3, 6]  # before training and after each epoch of 12
+    # FlagPerf's clock starts after the evaluation before training
+    assert result["p_whole"] == pytest.approx(24 / result["raw_train_time"])
+    assert 0 < result["evaluation_before_seconds"] < result["init_time"]
+    assert result["raw_train_time"] == pytest.approx(result["train_seconds"] + result["evaluation_seconds"])
+    assert result["converged"] is False
     assert "p_core" in done.stdout
 
 
@@ -282,6 +293,7 @@ def refused(capsys, monkeypatch, small_npz, *flags) -> str:
         ("--dataset folder:nowhere", "is not a directory"),
         ("--train-split train[:x]", "neither a name nor a slice"),
         ("--workdir /dev/null/run", "/dev/null/run"),
+        ("--model https://example.org/w.npz", "https://example.org/w.npz"),
     ],
 )
 def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
@@ -290,7 +302,16 @@ def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--no-such-flag 1", "--steps many", "--steps 0", "--init magic", "--input-threads 0", "--resize 512"]
+    "flags",
+    [
+        "--workdir gs://bucket/run",
+        "--no-such-flag 1",
+        "--steps many",
+        "--steps 0",
+        "--init magic",
+        "--input-threads 0",
+        "--resize 512",
+    ],
 )
 def test_malformed_flags(monkeypatch, capsys, tmp_path, flags):
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--workdir", str(tmp_path / "run"), *flags.split()])
@@ -366,3 +387,76 @@ def test_a_full_disk(command, finished, tmp_path):
         assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """(split, class names) -> makes that split, an image of its own colour a class."""
+
+    def make(split, names):
+        for number, name in enumerate(names):
+            path = tmp_path / "coloured" / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(path)
+        return f"folder:{tmp_path / 'coloured'}"
+
+    return make
+
+
+def config_of(*flags) -> config.Config:
+    return tyro.extras.overridable_config_cli(
+        config.PRESETS, args=["digits", "--workdir", "unused", *flags], config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def test_evaluations_classes_are_trainings_by_name(coloured):
+    """Their positions differ where evaluation lacks a class, and where another machine spells a name otherwise."""
+    coloured("train", ["a", "b", "c", "\u00e9"])
+    dataset = coloured("test", ["a", "c", "e\u0301"])
+    train_split, evaluation = train.open_sources(config_of("--dataset", dataset))
+    assert list(evaluation.class_names) == list(train_split.class_names)
+    assert evaluation.labels.tolist() == [0, 2, 3]
+    assert [evaluation[index]["label"] for index in range(3)] == [0, 2, 3]
+
+
+def test_a_class_that_training_lacks_is_refused_by_name(capsys, monkeypatch, small_npz, coloured, tmp_path):
+    coloured("train", ["a", "b", "c"])
+    dataset = coloured("test", ["a", "b", "c", "extra", "x\x1b[31m"])
+    said = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--dataset", dataset)
+    assert "has 2 classes that coloured/train has not: extra, x\\x1b[31m" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_in_use(capsys, monkeypatch, small_npz, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with claims.claimed(run / claims.CLAIM, run, "wait"):
+        said = refused(capsys, monkeypatch, small_npz, "--global-batch", "16", "--workdir", run)
+    assert f"is in use by process {os.getpid()} on" in said
+    assert "choose another --workdir" in said
+    assert not list(run.iterdir())
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "\xff", "[" * 100_000, "{"])
+def test_a_damaged_config(capsys, monkeypatch, small_npz, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    assert "config.json is damaged" in refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == content.encode("latin-1")
+
+
+def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_of("--workdir=~/runs/x").run.workdir == tmp_path / "runs" / "x"
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints(capsys, monkeypatch, small_npz, tmp_path):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**20))
+    said = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--keep-checkpoints", "3")
+    assert re.search(r"the run needs 0\.\d+ of space under \S+, GiB, and there are 0\.009766; free some", said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_open_files(capsys, monkeypatch, small_npz, tmp_path):
+    monkeypatch.setattr(resources, "raise_descriptor_limit", lambda: 64)
+    said = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run")
+    assert "the run needs 128 of open files (ulimit -n), and there are 64; raise the hard limit" in said

@@ -1,0 +1,279 @@
+"""What a run says while it goes on: metrics.jsonl, TensorBoard events, the progress bar and lines for the terminal.
+
+metrics.jsonl is a result: where it cannot be written the run ends with the cause. The rest only reports. It happens in
+threads behind bounded queues, so that a full disk, a closed pipe or a terminal that nobody reads neither ends nor
+blocks training.
+"""
+
+import functools
+import io
+import json
+import logging
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from input_pipeline import terminal
+from input_pipeline.errors import RequestError
+from input_pipeline.files import DamagedFile, parse_json, replacing
+from input_pipeline.terminal import printable
+
+WAITING = 1000  # reports that wait for a slow terminal or disk; more are dropped
+PATIENCE = 5.0  # seconds that the end of a run waits for them
+
+
+class Reporter:
+    """A thread that does what only reports, in order; what it cannot do is dropped.
+
+    Attributes:
+        failure: why it does nothing any more; empty as long as all went well.
+    """
+
+    def __init__(self, name: str, end: Callable[[], object] = lambda: None):
+        """end: is called by the thread, last of all."""
+        self.failure = ""
+        self._end, self._ended = end, threading.Event()
+        self._reports: queue.Queue[Callable[[], None]] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __call__(self, report: Callable[[], None]) -> None:
+        """Has the report made soon; returns at once."""
+        try:
+            self._reports.put_nowait(report)
+        except queue.Full:  # whoever should take them does not
+            return
+
+    def close(self) -> None:
+        """Waits for the reports that are left, but not for ever."""
+        self._ended.set()
+        self(lambda: None)  # wakes a thread that waits for a report
+        self._thread.join(PATIENCE)
+
+    def _run(self) -> None:
+        while not (self._ended.is_set() and self._reports.empty()):
+            self._do(self._reports.get())
+        self._do(self._end)
+
+    def _do(self, report: Callable[[], object]) -> None:
+        if self.failure and report is not self._end:
+            return
+        try:
+            report()
+        except Exception as error:  # a closed pipe, a full disk, a library that minds either
+            self.failure = str(error) or type(error).__name__
+
+
+class Log:
+    """The reports of one run. A continued run drops the lines of steps that will be trained again.
+
+    Args:
+        workdir: receives metrics.jsonl and tensorboard/.
+        start, stop: steps from which and to which the run trains.
+        global_batch: examples a step, for the rate that the progress bar shows.
+        quiet: whether nothing is written or printed, as on all hosts but the first.
+    """
+
+    def __init__(self, workdir: Path, *, start: int, stop: int, global_batch: int, quiet: bool = False):
+        self._path = workdir / "metrics.jsonl"
+        self._start, self._stop, self._global_batch = start, stop, global_batch
+        self._began = time.perf_counter()
+        stderr = _own_stderr()
+        self._console = terminal.console(file=stderr, quiet=quiet)
+        self._terminal = Reporter("terminal", stderr.close if stderr is not sys.stderr else lambda: None)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("training", total=stop, completed=start, rate="")
+        kept, bad = _earlier_lines(self._path, start)
+        self._last = [entry for entry in kept if entry["step"] == start]
+        if bad:
+            self.note(f"{self._path}: {bad} damaged line(s) dropped")
+        try:
+            if self._path.is_file() and not quiet:
+                with replacing(self._path) as file:
+                    file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            self._file = open(os.devnull if quiet else self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._board = None if quiet else _Board(workdir / "tensorboard", start, self.note)
+        self._handler = _ToLog(self.note)
+
+    def __enter__(self) -> "Log":
+        logging.getLogger().addHandler(self._handler)
+        if self._console.is_terminal:
+            self._terminal(self._progress.start)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        logging.getLogger().removeHandler(self._handler)
+        if self._board is not None:
+            self._board.close()
+        if self._console.is_terminal:
+            self._terminal(self._progress.stop)
+        self._terminal.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what was written last is still in the buffer
+            if not any(exception):
+                raise self._unwritable(error) from None
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of the step from which the run continues is in metrics.jsonl."""
+        return any(entry["step"] == step and "val_acc1" in entry for entry in self._last)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step` steps in all."""
+        rate = (step - self._start) * self._global_batch / (time.perf_counter() - self._began)
+        self._terminal(lambda: self._progress.update(self._task, completed=step, rate=f"{rate:,.0f} images/s"))
+
+    def write(self, step: int, **scalars: float) -> None:
+        """Writes a line of metrics.jsonl, and the same scalars for TensorBoard and the terminal.
+
+        Raises:
+            RequestError: metrics.jsonl cannot be written.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if self._board is not None:
+            self._board.write(step, scalars)
+        self.note(self._line(step, scalars))
+
+    def note(self, sentence: str) -> None:
+        """Shows a sentence on the terminal."""
+        self._terminal(lambda: self._progress.console.print(printable(sentence)))
+
+    def _unwritable(self, error: OSError) -> RequestError:
+        return RequestError(f"cannot write {self._path} ({error.strerror}); mend that and start again to continue")
+
+    def _line(self, step: int, scalars: dict[str, float]) -> str:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        done = max(step - self._start, 1)
+        left = (time.perf_counter() - self._began) / done * (self._stop - step)
+        return f"step {step:>{len(str(self._stop))}}/{self._stop}  {shown}  {math.ceil(left)} s left"
+
+
+class _Board:
+    """TensorBoard events, one file for each start of a run."""
+
+    def __init__(self, directory: Path, start: int, note: Callable[[str], None]):
+        self._report = Reporter("tensorboard", self._end)
+        self._note, self._noted = note, False
+        self._writer: Any = None
+        self._report(lambda: self._open(directory, start))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._say_failure()
+        now = time.time()
+        self._report(lambda: self._add(step, scalars, now))
+
+    def close(self) -> None:
+        self._report.close()
+        self._say_failure()
+
+    def _open(self, directory: Path, start: int) -> None:
+        board = _tensorboard()
+        directory.mkdir(exist_ok=True)
+        unique = f".{time.time_ns()}"  # the name tells seconds alone, and a run may start twice in one
+        self._writer = board.event_file_writer.EventsWriter(str(directory / "events"), unique)
+        event = board.proto.event_pb2
+        # TensorBoard drops what an earlier start wrote of steps from here on
+        session = event.SessionLog(status=event.SessionLog.START)
+        self._writer.write_event(event.Event(wall_time=time.time(), step=start + 1, session_log=session))
+        self._writer.flush()
+
+    def _end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, step: int, scalars: dict[str, float], now: float) -> None:
+        board = _tensorboard()
+        for name, value in scalars.items():
+            summary = board.summary.scalar(name, value)
+            self._writer.write_event(board.proto.event_pb2.Event(wall_time=now, step=step, summary=summary))
+        self._writer.flush()
+
+    def _say_failure(self) -> None:
+        if self._report.failure and not self._noted:
+            self._noted = True
+            self._note(f"TensorBoard's events cannot be written ({self._report.failure}); the run goes on without them")
+
+
+class _ToLog(logging.Handler):
+    """Warnings of libraries and of the input pipeline's threads, which then wait for no terminal either."""
+
+    def __init__(self, note: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(record.getMessage())
+
+
+def _own_stderr() -> Any:
+    """Standard error through a file object that nobody else uses: a thread that is blocked in writing to it then holds
+    no lock that the end of the process needs."""
+    if not isinstance(sys.stderr, io.TextIOWrapper):  # a test's
+        return sys.stderr
+    try:
+        own = os.dup(sys.stderr.fileno())
+        return open(own, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    except OSError:  # it is closed
+        return io.StringIO()
+
+
+def _earlier_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """The entries of metrics.jsonl up to step `start`, and how many lines are damaged. A last line that was cut off by
+    the end of its process is dropped without a word."""
+    if not path.is_file():
+        return [], 0
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RequestError(f"cannot read {path} ({error.strerror}); mend that and start again") from None
+    entries, bad = [], 0
+    for line in lines:
+        try:
+            entry = parse_json(line, dict, path, "")
+        except DamagedFile:
+            entry = {}
+        if isinstance(entry.get("step"), int):
+            entries.append(entry)
+        else:
+            bad += 1
+    return [entry for entry in entries if entry["step"] <= start], bad
+
+
+@functools.cache
+def _tensorboard() -> Any:
+    """tensorboardX without PyTorch, which it would load where that is installed: a second, and memory that would count
+    as this run's."""
+    torch = sys.modules.get("torch")
+    sys.modules["torch"] = None  # type: ignore[assignment]  (what makes an import fail)
+    try:
+        import tensorboardX
+        import tensorboardX.event_file_writer
+        import tensorboardX.proto.event_pb2
+        import tensorboardX.summary
+    finally:
+        del sys.modules["torch"]
+        if torch is not None:
+            sys.modules["torch"] = torch
+    return tensorboardX

@@ -18,6 +18,7 @@ from input_pipeline import DatasetError, Views
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.flags import UserPath
+from input_pipeline.image_file import read_image_file
 from input_pipeline.preprocess import native_area
 from input_pipeline.terminal import printable
 
@@ -73,7 +74,7 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
     size = size or known.crop
     apply = jax.jit(lambda params, image: jax.nn.softmax(model.apply({"params": params}, image)[0]))
     for path in images:
-        encoded = _image_bytes(path)
+        encoded = read_image_file(path)
         try:
             side = size or hyperrule.resolution(native_area(encoded))[1]
             pixels = Views(side, side, flip=False, resize=known.resize).evaluation(encoded)
@@ -83,16 +84,6 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
         probabilities = np.asarray(apply(params, image))
         likeliest = np.argsort(-probabilities, kind="stable")[:TOP]
         yield path, [Prediction(names[label], int(label), float(probabilities[label])) for label in likeliest]
-
-
-def _image_bytes(path: Path) -> bytes:
-    """The content of an ordinary file: a pipe would keep us waiting for whoever writes into it."""
-    try:
-        if path.exists() and not path.is_file():
-            raise RequestError(f"cannot read image {path}: it is no ordinary file")
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path}: {error.strerror}") from None
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:

@@ -87,7 +87,7 @@ def test_unknown_heads_are_numbered_and_small_ones_short(tmp_path, image):
     ("arguments", "said"),
     [
         (["--weights", "{npz}"], "at least one image"),
-        (["--weights", "{npz}", "nowhere.png"], "cannot read image nowhere.png: No such file"),
+        (["--weights", "{npz}", "nowhere.png"], "nowhere.png cannot be read (No such file"),
         (["--weights", "{npz}", "{npz}"], "w.npz is not a readable image"),
         (["--weights", "nowhere.npz", "{image}"], "does not exist"),
         (["--weights", "{npz}", "{image}", "--size", "0"], "greater than 0"),
@@ -168,7 +168,7 @@ def test_only_ordinary_files_are_images(tmp_path):
     os.chdir(here)
     os.close(here)
     for name in ("pipe.png", "directory.png", "socket.png"):
-        with pytest.raises(RequestError, match=f"{name}.* ordinary file"):
+        with pytest.raises(RequestError, match=f"{name} is .*only regular files are read"):
             list(predict.predict(path, [tmp_path / name]))
 
 

@@ -168,7 +168,7 @@ def test_only_ordinary_files_are_images(tmp_path):
     os.chdir(here)
     os.close(here)
     for name in ("pipe.png", "directory.png", "socket.png"):
-        with pytest.raises(RequestError, match=f"{name}.*only regular files"):
+        with pytest.raises(RequestError, match=f"{name} is .*only regular files are read"):
             list(predict.predict(path, [tmp_path / name]))
 
 

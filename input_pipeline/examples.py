@@ -69,7 +69,7 @@ class Source(Protocol):
 
     Attributes:
         name: dataset and split, for messages and results.
-        class_names: one a label, in label order.
+        class_names: a name for each label, in the order of the labels.
         labels: int32 [len(source)], known without decoding an image.
 
     A source that keeps files open has an attribute `descriptors` too; see the function of that name.

@@ -1,4 +1,4 @@
-"""Image files: which are read, which formats are opened, and how large an image may be; one rule for all who read.
+"""Image files: which are read, which formats are opened, how large an image may be. One rule for all who read.
 
 An image is bytes that `read_image_file` takes from a file or a dataset keeps, and `opened` makes a Pillow image of
 them. Pillow knows four dozen formats, one of which starts Ghostscript; here it is asked for the few in `FORMATS`.

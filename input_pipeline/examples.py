@@ -48,7 +48,7 @@ def cannot_read(what: object, error: OSError | int, where: object = "its directo
     """
     number = error if isinstance(error, int) else error.errno
     reason = os.strerror(number) if number else str(error)
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number == errno.EMFILE:
         remedy = "; raise the number of files that a process may hold open, with ulimit -n, and start again"
     elif number in GONE:
         remedy = f"; is {where} still there?"

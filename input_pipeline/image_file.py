@@ -110,7 +110,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def damaged(error: Exception) -> DatasetError:
-    """Turns what a decoder raised into the one error for bytes that are no image; what the system refused stays apart."""
+    """Turns what a decoder raised into the error for bytes that are no image; what the system refused stays apart."""
     if isinstance(error, OSError) and error.errno:
         return cannot_read("an image", error)
     known = isinstance(error, UnidentifiedImageError)

@@ -42,11 +42,11 @@ def _prepare(
 
     Args:
         dataset: imagenet2012, or another tfds image classification dataset, which tfds downloads.
-        data_dir: receives the dataset; give the same to train.py.
-        manual_dir: of imagenet2012: holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-        subset: of imagenet2012: the archives hold only some of the images, on purpose.
-        skip_md5: of imagenet2012: do not read the archives once more to compare their MD5.
-        skip_check: do not read every record afterwards.
+        data_dir: Directory that receives the dataset; give the same to train.py.
+        manual_dir: Directory with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; for imagenet2012.
+        subset: Accept archives that hold only some of the images, on purpose; for imagenet2012.
+        skip_md5: Do not read the archives once more to compare their MD5; for imagenet2012.
+        skip_check: Do not read every record afterwards.
     """
     errors = console(stderr=True)
     preparing.prepare(dataset, data_dir, manual_dir, subset=subset, verify_md5=not skip_md5, console=errors)
@@ -60,8 +60,8 @@ def _convert(dataset: tyro.conf.Positional[str], data_dir: UserPath) -> bool:
     """Adds array_record to a dataset that tfds prepared as tfrecord, by tfds's own conversion; the old files stay.
 
     Args:
-        dataset: its name.
-        data_dir: where it is.
+        dataset: Name of the dataset.
+        data_dir: Directory that tfds keeps it in.
     """
     preparing.convert(dataset, data_dir, console(stderr=True))
     return _check(dataset, data_dir)
@@ -76,8 +76,8 @@ def _check(
 
     Args:
         dataset: as train.py's --dataset: imagenet2012, cifar10, folder:PATH, ...
-        data_dir: where tfds keeps it.
-        splits: only these, or slices such as train[:1%]; none: all.
+        data_dir: Directory that tfds keeps it in.
+        splits: Splits to read, or slices such as train[:1%]; all splits unless given.
     """
     sources = [open_source(dataset, split, data_dir) for split in splits or split_names(dataset, data_dir)]
     # readers stay open from the first split to the last

@@ -43,9 +43,9 @@ class Arm:
     """One pipeline.
 
     Attributes:
-        what: for people.
-        needs: package without which it is left out; empty: none.
-        module: of its process.
+        what: the pipeline's name in tables.
+        needs: the package without which it is left out; empty where it needs none.
+        module: the module that its process runs.
     """
 
     what: str
@@ -71,11 +71,11 @@ def bench(
     """Measures training input in images/s, side by side with tf.data and PyTorch's DataLoader where installed.
 
     Args:
-        folder: of images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one.
-        batch: images a batch.
-        batches: of a measurement.
-        rounds: measurements of each pipeline, taken in turn.
-        json: write the figures here too.
+        folder: Folder of images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one.
+        batch: Number of images in a batch.
+        batches: Number of batches in a measurement.
+        rounds: Number of measurements of each pipeline; the pipelines take turns.
+        json: File to write the figures to, besides showing them.
     """
     source = open_source(f"folder:{folder}", "train")
     if min(batch, batches, rounds) < 1:

@@ -20,8 +20,8 @@ class Checked:
     """What a split holds.
 
     Attributes:
-        name, examples: of the split.
-        classes: how many of its classes occur.
+        name, examples: the split's name and number of examples.
+        classes: number of its classes that occur.
         damaged: number of images that cannot be decoded.
         wrong: number of records that cannot be read and of labels out of range.
         faults: a sentence on each of the first `SHOWN` of them.
@@ -67,7 +67,7 @@ def check(source: Source, advance: Callable[[int], None] = lambda done: None) ->
     """Reads and decodes all of a split, on every core.
 
     Args:
-        advance: called now and then with the number of examples done.
+        advance: is called now and then with the number of examples done.
 
     Raises:
         CannotRead: the operating system refuses to read a file, which says nothing about the dataset.

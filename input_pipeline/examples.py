@@ -39,7 +39,7 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def cannot_read(what: object, error: OSError | int, where: object = "its directory") -> CannotRead:
-    """The error for a file that the operating system refuses to read.
+    """Makes the error for a file that the operating system refuses to read.
 
     Args:
         what: the file or example, for the message.
@@ -48,7 +48,7 @@ def cannot_read(what: object, error: OSError | int, where: object = "its directo
     """
     number = error if isinstance(error, int) else error.errno
     reason = os.strerror(number) if number else str(error)
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number == errno.EMFILE:
         remedy = "; raise the number of files that a process may hold open, with ulimit -n, and start again"
     elif number in GONE:
         remedy = f"; is {where} still there?"
@@ -69,7 +69,7 @@ class Source(Protocol):
 
     Attributes:
         name: dataset and split, for messages and results.
-        class_names: one a label, in label order.
+        class_names: a name for each label, in the order of the labels.
         labels: int32 [len(source)], known without decoding an image.
 
     A source that keeps files open has an attribute `descriptors` too; see the function of that name.
@@ -86,7 +86,7 @@ class Source(Protocol):
 
 
 def descriptors(source: Source) -> int:
-    """Files that reading the whole source comes to hold open until the source is forgotten, such as a dataset's shards.
+    """Counts the files that reading the whole source comes to hold open, such as a dataset's shards.
 
     A file that is opened, read and closed again, as a folder's images are, does not count.
     """
@@ -177,7 +177,7 @@ class Relabelled:
 
 
 def label_of(example: Example, source: Source) -> int:
-    """The example's label, which is one of the source's classes.
+    """Returns the example's label, which is the number of one of the source's classes.
 
     Raises:
         DatasetError: it has none, because its split is published without labels, or one outside the classes.
@@ -213,7 +213,7 @@ def first_undamaged(
     skip_damaged: bool,
     note: Callable[[int, DamagedImage], None] = lambda index, error: None,
 ) -> tuple[int, T]:
-    """What `use` makes of an example or, with `skip_damaged`, of the first one after it that is not damaged.
+    """Uses an example or, with `skip_damaged`, the first one after it that is not damaged.
 
     Args:
         index: the number of the example; after the source's last comes its first.

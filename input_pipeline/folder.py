@@ -46,7 +46,7 @@ class FolderSource:
 
 
 def directory_names(directory: Path) -> list[str]:
-    """Of the splits of PATH, or of the classes of a split."""
+    """The names of PATH's splits, or of a split's classes, in the order of their canonical names."""
     return _names(directory, directories=True)
 
 
@@ -85,8 +85,8 @@ def _require_one_spelling(root: Path, names: Sequence[str]) -> None:
 
 
 def _names(directory: Path, *, directories: bool) -> list[str]:
-    """Of all that is in a directory but hidden files; anything that is neither class nor image is an error, because an
-    image left out by its name would go unnoticed."""
+    """The names of all that is in a directory but hidden files. Anything that is neither class nor image is an error,
+    because an image left out by its name would go unnoticed."""
     try:
         with os.scandir(directory) as entries:
             found = [(entry.name, _mode(entry)) for entry in entries if not entry.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Image files: which are read, which formats are opened, and how large an image may be; one rule for all who read.
+"""Image files: which are read, which formats are opened, how large an image may be. One rule for all who read.
 
 An image is bytes that `read_image_file` takes from a file or a dataset keeps, and `opened` makes a Pillow image of
 them. Pillow knows four dozen formats, one of which starts Ghostscript; here it is asked for the few in `FORMATS`.
@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:
-    """The whole content of an image file.
+    """Reads the whole content of an image file.
 
     Raises:
         CannotRead: the operating system refuses to open or to read it.
@@ -43,7 +43,7 @@ def read_image_file(path: str | os.PathLike) -> bytes:
 
 
 def read_regular_file(path: str | os.PathLike, most: int) -> bytes:
-    """The whole content of a file of at most `most` bytes; raises what `read_image_file` raises."""
+    """Reads the whole content of a file of at most `most` bytes; it raises what `read_image_file` raises."""
     try:
         # without O_NONBLOCK, opening a FIFO that nobody writes to never returns
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -65,7 +65,7 @@ def read_regular_file(path: str | os.PathLike, most: int) -> bytes:
 
 
 def kind_of(mode: int) -> str:
-    """What a file's mode says that it is, in words."""
+    """Says in words what kind of file a mode stands for."""
     kinds = {
         stat.S_IFDIR: "a directory",
         stat.S_IFIFO: "a FIFO",
@@ -82,7 +82,7 @@ def _not_regular(path: str | os.PathLike, mode: int) -> str:
 
 
 def opened(data: bytes) -> Image.Image:
-    """A Pillow image whose header is read and whose pixels are not.
+    """Opens an encoded image with Pillow, which reads its header and not yet its pixels.
 
     Raises:
         DamagedImage: the bytes are of none of `FORMATS`, or the image has more than `MAX_PIXELS`.
@@ -110,7 +110,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def damaged(error: Exception) -> DatasetError:
-    """What a decoder raised, as the one error for bytes that are no image; what the system refused stays apart."""
+    """Turns what a decoder raised into the error for bytes that are no image; what the system refused stays apart."""
     if isinstance(error, OSError) and error.errno:
         return cannot_read("an image", error)
     known = isinstance(error, UnidentifiedImageError)

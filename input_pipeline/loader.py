@@ -41,10 +41,10 @@ class Loader:
         global_batch: rows of a batch over all hosts.
         seed: of order and augmentation; both depend on (seed, epoch, example) only.
         place: what becomes of a host's batch ahead of its use, such as moving it to the devices.
-        host, hosts: whose rows these are.
-        threads: that read, decode and resize; all of them release the GIL. None: one a core.
-        skip_damaged: show the next example in place of a damaged one, in training; each is said once in the log.
-        said: which were.
+        host, hosts: the host whose rows these are, starting at 0, and the number of hosts.
+        threads: threads that read, decode and resize, which all release the GIL; by default one for each core.
+        skip_damaged: whether training shows the next example in place of a damaged one; each is logged once.
+        said: numbers of the examples that were logged.
     """
 
     source: Source

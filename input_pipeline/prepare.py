@@ -41,13 +41,14 @@ def prepare(
         InUse: another process prepares or converts it.
     """
     builder = open_builder(dataset, data_dir)
-    if is_prepared(builder):
-        console.print(f"{printable(builder.data_dir)} is prepared already")
+    if _prepared_already(builder, console):
         return
     name = builder.name
     data_dir.mkdir(parents=True, exist_ok=True)
     with _claimed(data_dir, name):
         builder = open_builder(dataset, data_dir)  # anew: another process may just have ended
+        if _prepared_already(builder, console):
+            return
         target = Path(builder.data_dir)
         if builder.info.splits:
             raise DatasetError(
@@ -82,14 +83,13 @@ def convert(dataset: str, data_dir: Path, console: Console) -> None:
     """
     builder = open_builder(dataset, data_dir)
     target = Path(builder.data_dir)
-    if is_prepared(builder):
-        console.print(f"{printable(target)} is prepared as {FILE_FORMAT} already")
+    if _prepared_already(builder, console):
         return
     if not builder.info.splits:
         raise DatasetError(f"{target} holds no dataset to convert; prepare it instead")
     imagenet.check_room(data_dir, builder.info.dataset_size)
     with _claimed(data_dir, builder.name):
-        if is_prepared(open_builder(dataset, data_dir)):  # another process has just ended
+        if _prepared_already(open_builder(dataset, data_dir), console):  # another process has just ended
             return
         utils = _conversion()
         with _failures(f"{target} cannot be converted"):
@@ -100,6 +100,13 @@ def convert(dataset: str, data_dir: Path, console: Console) -> None:
             )
     if not is_prepared(open_builder(dataset, data_dir)):
         raise DatasetError(f"{target} was not converted; see what tfds printed above")
+
+
+def _prepared_already(builder: Any, console: Console) -> bool:
+    if is_prepared(builder):
+        console.print(f"{printable(builder.data_dir)} is prepared already, as {FILE_FORMAT}")
+        return True
+    return False
 
 
 def _claimed(data_dir: Path, name: str) -> contextlib.AbstractContextManager[None]:

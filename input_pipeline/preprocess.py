@@ -114,7 +114,7 @@ def _simplejpeg(image: bytes, fast: bool, reuse: bool) -> np.ndarray | None:
 
 
 def native_area(image: np.ndarray | bytes) -> int:
-    """Pixels of the image as it is stored; of a file only the header is read.
+    """Counts the pixels of the image as it is stored; only the header of a file is read.
 
     Raises:
         DamagedImage: the header cannot be read.
@@ -126,7 +126,7 @@ def native_area(image: np.ndarray | bytes) -> int:
 
 
 def typical_area(source: Source, *, skip_damaged: bool) -> tuple[int, str]:
-    """Pixels of a dataset's images as they are stored: the median of some that are spread evenly over the whole.
+    """Finds how many pixels a dataset's images have as they are stored: the median of some, evenly spread over all.
 
     It depends on the source alone, so whoever chooses a resolution by it should give the whole training split, before
     some examples of each class are selected by a seed.

@@ -50,7 +50,7 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
 
 
 def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list[str]:
-    """Of every split that the dataset has.
+    """The names of all splits that the dataset has.
 
     Raises:
         DatasetError: there is no such dataset.

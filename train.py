@@ -44,7 +44,8 @@ def main() -> None:
 def keep_compiled_programs() -> None:
     """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
+        with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
+            jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
 
 
 def run(cfg: config.Config) -> dict:
@@ -57,6 +58,8 @@ def run(cfg: config.Config) -> dict:
         batch_per_device=cfg.data.batch_per_device,
         microbatches=cfg.scale.microbatches,
     )
+    if not starts_from_nothing(cfg.model):
+        zoo.located(cfg.model.model)  # a wrong name is said before anything is read or fetched
     train, validation = open_sources(cfg)
     native_area, notes = None, []
     if hyperrule.needs_native_area(cfg):
@@ -123,6 +126,8 @@ def open_sources(cfg: config.Config) -> tuple[input_pipeline.Source, input_pipel
     train, validation = (
         input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
     )
+    for source in (train, validation):
+        input_pipeline.require_labels(source)
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
 
 

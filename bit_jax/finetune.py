@@ -20,6 +20,7 @@ from bit_jax.steps import TrainState
 from bit_jax.timeline import Timeline
 from bit_jax.weights import Architecture, Params
 from bit_jax.workdir import Workdir
+from input_pipeline.errors import RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
 
@@ -104,9 +105,16 @@ def finetune(
 
 
 def save_final(workdir: Workdir, params: Params) -> None:
-    """Writes final.npz on the first host; the others help to bring split arrays there, one at a time."""
+    """Writes final.npz on the first host; the others help to bring split arrays there, one at a time.
+
+    Raises:
+        RunFailed: a parameter is not finite.
+    """
     if hosts.is_first():
-        weights.save(workdir.final, params, fetch=meshes.fetch)
+        try:
+            weights.save(workdir.final, params, fetch=meshes.fetch)
+        except weights.WeightsError as error:
+            raise RunFailed(f"training ended with parameters that cannot be used: {error}") from None
     else:
         for array in weights.flatten(params).values():
             meshes.fetch(array)

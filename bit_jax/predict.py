@@ -18,7 +18,6 @@ from input_pipeline import DatasetError, Views, read_image_file
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.flags import UserPath
-from input_pipeline.image_file import read_image_file
 from input_pipeline.preprocess import native_area
 from input_pipeline.terminal import printable
 

@@ -148,16 +148,26 @@ def published(model: str) -> Published | None:
 
 
 def find(model: str) -> Path:
-    """The weight file that `--model` names: `embedded`, a published name or address (fetched if need be), or a path.
+    """The weight file that `--model` names; a published one is fetched if need be.
+
+    Raises:
+        RequestError: as `located`.
+        FetchError: it is not in the cache and cannot be fetched.
+    """
+    place = located(model)
+    return fetch(place) if isinstance(place, Published) else place
+
+
+def located(model: str) -> Published | Path:
+    """What `--model` names: `embedded`, a published name or address, or a path. Nothing is fetched.
 
     Raises:
         RequestError: no such name, of which the nearest are listed, or an address of something else.
-        FetchError: it is not in the cache and cannot be fetched.
     """
     if model == EMBEDDED:
         return EMBEDDED_FILE
     if known := published(model):
-        return fetch(known)
+        return known
     if is_url(model):
         raise RequestError(
             f"{model} is the address of no published file; `python -m bit_jax.zoo list` names all {len(ZOO)}, and "

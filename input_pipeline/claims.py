@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from input_pipeline.errors import RequestError
+from input_pipeline.terminal import printable
 
 CLAIM = ".owner.json"  # the claim of a whole directory
 BEAT = 5.0  # seconds between two signs of life
@@ -76,6 +77,7 @@ def claimed(
 
 def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, patience: float) -> int:
     """The open file of this process's own claim."""
+    told = False
     while True:
         try:
             file = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
@@ -86,6 +88,9 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
             if not _is_alive(owner, claim, patience):
                 _remove(claim, owner)
             elif wait or owner["host"] == "?":  # a claim that was just being written says in a moment whose it is
+                if wait and not told:
+                    print(f"waiting for process {owner['process']}, which owns {printable(name)}", file=sys.stderr)
+                told = True
                 time.sleep(0.1)
             else:
                 raise InUse(
@@ -143,8 +148,8 @@ def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
             return True
         if not told and owner["host"] != "?":
             print(
-                f"{claim.parent} is claimed by process {owner['process']} on {owner['host']}; watching for "
-                f"{patience:.0f} s whether that is alive",
+                f"{printable(claim.parent)} is claimed by process {owner['process']} on {printable(owner['host'])}; "
+                f"watching for {patience:.0f} s whether that is alive",
                 file=sys.stderr,
             )
             told = True

@@ -10,6 +10,7 @@ command to end in good order. The second one ends it at once, whatever it is doi
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import signal
@@ -49,7 +50,8 @@ def exit_code(main: Callable[[], object]) -> int:
         if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
-        return _say(f"the operating system refuses{where}: {os.strerror(error.errno)}; mend that and start again", 2)
+        remedy = "raise ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that"
+        return _say(f"the operating system refuses{where}: {os.strerror(error.errno)}; {remedy} and start again", 2)
     except Stopped as stopped:
         return _say(str(stopped), 128 + stopped.number)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0

@@ -66,6 +66,8 @@ def read_json(path: Path, kind: type, remedy: str) -> Any:
         RequestError: the file cannot be read; the message says why and advises nothing that would lose it.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise RequestError(f"cannot read {path}: it is no regular file; {remedy}")
         text = path.read_bytes()
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None

@@ -4,6 +4,7 @@ Tests' own process compiles as users' programs do. The processes that tests star
 they are told to compile in half the time into programs that run more slowly.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import archives
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from bit_jax import weights
@@ -130,12 +132,22 @@ class Runs:
         }
         command = [sys.executable, "tests/runs_in_forks.py", *DIGITS.split(), *map(str, flags)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, **pipes)
+        self._said = open(cache.with_suffix(".txt"), "ab")  # noqa: SIM115 (closed by end)
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self._said, **pipes)
 
     def start(self) -> int:
         """The process number of one more."""
         self._process.stdin.write("\n")
         return int(self._process.stdout.readline())
+
+    def until_progress(self, process: int, workdir: Path, before: int) -> None:
+        """Returns once the run has logged a step beyond `before`."""
+        while last_step(workdir) == before:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, 0)
+                time.sleep(0.005)
+                continue
+            raise AssertionError(f"it ended by itself: {Path(self._said.name).read_text()[-2000:]}")
 
     def finish(self) -> int:
         """The exit code of the last one, once it ended."""
@@ -144,7 +156,10 @@ class Runs:
         return int(line)
 
     def end(self) -> None:
+        for left in psutil.Process(self._process.pid).children():  # a run whose test failed
+            left.kill()
         self._process.communicate()
+        self._said.close()
 
 
 @pytest.fixture

@@ -40,8 +40,7 @@ def test_killed_twenty_times_it_ends_the_same(runs, tmp_path):
         if number % 4 == 0:  # while it starts, restores or compiles
             time.sleep(moments.uniform(0, 3))
         else:  # some time after it has made progress: most of that time, it is saving
-            while last_step(workdir) == before:
-                time.sleep(0.005)
+            killed.until_progress(process, workdir, before)
             time.sleep(moments.uniform(0, 0.2))
         os.kill(process, signal.SIGKILL)
         assert killed.finish() == -signal.SIGKILL

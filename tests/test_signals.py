@@ -26,8 +26,7 @@ def test_twenty_double_signals_at_random_moments(runs, tmp_path):
         if number % 2:  # from its first moment on: imports are done, all else lies ahead
             time.sleep(moments.uniform(0, 8))
         else:  # in the midst of steps, evaluations and saving
-            while last_step(workdir) == before:
-                time.sleep(0.005)
+            fresh.until_progress(process, workdir, before)
             time.sleep(moments.uniform(0, 1))
         first, second = moments.choice(ASKING), moments.choice(ASKING)
         os.kill(process, first)

@@ -30,7 +30,7 @@ def attest(ladder: Ladder, *, with_dataset: bool) -> dict[str, Any]:
     precisions = dict.fromkeys(("fp64", ladder.options.precision))
     ladder.start(*precisions)
     options = ladder.options
-    arguments: dict[str, Any] = {"images": ladder.pictures}
+    arguments: dict[str, Any] = {"images": ladder.pictures()}
     if with_dataset:
         ladder.source(options.eval_split)  # a dataset that cannot be had ends the comparison here
         arguments |= {"dataset": [options.dataset, options.train_split, options.eval_split, options.data_dir]}

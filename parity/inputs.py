@@ -165,10 +165,10 @@ def _resized(example: Example, height: int, width: int, name: str) -> np.ndarray
         raise DatasetError(f"example {example['id']} of {name} is not a readable image ({error})") from None
 
 
-def disturbance(name: str, shape: tuple[int, ...], seed: int, amplitude: float) -> np.ndarray:
+def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitude: float) -> np.ndarray:
     """Factors 1 + u, u uniform in +-amplitude: what an array of that name is multiplied with, to see how much of an
     error of that relative size comes out at the other end."""
-    rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
     return 1 + amplitude * rng.uniform(-1, 1, shape)
 
 

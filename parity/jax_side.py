@@ -27,7 +27,7 @@ from parity.inputs import Files
 from parity.side import Side
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[int, float]  # (seed, relative amplitude), see `inputs.disturbance`
+Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
 
 

@@ -230,7 +230,7 @@ class _Bench:
         amplitude = MULTIPLE * ULP[precision]
         with self._float64 as ask:
             exact = self._losses(ask)
-            disturbed = [self._losses(ask, disturb=(seed, amplitude)) for seed in range(DISTURBANCES)]
+            disturbed = [self._losses(ask, disturb=((0, draw), amplitude)) for draw in range(DISTURBANCES)]
         losses = {}
         for arm, side in self.sides.items():
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None

@@ -25,7 +25,7 @@ from parity.inputs import Files
 from parity.side import Side
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[int, float]  # (seed, relative amplitude), see `inputs.disturbance`
+Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
 

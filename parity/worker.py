@@ -41,6 +41,9 @@ class Arrays:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
+    def close(self) -> None:
+        self._file.close()
+
     def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         """(name without the prefix, array)."""
         for name in self.names:
@@ -132,6 +135,12 @@ class Answer:
     def arrays(self) -> Arrays:
         assert self._arrays is not None, "the task saved no arrays"
         return self._arrays
+
+    def discard(self) -> None:
+        """Removes the file; the arrays can no longer be read."""
+        if self._arrays is not None:
+            self._arrays.close()
+            self._arrays.path.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -220,10 +220,10 @@ def test_a_model_with_other_weights_is_refused_by_the_names_that_do_not_pair_up(
 
 
 def test_disturbances_are_of_the_size_asked_for_and_reproducible():
-    factors = inputs.disturbance("a", (1000,), 3, 1e-3)
+    factors = inputs.disturbance("a", (1000,), (3, 0), 1e-3)
     assert np.abs(factors - 1).max() == pytest.approx(1e-3, rel=0.05)
-    assert np.array_equal(factors, inputs.disturbance("a", (1000,), 3, 1e-3))
-    assert not np.array_equal(factors, inputs.disturbance("a", (1000,), 4, 1e-3))
+    assert np.array_equal(factors, inputs.disturbance("a", (1000,), (3, 0), 1e-3))
+    assert not np.array_equal(factors, inputs.disturbance("a", (1000,), (4, 0), 1e-3))
 
 
 def test_pictures_show_every_fault_of_channels_and_sides():
@@ -238,8 +238,8 @@ def test_line_is_plain_data():
 
 @pytest.mark.parametrize(("ulps", "verdict"), [(3.0, "equal"), (500.0, "bug")])
 def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ulps, verdict):
-    monkeypatch.setattr(rungs, "_judge", lambda *_: RungResult("forward", []))
-    ladder: Any = SimpleNamespace(options=Options(), pictures=None, amplitude_in_ulp=ulps)
+    monkeypatch.setattr(rungs, "_judge", lambda *_, **__: RungResult("forward", []))
+    ladder: Any = SimpleNamespace(options=Options(), pictures=lambda look=0: None, amplitude_in_ulp=ulps)
     result = rungs.forward(ladder)
     assert result.verdict == verdict
     assert ("products are narrower than fp32" in " ".join(result.findings)) == (verdict == "bug")

@@ -1,27 +1,20 @@
 """Measures how often the comparison would call two right sides wrong: by simulated errors, and on real pairs.
 
-    python benchmarks/false_alarms.py                    # the simulation, seeded
-    python benchmarks/false_alarms.py real --seeds 10    # JAX against PyTorch, and each against another form of itself
-    python benchmarks/false_alarms.py show               # the tables of docs/parity.md, from the JSON
+python benchmarks/false_alarms.py                    # the simulation, seeded
+python benchmarks/false_alarms.py real --seeds 10    # JAX against PyTorch, and each against another form of itself
+python benchmarks/false_alarms.py show               # the tables of docs/parity.md, from the JSON
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from input_pipeline.files import write_json
-from input_pipeline.terminal import console
-from parity import oracle, rungs
-from parity.ladder import Ladder
-from parity.options import Options
+from parity import oracle
 
 RESULTS = Path(__file__).parent / "results" / "false_alarms.json"
 FLIPPED = 1e3  # by so much a flipped ReLU multiplies a gradient's error; R26x1 was seen at 1,000

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bit_jax import weights, zoo
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
 from input_pipeline.sources import open_source
-from parity import inputs
+from input_pipeline.terminal import printable
+from parity import classes, inputs
 from parity.faults import FAULTS
 from parity.options import Options
 from parity.oracle import LEAST_DRAWS, Line, Verdict, relative_rmse, worst
@@ -82,6 +84,7 @@ class Ladder:
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
         self._asked = itertools.count()
+        self._matchings: dict[tuple[str, str], classes.Matching] = {}
         self._workers: dict[tuple[str, str], Worker] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -89,9 +92,9 @@ class Ladder:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=(console := console or terminal.console(stderr=True)),
             transient=True,
-            disable=not (console or Console(stderr=True)).is_terminal,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> "Ladder":
@@ -153,7 +156,7 @@ class Ladder:
 
     def say(self, sentence: str) -> None:
         """A line for people, above the progress bars."""
-        self._progress.console.print(sentence)
+        self._progress.console.print(printable(sentence))
 
     def pictures(self, look: int = 0) -> Path:
         """Batches of pictures, for the rungs of single batches; every look has others."""
@@ -186,24 +189,33 @@ class Ladder:
         return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def source(self, split: str) -> Source:
-        source = open_source(self.options.dataset, split, self.options.data_dir)
-        if len(source.class_names) > self.architecture.num_classes:
-            raise RequestError(
-                f"{source.name} has {len(source.class_names)} classes, the head of {self.options.weights} "
-                f"{self.architecture.num_classes}; give --dataset or --weights that fit"
+        """A split of the dataset under the head's labels.
+
+        Raises:
+            RequestError: there is no such split, or its classes are not the head's.
+        """
+        options = self.options
+        return classes.open_labelled(options.dataset, split, options.data_dir, self.matching(split).class_names)
+
+    def matching(self, split: str) -> classes.Matching:
+        """How a split's labels are matched to the head's."""
+        options = self.options
+        key = options.dataset, split
+        if key not in self._matchings:
+            self._matchings[key] = classes.matching(
+                open_source(options.dataset, split, options.data_dir),
+                options.weights,
+                self.weight_file,
+                self.architecture.num_classes,
+                arbitrary=options.weights.startswith(RANDOM),
             )
-        return source
+        return self._matchings[key]
 
     @functools.cached_property
     def eval_size(self) -> int:
-        """Of the square images that evaluation shows: asked for, or what the weights were trained with."""
-        if self.options.eval_size is not None:
-            return self.options.eval_size
-        config = self.weight_file.parent / "config.json"
-        if config.exists():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(config.read_text())["recipe"]["crop"])
-        return max(self.options.height_width)
+        """Side of the square images that evaluation shows: asked for, or what the weights were trained with."""
+        crop = None if self.options.weights.startswith(RANDOM) else classes.training(self.weight_file).crop
+        return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property
     def amplitude(self) -> float:

@@ -202,7 +202,9 @@ def _looked_at(ladder: Ladder, lines: list[Line], look: Callable[[int, list[str]
     """`oracle.look_again`, whose files are not kept and of which a person is told."""
 
     def again(number: int, doubtful: list[str]) -> list[Line]:
-        ladder.say(f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking again, at other images")
+        ladder.say(
+            f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking again, at other images"
+        )
         with ladder.forgetting():
             return look(number, doubtful)
 

@@ -11,6 +11,8 @@ CONFIDENCE = 0.95
 # of the images' largest logit difference: the measured error. A tenth of them may be damaged without its growing
 ERROR_QUANTILE = 0.9
 
+LAST = np.iinfo(np.int64).max  # the rank of a label that no prediction can be
+
 Equivalence = Literal["shown", "not shown", "refuted"]
 
 
@@ -137,7 +139,14 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
 
 
 def rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Classes placed before the label; equal logits in the order of their classes, a row that is not finite last."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
-    return np.where(np.isfinite(logits).all(axis=1), before.sum(axis=1), logits.shape[1])
+    """How many classes are placed before the label: int64 [images].
+
+    Equal logits are in the order of their classes. A label that is no class, and the label of a row that is not finite,
+    come after everything: at `LAST`, which is not among the first k for any k.
+    """
+    classes = logits.shape[1]
+    known = (labels >= 0) & (labels < classes)
+    label = np.where(known, labels, 0)[:, None]
+    own = np.take_along_axis(logits, label, axis=1)
+    before = (logits > own) | ((logits == own) & (np.arange(classes) < label))
+    return np.where(known & np.isfinite(logits).all(axis=1), before.sum(axis=1), LAST)

@@ -1,25 +1,31 @@
 """Measures how often the comparison would call two right sides wrong: by simulated errors, and on real pairs.
 
 python benchmarks/false_alarms.py                    # the simulation, seeded
-python benchmarks/false_alarms.py real --seeds 10    # JAX against PyTorch, and each against another form of itself
+python benchmarks/false_alarms.py real               # by real pairs: JAX against PyTorch, and each against itself
 python benchmarks/false_alarms.py show               # the tables of docs/parity.md, from the JSON
 """
 
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tyro
+from rich.table import Table
 
-from input_pipeline.files import write_json
-from parity import oracle
+from input_pipeline import terminal
+from input_pipeline.files import read_json, write_json
+from parity import oracle, rungs
+from parity.ladder import Ladder, working_folder
+from parity.options import Options
 
 RESULTS = Path(__file__).parent / "results" / "false_alarms.json"
 FLIPPED = 1e3  # by so much a flipped ReLU multiplies a gradient's error; R26x1 was seen at 1,000
 # values of the array -> simulated lines, so that each case takes seconds
 LINES = {1: 400_000, 2: 400_000, 10: 100_000, 100: 20_000, 1_000: 4_000, 100_000: 60}
+LEAST = 1e-9  # chances below it are not worth a number
 CHUNK = 4_000_000  # numbers drawn at once
 
 
@@ -50,7 +56,7 @@ def cases() -> list[Case]:
         Case(100, draws, batches, 2.0, flips)
         for batches, draws, flips in itertools.product((1, 3), (1, 3), (0.003, 0.01, 0.03, 0.1, 0.3))
     ]
-    return smooth + kinks
+    return smooth + kinks + [Case(1, draws, 1, 4.0) for draws in (1, 3)]
 
 
 def failing(case: Case, lines: int, rng: np.random.Generator, *, fault: float = 1.0) -> np.ndarray:
@@ -95,15 +101,126 @@ def rates(case: Case, seed: int = 0, lines: int | None = None) -> dict[str, floa
 
 
 def simulate(seed: int = 0, output: Path = RESULTS) -> None:
-    """Draws errors for two right sides and judges them by `oracle.error_limits`; a few minutes.
+    """Draws errors for two right sides and judges them by `oracle.error_limits`; two minutes.
 
     Args:
         output: JSON; what it holds of real pairs is kept.
     """
-    kept = json.loads(output.read_text()) if output.exists() else {}
     simulated = []
     for case in cases():
         simulated.append(dataclasses.asdict(case) | {"lines": LINES[case.values]} | rates(case, seed))
         print(simulated[-1], file=sys.stderr, flush=True)
-    write_json(output, kept | {"simulated": simulated})
+    _keep(output, "simulated", simulated)
     show(output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two right sides and a setting that the documentation names."""
+
+    candidate: str
+    reference: str
+    flags: dict[str, int]
+    weights: str = "random:R14x0.5"
+
+    def __str__(self) -> str:
+        flags = " ".join(f"--{name} {value}" for name, value in self.flags.items())
+        return f"{self.candidate} against {self.reference}, {self.weights.removeprefix('random:')}, {flags}"
+
+
+IMAGES_EACH = 10  # runs with the same weights
+ONE = {"rows": 2, "batches": 1, "disturbances": 1}
+USUAL = {"rows": 8, "batches": 3, "disturbances": 3}
+PAIRS = (
+    Pair("jax", "torch", ONE),
+    Pair("jax", "torch", USUAL),
+    Pair("torch:channels_last", "torch", ONE),
+    Pair("jax:tuned", "jax", ONE),
+    Pair("jax", "torch", ONE, "random:R26x1"),
+    Pair("jax", "torch", ONE, "random:R50x0.5"),
+)
+CLIMBED = ("forward", "loss", "gradients", "curve")  # the rungs whose lines disturbances judge
+
+
+def real(runs: int = 20, only: str = "", output: Path = RESULTS) -> None:
+    """Climbs the rungs with right sides and images of 32x32; half an hour on two cores.
+
+    Args:
+        runs: of every pair, each with images and disturbances of its own; every tenth also with weights of its own.
+        only: the pairs whose name contains this; the others keep their records.
+        output: JSON; what else it holds is kept.
+    """
+    kept = {record["pair"]: record for record in _saved(output).get("real", [])}
+    for pair in PAIRS:
+        if only in str(pair):
+            kept[str(pair)] = _count(pair, runs)
+            print(kept[str(pair)], file=sys.stderr, flush=True)
+            _keep(output, "real", list(kept.values()))
+    show(output)
+
+
+def _count(pair: Pair, runs: int) -> dict[str, Any]:
+    """How many lines there were, were looked at again, and failed."""
+    sides = {"reference": pair.reference, "candidate": pair.candidate}
+    training = {"steps": 6, "warmup_steps": 2, "decay_steps": (4,)}
+    given: dict[str, Any] = {"weights": pair.weights, "size": "32", **sides, **pair.flags, **training}
+    lines = []
+    for first in range(0, runs, IMAGES_EACH):
+        with working_folder() as folder, Ladder(Options(seed=first, **given), folder, terminal.console()) as ladder:
+            for seed in range(first, min(first + IMAGES_EACH, runs)):
+                ladder.options = Options(seed=seed, **given)
+                ladder.__dict__.pop("amplitude", None)
+                lines += [line for name in CLIMBED for line in rungs.RUNGS[name](ladder).lines]
+    judged = [line for line in lines if line.disturbed_error is not None]
+    return {
+        "pair": str(pair),
+        "runs": runs,
+        "lines": len(judged),
+        "looked at again": sum(line.looks > 1 for line in judged),
+        "failed": [line.name for line in lines if line.verdict == "bug"],
+    }
+
+
+def show(output: Path = RESULTS) -> None:
+    """The tables, from the JSON."""
+    saved = _saved(output)
+    table = Table(title="chance that a right line is called a bug", title_justify="left")
+    for column in (
+        "values",
+        "draws",
+        "batches",
+        "sides apart",
+        "flips",
+        "one look (old rule)",
+        f"{oracle.LOOKS} looks",
+    ):
+        table.add_column(column, justify="right")
+    for row in saved.get("simulated", []):
+        chances = [_chance(row[name], row["lines"]) for name in ("one look", "all looks")]
+        cells = [f"{row[name]:g}" for name in ("values", "draws", "batches", "apart", "flips")]
+        table.add_row(*cells, *chances)
+    terminal.console().print(table)
+    table = Table(title="real pairs", title_justify="left")
+    for column in ("pair", "runs", "lines", "looked at again", "failed"):
+        table.add_column(column, justify="left" if column == "pair" else "right")
+    for row in saved.get("real", []):
+        cells = [f"{row[name]:,}" for name in ("runs", "lines", "looked at again")]
+        table.add_row(row["pair"], *cells, str(len(row["failed"])))
+    terminal.console().print(table)
+
+
+def _chance(rate: float, lines: int) -> str:
+    return f"< {LEAST:.0e}" if 0 < rate < LEAST else f"{rate:.1e}" if rate else f"< {1 / lines:.0e}"
+
+
+def _saved(output: Path) -> dict[str, Any]:
+    return read_json(output, dict, "write another by --output") if output.exists() else {}
+
+
+def _keep(output: Path, name: str, found: Any) -> None:
+    write_json(output, _saved(output) | {name: found})
+
+
+if __name__ == "__main__":
+    commands = {"simulate": simulate, "real": real, "show": show}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

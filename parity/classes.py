@@ -43,7 +43,9 @@ def training(weight_file: Path) -> Training:
         return Training()
     content = read_json(path, dict, REMEDY)
     names, recipe = content.get("class_names"), content.get("recipe", {})
-    crop = recipe.get("crop") if isinstance(recipe, dict) else recipe
+    if not isinstance(recipe, dict):
+        raise DamagedFile(f"{path} is damaged (its recipe is not an object); {REMEDY}")
+    crop = recipe.get("crop")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DamagedFile(f"{path} is damaged (its class_names are not a list of texts); {REMEDY}")
     if crop is not None and (not isinstance(crop, int) or isinstance(crop, bool) or crop < 1):

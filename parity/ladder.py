@@ -139,7 +139,9 @@ class Ladder:
         """The reference's float64 arrays under each disturbance of that relative amplitude; every look has its own."""
         draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
-            self.ask("reference", "fp64", task, disturb=((look, draw), amplitude), **arguments).arrays
+            self.ask(
+                "reference", "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
+            ).arrays
             for draw in range(draws)
         ]
 
@@ -160,7 +162,8 @@ class Ladder:
 
     def pictures(self, look: int = 0) -> Path:
         """Batches of pictures, for the rungs of single batches; every look has others."""
-        path, options = self.folder / f"pictures {look}.npz", self.options
+        options = self.options
+        path = self.folder / f"pictures {options.seed} {look}.npz"
         if not path.exists():
             height, width = options.height_width
             first = options.seed + look * options.batches
@@ -174,7 +177,7 @@ class Ladder:
     def dataset_batches(self, look: int = 0) -> Path:
         """Batches of the dataset, for the curve; every look has them in another order."""
         options = self.options
-        path = self.folder / f"batches {look}.npz"
+        path = self.folder / f"batches {options.seed} {look}.npz"
         if not path.exists():
             source = self.source(options.train_split)
             size = options.height_width

@@ -1,6 +1,10 @@
 """The verdict, the statistics, the probe and the naming, without starting a process."""
 
 import dataclasses
+import io
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +13,28 @@ import golden_inputs
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_torch_reference import original_name
 
 from bit_jax import probe
+from bit_jax.class_names import imagenet1k
 from input_pipeline.errors import RequestError
-from parity import inputs, oracle, rungs, statistics, torch_names, torch_pipeline, torch_reference, torch_side
+from input_pipeline.examples import DamagedImage, relabelled
+from parity import (
+    classes,
+    images,
+    inputs,
+    oracle,
+    report,
+    rungs,
+    statistics,
+    throughput_report,
+    torch_models,
+    torch_names,
+    torch_pipeline,
+    torch_reference,
+    torch_side,
+)
 from parity.ladder import RungResult
 from parity.options import Options
 from parity.side import Side, parse_side
@@ -137,7 +158,7 @@ def test_flips_are_held_against_the_measured_error():
 def test_rank_is_the_pipelines_own():
     logits = np.array([[1.0, 3.0, 3.0, 0.0], [np.nan, 1, 2, 3]])
     labels = np.array([2, 3])
-    assert statistics.rank(logits, labels).tolist() == [1, 4]
+    assert statistics.rank(logits, labels).tolist() == [1, statistics.LAST]
     ranks = torch_pipeline.label_rank(torch.from_numpy(logits[:1]), torch.from_numpy(labels[:1]))
     assert ranks.tolist() == [1]
 
@@ -259,3 +280,282 @@ def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_
     assert not torch.equal(forced["block1/unit02"], whole["block1/unit02"])  # fed root_block's marked output
     assert torch.equal(forced["block2/unit02"], own)
     assert not torch.equal(own, free)
+
+
+def shares(rng, values, draws, *, lines, fault=1.0):
+    """How often one look, and all looks, call a line wrong: errors drawn for two sides and for disturbances."""
+
+    def beyond(draws):
+        def errors(scale):
+            drawn = scale * np.abs(rng.standard_normal((lines, values)))
+            return np.stack([np.sqrt((drawn**2).mean(axis=1)), np.quantile(drawn, oracle.HIGH, axis=1)], axis=1)
+
+        sides = errors(1.0), errors(fault)
+        limits = oracle.error_limits(*sides, np.stack([errors(oracle.MULTIPLE) for _ in range(draws)]))
+        return ((sides[0] > limits["reference"]) | (sides[1] > limits["candidate"])).any(axis=1)
+
+    looks = [beyond(draws if look == 0 else max(draws, oracle.LEAST_DRAWS)) for look in range(oracle.LOOKS)]
+    return looks[0].mean(), np.all(looks, axis=0).mean()
+
+
+@pytest.mark.parametrize("values", [1, 2, 10])
+def test_right_sides_are_not_called_wrong_for_want_of_disturbances(values):
+    once, always = shares(np.random.default_rng(7), values, 1, lines=100_000)
+    assert (once > 1e-3) == (values < 10)  # what one look, with one disturbance, would have called a bug
+    assert always < 1e-4
+
+
+@pytest.mark.parametrize(("values", "fault", "found"), [(1, 1000, 0.95), (10, 30, 0.99), (1000, 10, 1.0)])
+def test_what_errs_by_so_much_is_found_at_every_look(values, fault, found):
+    _, always = shares(np.random.default_rng(8), values, 3, lines=2000, fault=fault)
+    assert always >= found
+
+
+def test_a_line_fails_only_if_every_look_finds_it_wrong():
+    def line(name, used, **more):
+        verdict = "bug" if used > 1 else "rounding"
+        return oracle.Line("loss", name, "fp32", verdict, 1e-6, 1e-7, 1e-6, 1e-6, 1e-7, used, note="x", **more)
+
+    looks = []
+
+    def look(number, names):
+        looks.append(names)
+        return [line(name, 0.5 if name == "unlucky" else 3.0 + number) for name in names]
+
+    first = [line("good", 0.3), line("unlucky", 4.0), line("wrong", 9.0), line("infinite", np.inf)]
+    judged = {line.name: line for line in oracle.look_again(first, look)}
+    assert [judged[name].verdict for name in ("good", "unlucky", "wrong", "infinite")] == [
+        *("rounding", "rounding", "bug", "bug")
+    ]
+    assert looks == [["unlucky", "wrong"], ["wrong"], ["wrong"]]
+    assert (judged["wrong"].used, judged["wrong"].looks) == (4.0, oracle.LOOKS)
+    assert "in 1 of 2 looks" in judged["unlucky"].note
+    assert judged["good"].looks == judged["infinite"].looks == 1
+
+
+def test_what_nothing_was_measured_for_is_not_looked_at_again():
+    wrong = calibrated(noisy(ORACLE, 1e-6), noisy(ORACLE, 1e-3))
+    assert oracle.look_again([wrong], lambda *_: pytest.fail("looked again")) == [wrong]
+
+
+class Named:
+    """As much of a dataset as the matching of its classes needs."""
+
+    def __init__(self, *class_names, labels=(0, 1)):
+        self.name, self.class_names, self.labels = "pets/test", class_names, np.array(labels, np.int32)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((4, 4), np.uint8), "label": int(self.labels[index]), "id": str(index)}
+
+
+def write_config(folder, **content):
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder / "w.npz"
+
+
+def test_labels_are_matched_by_the_names_beside_the_weights(tmp_path):
+    weights = write_config(tmp_path, class_names=["a", "b", "caf\u00e9"], recipe={"crop": 48})
+    source = Named("a", "cafe\u0301")  # the same word as macOS spells it
+    matching = classes.matching(source, "w.npz", weights, 3, arbitrary=False)
+    assert matching.class_names is not None
+    assert relabelled(source, matching.class_names, "the head").labels.tolist() == [0, 2]
+    assert classes.training(weights).crop == 48
+    with pytest.raises(RequestError, match=r"1 classes that the head of w\.npz has not: dog"):
+        classes.matching(Named("a", "dog"), "w.npz", weights, 3, arbitrary=False)
+
+
+def test_labels_of_imagenet_are_matched_by_wordnet_id(tmp_path):
+    nowhere, ids = tmp_path / "w.npz", list(imagenet1k())
+    assert classes.matching(Named(ids[7], ids[3]), "w", nowhere, 1000, arbitrary=False).class_names == ids
+    with pytest.raises(RequestError, match="classes that ImageNet's head of w has not: n99999999"):
+        classes.matching(Named(ids[7], "n99999999"), "w", nowhere, 1000, arbitrary=False)
+
+
+def test_labels_without_names_count_only_where_the_numbers_of_classes_agree(tmp_path):
+    nowhere = tmp_path / "w.npz"
+    equal = classes.matching(Named("x", "y"), "w", nowhere, 2, arbitrary=False)
+    assert equal.class_names is None
+    assert "by position" in equal.how
+    with pytest.raises(RequestError, match=r"pets/test has 2 classes \(x, y\), the head of w has 3 without names"):
+        classes.matching(Named("x", "y"), "w", nowhere, 3, arbitrary=False)
+    assert classes.matching(Named("x", "y"), "random", nowhere, 3, arbitrary=True).class_names is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "\x80",
+        "[" * 9000,
+        '{"class_names": 7}',
+        '{"class_names": [1]}',
+        '{"recipe": 3}',
+        '{"recipe": {"crop": "x"}}',
+    ],
+)
+def test_a_damaged_config_beside_the_weights_ends_in_a_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"config\.json is damaged"):
+        classes.training(tmp_path / "w.npz")
+
+
+def test_a_label_that_is_no_class_is_last_everywhere():
+    logits, labels = np.eye(3), np.array([0, -1, 3])
+    ranks = statistics.rank(logits, labels)
+    assert ranks[0] == 0
+    assert (ranks[1:] >= 5).all(), "with three classes the last is among the first five"
+    assert torch_pipeline.label_rank(torch.from_numpy(logits), torch.from_numpy(labels)).tolist() == ranks.tolist()
+
+
+def test_training_batches_need_labels():
+    with pytest.raises(RequestError, match="without a label"):
+        inputs.dataset_batches(Named("a", "b", labels=(0, -1)), 1, 2, 8, 8, 0)
+
+
+def state_of(model):
+    return {name: tensor + 1 for name, tensor in model.state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": prefixed(state, "module."), "optim": {"state": {0: {"momentum": torch.ones(2)}}}},
+        lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
+        lambda state: prefixed(state, "_orig_mod."),
+        lambda state: {"net": {"state_dict": prefixed(state, "_orig_mod.module.")}},
+        lambda state: {name if number % 2 else f"module.{name}": t for number, (name, t) in enumerate(state.items())},
+        lambda state: {"state_dict": prefixed(state, "model.module.")},
+        lambda state: {"model": state, "ema": dict(state)},
+    ],
+)
+def test_checkpoints_are_unwrapped_by_what_they_hold(wrap, file, tmp_path):
+    model = torch_reference.load(str(file))
+    wanted = state_of(model)
+    torch.save(wrap(wanted), tmp_path / "c.pt")
+    torch_models.fill(model, tmp_path / "c.pt")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_says_what_it_has_and_lacks(file, tmp_path):
+    model = torch_reference.load(str(file))
+    state = state_of(model)
+    for name in list(state)[:6]:
+        del state[name]
+    torch.save({"model": prefixed(state, "module.") | {"module.extra": torch.ones(1)}}, tmp_path / "c.pt")
+    with pytest.raises(RequestError) as refused:
+        torch_models.fill(model, tmp_path / "c.pt")
+    assert "missing 6 (" in str(refused.value)
+    assert "unexpected 1 (extra)" in str(refused.value)
+    state = state_of(model)
+    torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, tmp_path / "two.pt")
+    with pytest.raises(RequestError, match="2 state dicts of this model that differ"):
+        torch_models.fill(model, tmp_path / "two.pt")
+
+
+def npz(**arrays):
+    written = io.BytesIO()
+    np.savez(written, **arrays)
+    return written.getvalue()
+
+
+class Foreign:
+    """What a pickle of somebody's whole model begins with."""
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: torch.save({"a": torch.ones(1)}, path), "no state dict of this model: it is a dict with 1 (a)"),
+        (lambda path: torch.save([1, 2], path), "no state dict of this model: it is a list"),
+        (lambda path: torch.save(Foreign(), path), "holds the Python object test_parity_parts.Foreign"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      "), "is a safetensors file"),
+        (lambda path: path.write_bytes(b"<html>"), "is no PyTorch checkpoint"),
+        (lambda path: path.write_bytes(npz(a=np.ones(1))), "is an .npz file"),
+        (lambda path: path.mkdir(), "cannot be read (Is a directory)"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_says_what_it_is(write, said, file, tmp_path):
+    write(tmp_path / "c.pt")
+    with pytest.raises(RequestError) as refused:
+        torch_models.fill(torch_reference.load(str(file)), tmp_path / "c.pt")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+LOGITS = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("output", [LOGITS, SimpleNamespace(logits=LOGITS), {"logits": LOGITS}, (LOGITS, None)])
+def test_logits_are_taken_from_what_models_return(output):
+    assert torch_models.logits_of(output) is LOGITS
+
+
+@pytest.mark.parametrize("output", [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), (None, LOGITS)])
+def test_what_has_no_logits_is_refused(output):
+    with pytest.raises(RequestError, match="in which there are no logits"):
+        torch_models.logits_of(output)
+
+
+def test_a_models_logits_must_be_a_row_an_image_and_a_column_a_class():
+    images = torch.zeros(2, 3, 8, 8)
+    shaped = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    torch_models.check(shaped, "m:f", images, 4)
+    with pytest.raises(RequestError, match=r"shape \[2, 4\] for images \[2, 3, 8, 8\]; \[2, 5\] is wanted"):
+        torch_models.check(shaped, "m:f", images, 5)
+    with pytest.raises(RequestError, match=r"--torch-model m:f fails on images \[2, 3, 8, 8\]: RuntimeError"):
+        torch_models.check(torch.nn.Linear(3, 3), "m:f", images, 4)
+
+
+def test_pytorchs_images_are_files_of_the_known_formats(tmp_path):
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "EPS")
+    with pytest.raises(DamagedImage):
+        images.decode(encoded.getvalue())
+    with pytest.raises(RequestError, match="example 3 of pets is not a readable image"):
+        images.rgb({"image": b"nothing", "label": 0, "id": "3"}, "pets")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(RequestError, match="not a regular file"):
+        images.read(tmp_path / "pipe.jpg")
+
+
+def test_a_run_folder_has_one_owner_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with report.owned(None) as first, report.owned(None) as second:
+        assert first != second
+    assert not Path("runs").exists()
+    with report.owned(Path("a/b")), pytest.raises(RequestError, match="in use by process"), report.owned(Path("a/b")):
+        pytest.fail("two own it")
+    assert not Path("a").exists()
+    with report.owned(Path("a/b")) as folder:
+        (folder / "report.json").write_text("{}")
+    assert [path.name for path in Path("a/b").iterdir()] == ["report.json"]
+    with pytest.raises(RequestError, match="holds a saved run"), report.owned(Path("a/b")):
+        pass
+    Path("file").write_text("")
+    with pytest.raises(RequestError, match="not a directory"), report.owned(Path("file")):
+        pass
+
+
+def test_where_nothing_can_be_written_is_known_at_the_start(tmp_path):
+    report.writable(tmp_path / "new" / "r.json")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RequestError, match="is a directory"):
+        report.writable(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 9000])
+def test_a_damaged_report_ends_in_a_sentence(text, tmp_path):
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"report\.json is damaged"):
+        report.load(tmp_path)
+    with pytest.raises(RequestError, match=r"report\.json is damaged"):
+        throughput_report.load(tmp_path / "report.json")

@@ -73,7 +73,7 @@ def compare_logits(
     difference = oracle.relative_difference(reference, candidate)
     verdict: oracle.Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
     notes = [
-        f"{len(flipped)} predictions differ, {len(unexplained)} by more than the measured error explains",
+        f"{len(flipped)} predictions differ, {len(unexplained)} by more than rounding explains",
         f"accuracy differs by {100 * paired.difference:+.4f} points, beyond the margin of {100 * margin:g}",
     ]
     lines = [

@@ -340,6 +340,6 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
         f"right: both {both:,}, the reference alone {reference_only:,}, the candidate alone {candidate_only:,}, "
         f"neither {neither:,}; McNemar p = {details['mcnemar']:.3g}; acc5 {reference5:.5f} / {candidate5:.5f}",
         f"difference {100 * details['difference']:+.4f} points, 95 % interval {low} to {high}; {equivalence}",
-        f"{len(flips)} predictions flipped, {unexpected} by more than twice the measured logit error "
-        f"of {number(details['measured_error'])}",
+        f"{len(flips)} predictions flipped, {unexpected} by more than twice the {number(details['measured_error'])} "
+        "that rounding brings to a logit at most",
     ]

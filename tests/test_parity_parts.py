@@ -138,6 +138,9 @@ def test_equivalence_needs_enough_images():
     few = Paired(300, 0, 0, 60)
     assert few.equivalence(0.001) == "not shown"
     assert Paired(30000, 2000, 500, 17500).equivalence(0.001) == "refuted"
+    chance = Paired(990, 6, 0, 4)  # six disputed images, all one way: once in 32 times for right sides
+    assert chance.interval(0.90)[1] < -0.001
+    assert chance.equivalence(0.001) == "not shown"
     enough = few.examples_needed(0.001)
     assert Paired(enough, 0, 0, 0).equivalence(0.001) == "shown"
     assert Paired(enough // 2, 0, 0, 0).equivalence(0.001) == "not shown"
@@ -153,6 +156,19 @@ def test_flips_are_held_against_the_measured_error():
     error, flips = statistics.flips(reference, candidate)
     assert error < 1e-4
     assert [(flip["row"], flip["expected"]) for flip in flips] == [(0, True), (7, False)]
+
+
+def test_images_that_rounding_moves_more_than_most_are_expected_to_flip():
+    """bfloat16's errors on as many images as ImageNet validates with, one of which is another image altogether."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(0, 2, (50_000, 10))
+    candidate = reference + 0.01 * np.exp(rng.normal(0, 0.7, (50_000, 1))) * rng.standard_normal(reference.shape)
+    _, flips = statistics.flips(reference, candidate)
+    assert len(flips) > 100
+    assert all(flip["expected"] for flip in flips)
+    candidate[7] = candidate[7, ::-1]
+    _, flips = statistics.flips(reference, candidate)
+    assert [flip["row"] for flip in flips if not flip["expected"]] == [7]
 
 
 def test_rank_is_the_pipelines_own():

@@ -166,7 +166,7 @@ def by_chance(line: Line) -> bool:
         return False
     if line.precision == "fp64":
         return line.difference < CERTAIN * line.limit
-    return bool(np.isfinite(line.used))
+    return line.used is not None and bool(np.isfinite(line.used))
 
 
 def look_again(lines: Sequence[Line], look: Callable[[int, list[str]], Sequence[Line]]) -> list[Line]:

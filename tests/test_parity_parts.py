@@ -18,6 +18,7 @@ from test_torch_reference import original_name
 
 from bit_jax import probe
 from bit_jax.class_names import imagenet1k
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
 from parity import (
@@ -575,3 +576,20 @@ def test_a_damaged_report_ends_in_a_sentence(text, tmp_path):
         report.load(tmp_path)
     with pytest.raises(RequestError, match=r"report\.json is damaged"):
         throughput_report.load(tmp_path / "report.json")
+
+
+def test_names_are_shown_as_they_are_and_control_characters_escaped():
+    """A side's name may hold a module's; an array's, a file's."""
+    line = dataclasses.asdict(oracle.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
+    rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
+    sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
+    saved = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
+    saved |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
+    written = io.StringIO()
+    console = terminal.console()
+    console.file = written
+    report.show(saved, console)
+    shown = written.getvalue()
+    for said in ("torch (m[bold]:f)", "a[/]b", "of [/red]", r"evaluation: x[/red]\x1b[2J.jpg differs"):
+        assert said in shown
+    assert "\x1b" not in shown

@@ -7,7 +7,7 @@ other, or than rounding of that size can bring it?
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -85,20 +85,33 @@ def gate(
     return Line(rung, name, "fp64", verdict, difference, limit, note=note)
 
 
-def calibrated(
-    rung: str,
-    name: str,
-    precision: str,
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How much both sides err on one array, from one set of images.
+
+    Attributes:
+        reference, candidate: [RMSE, high percentile] against float64, each the smallest over the batches.
+        explained: the same of float64 under disturbances, the largest of their draws; None where there were none.
+        difference: the largest between the two sides, relative to the reference's RMS.
+        same: whether they are equal bit for bit.
+        shapes: how their shapes differ; empty where they do not.
+    """
+
+    reference: np.ndarray
+    candidate: np.ndarray
+    explained: np.ndarray | None
+    difference: float
+    same: bool = False
+    shapes: str = ""
+
+
+def look(
     oracle: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
     candidate: Sequence[np.ndarray],
     disturbed: Sequence[Sequence[np.ndarray]],
-) -> Line:
-    """In any other precision, one look: neither may err more than MULTIPLE times as much as the other, or than SLACK
-    times what float64 itself does when weights and pixels are disturbed MULTIPLE times as much as the better side's
-    rounding.
-
-    With few values, or where ReLUs flip, right sides exceed this now and then; `look_again` tells luck from a fault.
+) -> Look:
+    """Measures both sides' errors.
 
     The smallest error over the batches counts: a ReLU whose input is within rounding of zero opens in one framework
     and stays shut in the other, which changes gradients by far more than rounding, in that batch.
@@ -106,54 +119,87 @@ def calibrated(
     Args:
         oracle: the float64 result of each batch.
         reference, candidate: the two results of each batch.
-        disturbed: for each of some disturbances of that size, the float64 result of each batch.
+        disturbed: for each of some disturbances, MULTIPLE times as large as the better side's rounding, the float64
+            result of each batch.
     """
     if shapes := _shapes(reference[0], candidate[0]):
-        return Line(rung, name, precision, "bug", np.inf, MULTIPLE, note=shapes)
-    difference = max(relative_difference(a, b) for a, b in zip(reference, candidate, strict=True))
-    if all(np.array_equal(a, b) for a, b in zip(reference, candidate, strict=True)):
-        error = float(_error(oracle, reference)[0])
-        return Line(rung, name, precision, "equal", 0.0, np.inf, error, error)
-    errors = {"reference": _error(oracle, reference), "candidate": _error(oracle, candidate)}
-    explained = np.array([_error(oracle, results) for results in disturbed]).reshape(-1, 2)
-    limits = error_limits(errors["reference"], errors["candidate"], explained)
+        return Look(np.full(2, np.inf), np.full(2, np.inf), None, np.inf, shapes=shapes)
+    pairs = list(zip(reference, candidate, strict=True))
+    return Look(
+        _error(oracle, reference),
+        _error(oracle, candidate),
+        np.max([_error(oracle, results) for results in disturbed], axis=0) if disturbed else None,
+        max(relative_difference(*pair) for pair in pairs),
+        all(np.array_equal(*pair) for pair in pairs),
+    )
+
+
+def errors_and_limits(
+    reference: np.ndarray, candidate: np.ndarray, explained: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{"reference": (its error, how much it may err), "candidate": ...} over some looks.
+
+    Neither may err more than MULTIPLE times as much as the other, or than SLACK times what disturbances explain. Of a
+    side's own errors the smallest look counts, because luck is not there every time; of what it is held against the
+    (lower) median, so that a ReLU that flips in one look, of the other side or a disturbance, hides no fault.
+
+    Args:
+        reference, candidate, explained: [looks, ...].
+    """
+    middle = {"reference": _middle(candidate), "candidate": _middle(reference)}
+    least = np.maximum(SLACK * _middle(explained), MULTIPLE * np.finfo(np.float32).eps)
+    own = {"reference": reference, "candidate": candidate}
+    return {who: (own[who].min(axis=0), np.maximum(MULTIPLE * middle[who], least)) for who in own}
+
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    return np.sort(values, axis=0)[(len(values) - 1) // 2]
+
+
+def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> Line:
+    """The verdict in any other precision than float64; see `errors_and_limits`.
+
+    With few values, or where ReLUs flip, right sides exceed their limits in one look now and then; `look_again` tells
+    luck from a fault.
+    """
+    first, count = looks[0], len(looks)
+    difference = max(look.difference for look in looks)
+    if first.shapes:
+        return Line(rung, name, precision, "bug", np.inf, MULTIPLE, note=first.shapes)
+    if first.same:
+        return Line(rung, name, precision, "equal", 0.0, np.inf, float(first.reference[0]), float(first.candidate[0]))
+    nothing = np.zeros(2)
+    explained = np.stack([nothing if look.explained is None else look.explained for look in looks])
+    judged = errors_and_limits(
+        np.stack([look.reference for look in looks]), np.stack([look.candidate for look in looks]), explained
+    )
     # NaN, the error of what is not finite, is the largest share there is
-    shares = {who: np.nan_to_num(errors[who] / limits[who], nan=np.inf) for who in errors}
+    shares = {who: np.nan_to_num(error / limit, nan=np.inf) for who, (error, limit) in judged.items()}
     who = max(shares, key=lambda who: shares[who].max())
     which = int(shares[who].argmax())
     used = float(shares[who][which])
+    error, limit = judged[who]
     note = ""
     if used > 1:
         kind = ("RMSE", f"{HIGH:.1%} error")[which]
-        note = f"the {who}'s {kind} against float64, {errors[who][which]:.1e}, is {used:.3g} times what is allowed"
+        note = f"the {who}'s {kind} against float64, {error[which]:.1e}, is {used:.3g} times what is allowed"
+        note += f", at the best of {count} looks" if count > 1 else ""
+    elif count > 1:
+        note = f"beyond its limit at {count - 1} of {count} looks, each at other images: luck, not a fault"
     return Line(
         rung,
         name,
         precision,
         "bug" if used > 1 else "rounding",
         difference,
-        float(limits[who][0]),
-        float(errors["reference"][0]),
-        float(errors["candidate"][0]),
-        float(explained[:, 0].max()) if disturbed else None,
+        float(limit[0]),
+        float(judged["reference"][0][0]),
+        float(judged["candidate"][0][0]),
+        None if first.explained is None else float(_middle(explained)[0]),
         used,
         note,
+        count,
     )
-
-
-def error_limits(reference: np.ndarray, candidate: np.ndarray, disturbed: np.ndarray) -> dict[str, np.ndarray]:
-    """How much each side may err, {"reference": [...], "candidate": [...]}, in one look.
-
-    Args:
-        reference, candidate: errors of the two sides, of any shape.
-        disturbed: errors of float64 itself, [draws, ...]; there may be no draws.
-    """
-    explained = disturbed.max(axis=0, initial=0.0)
-    least = np.maximum(SLACK * explained, MULTIPLE * np.finfo(np.float32).eps)
-    return {
-        "reference": np.maximum(MULTIPLE * candidate, least),
-        "candidate": np.maximum(MULTIPLE * reference, least),
-    }
 
 
 def by_chance(line: Line) -> bool:
@@ -169,29 +215,31 @@ def by_chance(line: Line) -> bool:
     return line.used is not None and bool(np.isfinite(line.used))
 
 
-def look_again(lines: Sequence[Line], look: Callable[[int, list[str]], Sequence[Line]]) -> list[Line]:
-    """The lines after further looks at those that exceed their limits: a line fails if it exceeds them every time.
+Evidence = TypeVar("Evidence")
+
+
+def look_again(
+    first: dict[str, Evidence],
+    again: Callable[[int, list[str]], dict[str, Evidence]],
+    judge: Callable[[str, list[Evidence]], Line],
+) -> list[Line]:
+    """The verdicts on arrays, those in doubt after further looks, at most LOOKS in all.
 
     Args:
-        lines: of the first look.
-        look: (number of the look, from 1; names of the lines in doubt) -> those lines, on other images.
+        first: {name: what the first look at it showed}.
+        again: (number of the look, from 1; names of the arrays in doubt) -> the same of those, on other images.
+        judge: (name, what every look at it showed) -> the verdict.
     """
-    judged = {line.name: line for line in lines}
+    seen = {name: [evidence] for name, evidence in first.items()}
+    lines = {name: judge(name, looks) for name, looks in seen.items()}
     for number in range(1, LOOKS):
-        doubtful = [line.name for line in judged.values() if by_chance(line)]
+        doubtful = [name for name, line in lines.items() if by_chance(line)]
         if not doubtful:
             break
-        for line in look(number, doubtful):
-            before = judged[line.name]
-            looks = number + 1
-            if line.verdict == "bug":  # what is certain stays; of what is likely, the smallest excess is what was shown
-                kept = min((before, line), key=lambda line: (by_chance(line), line.used or line.difference))
-                judged[line.name] = dataclasses.replace(kept, looks=looks)
-            else:
-                note = f"beyond its limit in {number} of {looks} looks, at other images: luck"
-                note += f" ({before.note})" if before.note else ""
-                judged[line.name] = dataclasses.replace(line, looks=looks, note=note)
-    return list(judged.values())
+        for name, evidence in again(number, doubtful).items():
+            seen[name].append(evidence)
+            lines[name] = judge(name, seen[name])
+    return list(lines.values())
 
 
 def relative_difference(reference: np.ndarray, candidate: np.ndarray) -> float:

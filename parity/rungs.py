@@ -4,7 +4,6 @@ A rung takes the ladder and returns its result; every rung is judged in float64 
 precision asked for.
 """
 
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -173,12 +172,14 @@ def _judge(
     reference, candidate = ladder.both("fp64", task, **arguments(0))
     lines = _gate(rung, group(reference), group(candidate), fail_fast=fail_fast)
 
-    def grown(look: int, doubtful: Sequence[str]) -> list[Line]:
-        return _allow_for_growth(ladder, rung, task, arguments(look), look, doubtful)
+    def grown(look: int, doubtful: Sequence[str]) -> dict[str, tuple[float, float]]:
+        return _growth(ladder, task, arguments(look), look, doubtful)
 
-    if chaotic and any(line.verdict == "bug" for line in lines):
-        beyond = [line.name for line in lines if line.verdict == "bug"]
-        allowed = {line.name: line for line in _looked_at(ladder, grown(0, beyond), grown)}
+    beyond = [line.name for line in lines if line.verdict == "bug" and np.isfinite(line.difference)]
+    if chaotic and beyond:
+        again = _telling(ladder, grown)
+        judged = oracle.look_again(grown(0, beyond), again, lambda name, looks: _allow_for_growth(rung, name, looks))
+        allowed = {line.name: line for line in judged}
         lines = [allowed.get(line.name, line) for line in lines]
     result = RungResult(rung, lines + _absent(rung, "fp64", reference, candidate))
     if "losses" in reference.names:
@@ -186,10 +187,14 @@ def _judge(
     if result.verdict == "bug" or precision == "fp64":
         return result
 
-    def calibrated(look: int, doubtful: Sequence[str] | None = None) -> list[Line]:
-        return _calibrated(ladder, rung, task, arguments(look), group, look, doubtful, disturb=disturb)
+    def measured(look: int, doubtful: Sequence[str] | None = None) -> dict[str, oracle.Look]:
+        return _look(ladder, task, arguments(look), group, look, doubtful, disturb=disturb)
 
-    lines = _looked_at(ladder, calibrated(0), calibrated)
+    lines = oracle.look_again(
+        measured(0),
+        _telling(ladder, measured),
+        lambda name, looks: oracle.calibrated(rung, name, precision, looks),
+    )
     failed = next((place for place, line in enumerate(lines) if line.verdict == "bug"), len(lines))
     result.lines += lines[: failed + 1] if fail_fast else lines
     if "losses" in reference.names:
@@ -198,49 +203,44 @@ def _judge(
     return result
 
 
-def _looked_at(ladder: Ladder, lines: list[Line], look: Callable[[int, list[str]], list[Line]]) -> list[Line]:
-    """`oracle.look_again`, whose files are not kept and of which a person is told."""
+Again = Callable[[int, list[str]], dict[str, Any]]
 
-    def again(number: int, doubtful: list[str]) -> list[Line]:
+
+def _telling(ladder: Ladder, look: Again) -> Again:
+    """A further look, of which a person is told and whose files are not kept."""
+
+    def again(number: int, doubtful: list[str]) -> dict[str, Any]:
         ladder.say(
-            f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking again, at other images"
+            f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking at other images"
         )
         with ladder.forgetting():
             return look(number, doubtful)
 
-    return oracle.look_again(lines, again)
+    return again
 
 
-def _calibrated(
+def _look(
     ladder: Ladder,
-    rung: str,
     task: str,
     arguments: dict[str, Any],
     group: Grouping,
-    look: int,
+    number: int,
     names: Sequence[str] | None,
     *,
     disturb: bool,
-) -> list[Line]:
-    """One look in the precision asked for; at the lines of those names, or all."""
-    precision = ladder.options.precision
+) -> dict[str, oracle.Look]:
+    """One look in the precision asked for; at the arrays of those names, or all."""
     exact = group(ladder.ask("reference", "fp64", task, **arguments).arrays)
-    disturbed = ladder.disturbed(task, MULTIPLE * ladder.amplitude, look, **arguments) if disturb else []
+    disturbed = ladder.disturbed(task, MULTIPLE * ladder.amplitude, number, **arguments) if disturb else []
     others = [group(arrays) for arrays in disturbed]
-    reference, candidate = (group(arrays) for arrays in ladder.both(precision, task, **arguments))
-    return [
-        oracle.calibrated(
-            rung,
-            name,
-            precision,
-            _read(batches),
-            _read(reference[name]),
-            _read(candidate[name]),
-            [_read(other[name]) for other in others],
+    reference, candidate = (group(arrays) for arrays in ladder.both(ladder.options.precision, task, **arguments))
+    return {
+        name: oracle.look(
+            _read(batches), _read(reference[name]), _read(candidate[name]), [_read(other[name]) for other in others]
         )
         for name, batches in exact.items()
         if name in reference and name in candidate and (names is None or name in names)
-    ]
+    }
 
 
 def _gate(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:
@@ -258,23 +258,29 @@ def _gate(rung: str, reference: dict[str, list], candidate: dict[str, list], *, 
     return lines
 
 
-def _allow_for_growth(
-    ladder: Ladder, rung: str, task: str, arguments: dict[str, Any], look: int, names: Sequence[str]
-) -> list[Line]:
-    """Lines beyond the gate, judged by what float64's own rounding grows to on the way, in one look."""
+def _growth(
+    ladder: Ladder, task: str, arguments: dict[str, Any], number: int, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """{name: (how far the two are apart, what float64's own rounding grows to)} in one look."""
     reference, candidate = ladder.both("fp64", task, **arguments)
-    disturbed = ladder.disturbed(task, DISTURBED_ULPS * ULP["fp64"], look, **arguments)
-    lines = []
-    for name in names:
-        exact = reference[name]
-        line = oracle.gate(rung, name, exact, candidate[name])
-        if np.isfinite(line.difference):
-            grown = max(oracle.relative_difference(exact, arrays[name]) for arrays in disturbed)
-            note = f"{DISTURBED_ULPS:g} ulp of float64 grow to {grown:.1e} here; a lower --base-lr would tell more"
-            line = oracle.gate(rung, name, exact, candidate[name], limit=max(grown, GATE), note=note)
-            line = dataclasses.replace(line, disturbed_error=grown)
-        lines.append(line)
-    return lines
+    disturbed = ladder.disturbed(task, DISTURBED_ULPS * ULP["fp64"], number, **arguments)
+    return {
+        name: (
+            oracle.relative_difference(reference[name], candidate[name]),
+            max(oracle.relative_difference(reference[name], arrays[name]) for arrays in disturbed),
+        )
+        for name in names
+    }
+
+
+def _allow_for_growth(rung: str, name: str, looks: Sequence[tuple[float, float]]) -> Line:
+    """The verdict on an array beyond the gate."""
+    difference = min(apart for apart, _ in looks)
+    grown = sorted(grown for _, grown in looks)[(len(looks) - 1) // 2]
+    limit = max(grown, GATE)
+    note = f"{DISTURBED_ULPS:g} ulp of float64 grow to {grown:.1e} here; a lower --base-lr would tell more"
+    verdict = "rounding" if difference <= limit else "bug"
+    return Line(rung, name, "fp64", verdict, difference, limit, disturbed_error=grown, note=note, looks=len(looks))
 
 
 def _absent(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> list[Line]:
@@ -302,9 +308,8 @@ def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
             wrong = not errors[site] <= GATE
         else:
             reference, candidate = forced
-            line = oracle.calibrated(
-                "forward", site, precision, [exact[site]], [reference[site]], [candidate[site]], []
-            )
+            look = oracle.look([exact[site]], [reference[site]], [candidate[site]], [])
+            line = oracle.calibrated("forward", site, precision, [look])
             errors[site] = oracle.relative_rmse(exact[site], forced[1][site])
             wrong = line.verdict == "bug"
         if wrong:

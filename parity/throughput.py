@@ -29,7 +29,7 @@ from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity import faults, flops, inputs, report, throughput_report, timing
 from parity.ladder import RANDOM, ULP, working_folder
-from parity.oracle import MULTIPLE, Line, calibrated, look_again
+from parity.oracle import MULTIPLE, Line, Look, calibrated, look, look_again
 from parity.side import Side, parse_side
 from parity.worker import Answer, Worker
 
@@ -229,19 +229,26 @@ class _Bench:
         """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
         against the best of the other arms. Arms in doubt are looked at again, on other batches."""
 
-        def again(number: int, doubtful: list[str]) -> list[Line]:
+        def again(number: int, doubtful: list[str]) -> dict[str, Look]:
             console.print(
                 f"{', '.join(doubtful)}: beyond the limit, by chance perhaps; looking again, at other batches"
             )
             others = [arm for arm in self.sides if arm not in (*doubtful, *self.failed)]
-            return [line for line in self._look(number, doubtful + others[:1], console) if line.name in doubtful]
+            looks = self._look(number, doubtful + others[:1], console)
+            return {arm: look for arm, look in looks.items() if arm in doubtful}
+
+        def judge(arm: str, looks: list[Look]) -> Line:
+            line = calibrated("loss", arm, self.options.precision, looks)
+            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
+                line = dataclasses.replace(line, verdict="rounding", note="")
+            return line
 
         with self._float64:
-            lines = look_again(self._look(0, list(self.sides), console), again)
+            lines = look_again(self._look(0, list(self.sides), console), again, judge)
         return {line.name: line for line in lines if line.name not in self.failed}
 
-    def _look(self, number: int, arms: Sequence[str], console: Console) -> list[Line]:
-        """The verdict on each arm's losses on one set of batches."""
+    def _look(self, number: int, arms: Sequence[str], console: Console) -> dict[str, Look]:
+        """How much each arm's losses err on one set of batches."""
         precision = self.options.precision
         amplitude = MULTIPLE * ULP[precision]
         batches = self._batches(self.options.checked_rows, number) if number else self.checked
@@ -254,16 +261,13 @@ class _Bench:
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
             with self.may_fail(arm, console), self.process(side, precision, "gate") as ask:
                 losses[arm] = self._losses(ask, batches, fault=fault)
-        lines = []
+        looks = {}
         for arm, found in losses.items():
             others = [other for name, other in losses.items() if name != arm] or [found]
             best = min(others, key=lambda other: float(np.abs(other - exact).max()))
-            line = calibrated("loss", arm, precision, [exact], [best], [found], [[one] for one in disturbed])
-            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
-                line = dataclasses.replace(line, verdict="rounding", note="")
-            lines.append(line)
-            console.print(f"{arm}: its loss is {line.candidate_error:.1e} off float64's")
-        return lines
+            looks[arm] = look([exact], [best], [found], [[one] for one in disturbed])
+            console.print(f"{arm}: its loss is {looks[arm].candidate[0]:.1e} off float64's")
+        return looks
 
     def _losses(self, ask: "_Asking", batches: Path, **more: Any) -> np.ndarray:
         if self.options.work == "forward":

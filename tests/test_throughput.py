@@ -22,7 +22,7 @@ from bit_jax.weights import Architecture
 from input_pipeline.errors import RequestError
 from parity import flops, throughput, throughput_report, timing
 from parity.jax_side import JaxSide
-from parity.oracle import Line
+from parity.oracle import Look
 from parity.side import Side
 from parity.throughput import Throughput
 from parity.torch_devices import Devices
@@ -239,22 +239,15 @@ def test_every_arm_starts_once_a_turn():
 
 
 def test_an_arm_in_doubt_is_looked_at_again_beside_one_that_is_not():
-    def line(arm, used):
-        verdict = "bug" if used > 1 else "rounding"
-        return Line("loss", arm, "fp32", verdict, 1e-7, 1e-7, 1e-7, 1e-7, 1e-7, used, note="too large" * (used > 1))
-
-    looks = []
+    asked = []
 
     def look(number, arms, _):
-        looks.append(arms)
-        return [line(arm, {"torch": 0.2, "jax": 2.0 if number == 0 else 0.3, "jax:tuned": 9.0}[arm]) for arm in arms]
+        asked.append(arms)
+        errors = {"torch": 1e-7, "jax": 1e-5 if number == 0 else 1e-7, "jax:tuned": 1e-3}
+        return {arm: Look(np.full(2, 1e-7), np.full(2, errors[arm]), np.full(2, 1e-7), 1e-6) for arm in arms}
 
     bench: Any = SimpleNamespace(sides=dict.fromkeys(("torch", "jax", "jax:tuned")), failed={}, _look=look)
-    bench._float64 = contextlib.nullcontext()
+    bench._float64, bench.options = contextlib.nullcontext(), Throughput()
     gate = throughput._Bench.gate(bench, Console(quiet=True))
-    assert {arm: line.verdict for arm, line in gate.items()} == {
-        "torch": "rounding",
-        "jax": "rounding",
-        "jax:tuned": "bug",
-    }
-    assert looks == [["torch", "jax", "jax:tuned"], ["jax", "jax:tuned", "torch"], *2 * [["jax:tuned", "torch"]]]
+    assert [gate[arm].verdict for arm in bench.sides] == ["rounding", "rounding", "bug"]
+    assert asked == [["torch", "jax", "jax:tuned"], ["jax", "jax:tuned", "torch"], *2 * [["jax:tuned", "torch"]]]

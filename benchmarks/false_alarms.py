@@ -158,11 +158,12 @@ def real(runs: int = 10, only: str = "", climbed: tuple[str, ...] = CLIMBED, out
         climbed: the rungs.
         output: JSON; what else it holds is kept.
     """
-    kept = {record["pair"]: record for record in _saved(output).get("real", [])}
+    kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
         if only in str(pair):
-            kept[str(pair)] = _count(pair, runs, climbed)
-            print(kept[str(pair)], file=sys.stderr, flush=True)
+            record = _count(pair, runs, climbed)
+            kept[record["pair"], record["rungs"]] = record
+            print(record, file=sys.stderr, flush=True)
             _keep(output, "real", list(kept.values()))
     show(output)
 
@@ -200,7 +201,7 @@ def show(output: Path = RESULTS) -> None:
         "batches",
         "sides apart",
         "flips",
-        "one look (old rule)",
+        "one look",
         f"{oracle.LOOKS} looks",
     ):
         table.add_column(column, justify="right")

@@ -210,9 +210,7 @@ def _telling(ladder: Ladder, look: Again) -> Again:
     """A further look, of which a person is told and whose files are not kept."""
 
     def again(number: int, doubtful: list[str]) -> dict[str, Any]:
-        ladder.say(
-            f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking at other images"
-        )
+        ladder.say(f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking at other images")
         with ladder.forgetting():
             return look(number, doubtful)
 

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from input_pipeline.files import write_json
+
 CASES = [("cpu", "none"), ("cpu", "norm"), ("a100-40g", "none"), ("a100-40g", "norm")]
 ROUNDS = 3
 RESULTS = Path(__file__).parent / "results" / "compile_time.json"
@@ -59,7 +61,7 @@ def main() -> None:
         case: {phase: {"median": statistics.median(values), "all": values} for phase, values in phases.items()}
         for case, phases in measured.items()
     }
-    RESULTS.write_text(json.dumps(medians, indent=2) + "\n")
+    write_json(RESULTS, medians)
     for case, phases in medians.items():
         print(case, {phase: round(numbers["median"], 1) for phase, numbers in phases.items()})
 

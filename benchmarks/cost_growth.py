@@ -20,6 +20,7 @@ import tyro
 
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.files import write_json
 from parity.throughput import machine
 
 SWEEPS: dict[str, list[Any]] = {
@@ -147,7 +148,7 @@ def main(point: str = "") -> None:
         for value, one in zip(values, found, strict=True):
             print(f"  {value}: {one['seconds']:.3f} s, {one['gib']:.2f} GiB")
         print("  exponents", report[sweep]["exponents"])
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(RESULTS, report)
 
 
 if __name__ == "__main__":

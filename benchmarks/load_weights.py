@@ -7,7 +7,6 @@ processes, read (the whole file into one new `bytes`) and load in turn, from the
 process's resident size rises at most above what it was with everything imported and JAX started (Linux's VmHWM).
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from bit_jax import weights, zoo
 from bit_jax.resnetv2 import parse_architecture
+from input_pipeline.files import write_json
 
 MEASURE = """
 import sys, time
@@ -66,7 +66,7 @@ def main(architectures: tuple[str, ...] = zoo.ARCHITECTURES, rounds: int = 5, js
             path.unlink()
     show(rows)
     if json_path:
-        json_path.write_text(json.dumps({"rounds": rounds, "rows": rows}, indent=2) + "\n")
+        write_json(json_path, {"rounds": rounds, "rows": rows})
 
 
 def write(path: Path, name: str) -> None:

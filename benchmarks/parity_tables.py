@@ -14,6 +14,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from input_pipeline.files import write_json
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 
@@ -55,7 +57,7 @@ def main(only: str = "", output: Path = RESULTS) -> None:
         if only in str(case):
             print(f"{case} ...", file=sys.stderr, flush=True)
             kept[str(case)] = measure(case)
-            output.write_text(json.dumps(list(kept.values()), indent=2) + "\n")
+            write_json(output, list(kept.values()))
     Console(width=160).print(table([kept[str(case)] for case in CASES if str(case) in kept]))
 
 

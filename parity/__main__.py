@@ -4,7 +4,6 @@ Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, ac
 and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
 """
 
-import datetime
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +12,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
+from rich.text import Text
 
-from input_pipeline.errors import RequestError
+from input_pipeline import terminal
 from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
+from input_pipeline.flags import UserPath
+from input_pipeline.terminal import printable
 from parity import report, rungs, throughput
 from parity.accuracy import compare_logits
 from parity.attestation import attest
@@ -26,13 +27,12 @@ from parity.ladder import Ladder, timed, working_folder
 from parity.options import Options
 from parity.selftest import selftest
 
-RUNS = Path("runs/parity")
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
 Measurement = Annotated[throughput.Throughput, tyro.conf.OmitArgPrefixes]
 
 
-def main() -> None:
+def main() -> int:
     commands: dict[str, Callable] = {name: _rung_command(name, rung) for name, rung in rungs.RUNGS.items()}
     commands = {
         "all": run_all,
@@ -45,8 +45,7 @@ def main() -> None:
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m parity", description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
-    if not holds:
-        sys.exit(1)
+    return 0 if holds else 1
 
 
 def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
@@ -69,16 +68,23 @@ def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
 
 def compare(options: Options, names: Sequence[str]) -> bool:
     """Runs rungs, prints and saves the report; whether all hold."""
-    console = Console(width=140 if not sys.stdout.isatty() else None)
-    folder = options.run or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    if (folder / "report.json").exists():
-        raise RequestError(f"{folder} holds a saved run; choose another --run")
+    for path in (options.json, options.html, options.junit):
+        if path is not None:
+            report.writable(path)
+    with report.owned(options.run) as folder:
+        return _compare(options, names, folder)
+
+
+def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
+    console, progress = terminal.console(), terminal.console(stderr=True)
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
-        attestation = attest(ladder, with_dataset=bool({"curve", "accuracy"} & set(names)))
-        progress = Console(stderr=True, soft_wrap=True, highlight=False)
+        attestation = attest(ladder, rungs=names)
         for sentence in attestation["mismatches"]:
-            progress.print(f"[bold red]mismatch[/]  {sentence}")
+            progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))
+        for split, how in attestation["classes"].items():
+            if ladder.matching(split).class_names is None:
+                progress.print(f"{printable(options.dataset)}, {printable(split)}: {how}")
         for name in names:
             results.append(result := timed(rungs.RUNGS[name], ladder))
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
@@ -89,7 +95,7 @@ def compare(options: Options, names: Sequence[str]) -> bool:
     built = report.load(folder)
     _write_forms(built, folder, options.json, options.html, options.junit)
     report.show(built, console)
-    console.print(f"{folder}: report.json, report.html", highlight=False)
+    console.print(f"{printable(folder)}: report.json, report.html")
     return built["holds"]
 
 
@@ -100,7 +106,7 @@ def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
         faults: only these; none: all.
         clean: also require that untouched pairs of several depths, widths and image sizes pass.
     """
-    return selftest(faults, clean=clean, console=Console(width=140 if not sys.stdout.isatty() else None))
+    return selftest(faults, clean=clean, console=terminal.console())
 
 
 def run_throughput(measurement: Measurement) -> bool:
@@ -112,7 +118,7 @@ def run_throughput(measurement: Measurement) -> bool:
     return throughput.run(measurement)
 
 
-def show(run: tyro.conf.Positional[Path], html: Path | None = None, margin: float | None = None) -> bool:
+def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:
     """Shows a saved run again.
 
     Args:
@@ -127,18 +133,18 @@ def show(run: tyro.conf.Positional[Path], html: Path | None = None, margin: floa
         saved = _rejudged(saved, report.load_logits(run), margin)
     if html is not None:
         page.write(saved, html, report.load_logits(run) if (run / "logits.npz").exists() else None)
-    report.show(saved, Console(width=140 if not sys.stdout.isatty() else None))
+    report.show(saved, terminal.console())
     return saved["holds"]
 
 
-def diff(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], margin: float = 0.1) -> bool:
+def diff(before: tyro.conf.Positional[UserPath], after: tyro.conf.Positional[UserPath], margin: float = 0.1) -> bool:
     """What changed from one saved run to another: attestation, verdicts, errors, and each candidate's predictions.
 
     Args:
         before, after: folders of saved runs.
         margin: percentage points within which two accuracies count as the same.
     """
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = terminal.console()
     better = difference(report.load(before), report.load(after), console)
     if not all((run / "logits.npz").exists() for run in (before, after)):
         return better
@@ -149,7 +155,7 @@ def diff(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], 
     judged = compare_logits(old["candidate"], new["candidate"], old["labels"], margin / 100, "fp32")
     console.print("the candidate's predictions, before (as the reference) and after (as the candidate):")
     for sentence in report.accuracy_sentences(judged.details | {"margin": margin}):
-        console.print(f"  {sentence}", soft_wrap=True, highlight=False)
+        console.print(f"  {printable(sentence)}")
     return better and judged.verdict != "bug"
 
 

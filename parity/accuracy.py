@@ -18,6 +18,7 @@ def accuracy(ladder: Ladder) -> RungResult:
         "dataset": options.dataset,
         "split": options.eval_split,
         "data_dir": options.data_dir,
+        "class_names": ladder.matching(options.eval_split).class_names,
         "size": ladder.eval_size,
         "batch": -(-options.rows // devices) * devices * 4,
         "limit": options.limit,
@@ -53,6 +54,7 @@ def accuracy(ladder: Ladder) -> RungResult:
     result.lines += judged.lines
     result.findings += judged.findings
     result.details = judged.details | {"size": ladder.eval_size, "dataset": source.name, "margin": options.margin}
+    result.details["class_names"] = list(source.class_names)
     result.details["arrays"] = {"labels": labels, "ids": _ids(source, examples), **logits}
     return result
 
@@ -71,7 +73,7 @@ def compare_logits(
     difference = oracle.relative_difference(reference, candidate)
     verdict: oracle.Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
     notes = [
-        f"{len(flipped)} predictions differ, {len(unexplained)} by more than the measured error explains",
+        f"{len(flipped)} predictions differ, {len(unexplained)} by more than rounding explains",
         f"accuracy differs by {100 * paired.difference:+.4f} points, beyond the margin of {100 * margin:g}",
     ]
     lines = [

@@ -1,6 +1,7 @@
 """What is in force on both sides, before anything is compared; a difference here is said first, for it may explain
 all the others."""
 
+from collections.abc import Collection
 from typing import Any
 
 from parity.ladder import ROLES, Ladder
@@ -21,25 +22,36 @@ PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}  # tf32: w
 UNKNOWN = "unknown"
 
 
-def attest(ladder: Ladder, *, with_dataset: bool) -> dict[str, Any]:
-    """{"sides": {precision: {role: entries}}, "mismatches": sentences}, as JSON.
+def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+    """{"sides": {precision: {role: entries}}, "mismatches": sentences, "classes": {split: how their labels were
+    matched}}, as JSON.
 
     Args:
-        with_dataset: also of the examples that the dataset's rungs will use.
+        rungs: names of those that will be climbed; what the dataset's rungs will use is attested too.
+
+    Raises:
+        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; nothing was started.
     """
-    precisions = dict.fromkeys(("fp64", ladder.options.precision))
-    ladder.start(*precisions)
     options = ladder.options
-    arguments: dict[str, Any] = {"images": ladder.pictures}
-    if with_dataset:
-        ladder.source(options.eval_split)  # a dataset that cannot be had ends the comparison here
-        arguments |= {"dataset": [options.dataset, options.train_split, options.eval_split, options.data_dir]}
+    needed = {
+        "curve": ("training examples", options.train_split),
+        "accuracy": ("evaluation examples", options.eval_split),
+    }
+    splits = [needed[rung] for rung in needed if rung in rungs]
+    matchings = {split: ladder.matching(split) for _, split in splits}
+    precisions = dict.fromkeys(("fp64", options.precision))
+    ladder.start(*precisions)
+    dataset = [
+        (entry, options.dataset, split, options.data_dir, matchings[split].class_names) for entry, split in splits
+    ]
+    arguments: dict[str, Any] = {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
     sides = {
         precision: {role: ladder.ask(role, precision, "attest", **arguments).info for role in ROLES}
         for precision in precisions
     }
     mismatches = [sentence for precision, pair in sides.items() for sentence in _mismatches(precision, pair)]
-    return {"sides": sides, "mismatches": list(dict.fromkeys(mismatches))}
+    matched = {split: f"labels are {matching.how}" for split, matching in matchings.items()}
+    return {"sides": sides, "mismatches": list(dict.fromkeys(mismatches)), "classes": matched}
 
 
 def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,9 +3,10 @@
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from input_pipeline.terminal import printable
 from parity.report import COLOURS, Report, number
 
 GREW = 2.0  # an error that changes by more is worth a line
@@ -17,7 +18,7 @@ def difference(before: Report, after: Report, console: Console) -> bool:
     for column in ("what", "before", "after"):
         changes.add_column(column)
     for what, (old, new) in _attested_changes(before, after).items():
-        changes.add_row(escape(what), escape(str(old)), escape(str(new)))
+        changes.add_row(Text(printable(what)), Text(printable(old)), Text(printable(new)))
     worse = False
     lines = [
         {(r["name"], x["name"], x["precision"]): x for r in run["rungs"] for x in r["lines"]} for run in (before, after)
@@ -27,10 +28,10 @@ def difference(before: Report, after: Report, console: Console) -> bool:
         name = " ".join(key)
         if old is None or new is None:
             if any(line is not None and line["verdict"] == "bug" for line in (old, new)):
-                changes.add_row(escape(name), _described(old), _described(new))
+                changes.add_row(Text(printable(name)), _described(old), _described(new))
                 worse = worse or new is not None
         elif old["verdict"] != new["verdict"] or _grown(old, new):
-            changes.add_row(escape(name), _described(old), _described(new))
+            changes.add_row(Text(printable(name)), _described(old), _described(new))
             worse = worse or (new["verdict"] == "bug" and old["verdict"] != "bug")
     ran = [[rung["name"] for rung in run["rungs"]] for run in (before, after)]
     if ran[0] != ran[1]:
@@ -46,11 +47,11 @@ def _grown(old: dict, new: dict) -> bool:
     return max(values[0] / values[1], values[1] / values[0]) > GREW
 
 
-def _described(line: dict | None) -> str:
+def _described(line: dict | None) -> Text:
     if line is None:
-        return "not compared"
+        return Text("not compared")
     error = line["difference"] if line["candidate_error"] is None else line["candidate_error"]
-    return f"[{COLOURS[line['verdict']]}]{line['verdict']}[/] {number(error)}"
+    return Text.assemble((line["verdict"], COLOURS[line["verdict"]]), f" {number(error)}")
 
 
 def _attested_changes(before: Report, after: Report) -> dict[str, tuple[Any, Any]]:

@@ -2,17 +2,18 @@
 
 import dataclasses
 import hashlib
-import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from input_pipeline.examples import DatasetError, Example, Source
 from input_pipeline.preprocess import Views
-from input_pipeline.sources import open_source
+from parity import images
+from parity.classes import open_labelled
 
 IDENTIFIED = 500  # examples
 # mixup's weights: a draw of BiT's Beta(0.1, 0.1) is mostly so near 0 or 1, or by chance 1/2, that it would hide faults
@@ -24,15 +25,15 @@ def pictures(count: int, height: int, width: int, seed: int) -> np.ndarray:
     mirror."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    images = np.empty((count, height, width, 3))
-    for image in images:
+    drawn = np.empty((count, height, width, 3))
+    for image in drawn:
         for channel in range(3):
             u, v, phase = rng.uniform(-12, 12), rng.uniform(-12, 12), rng.uniform(0, 2 * np.pi)
             image[..., channel] = 127 + 70 * np.sin(u * x + v * y + phase)
         top, left = rng.uniform(0, 0.6, 2)
         image[(y > top) & (y < top + 0.3) & (x > left) & (x < left + 0.3)] = rng.uniform(0, 255, 3)
         image += rng.normal(0, 12, image.shape)
-    return np.clip(np.round(images), 0, 255).astype(np.uint8)
+    return np.clip(np.round(drawn), 0, 255).astype(np.uint8)
 
 
 def write_files(folder: Path) -> list[Path]:
@@ -68,23 +69,23 @@ class Files:
 
     def __getitem__(self, index: int) -> Example:
         path = self._paths[index]
-        try:
-            return {"image": path.read_bytes(), "label": 0, "id": path.name}
-        except OSError as error:
-            raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+        return {"image": images.read(path), "label": 0, "id": path.name}
 
 
-def described(dataset: Sequence[str | None]) -> dict[str, str]:
-    """What identifies the examples of [dataset, training split, evaluation split, data_dir], for the attestation:
-    number, name and a hash over ids and labels of at most `IDENTIFIED`, evenly spread."""
-    name, train, evaluation, data_dir = dataset
+def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:
+    """What identifies the examples of splits, for the attestation: number, name and a hash over ids and labels of at
+    most `IDENTIFIED` of each, evenly spread.
+
+    Args:
+        splits: (entry of the attestation, dataset, split, data_dir, class names of the head or None).
+    """
     entries = {}
-    for entry, split in (("training examples", train), ("evaluation examples", evaluation)):
-        source = open_source(str(name), str(split), data_dir)
+    for entry, *asked in splits:
+        source = open_labelled(*asked)
         chosen = np.linspace(0, len(source) - 1, min(len(source), IDENTIFIED)).astype(int)
         examples = [source[int(index)] for index in chosen]
         identity = "\n".join(f"{example['id']} {example['label']}" for example in examples)
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:16]
         first, last = examples[0]["id"], examples[-1]["id"]
         entries[entry] = f"{len(source):,} of {source.name}, ids {first} to {last}, hash {digest}"
     return entries
@@ -138,8 +139,10 @@ def dataset_batches(source: Source, count: int, rows: int, height: int, width: i
     order = np.random.default_rng(seed).permutation(len(source))
     chosen = np.resize(order, count * rows)
     examples = [source[int(index)] for index in chosen]
-    image = np.stack([_resized(example, height, width, source.name) for example in examples])
+    image = np.stack([_resized(images.rgb(example, source.name), height, width) for example in examples])
     label = np.array([example["label"] for example in examples], np.int32)
+    if label.min() < 0 or label.max() >= len(source.class_names):
+        raise DatasetError(f"{source.name} has examples without a label, which nothing is trained with; choose a split")
     ids = [str(example["id"]) for example in examples]
     shape = (count, rows)
     return Batches(
@@ -150,25 +153,20 @@ def dataset_batches(source: Source, count: int, rows: int, height: int, width: i
     )
 
 
+def _resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
 def _weights(count: int, seed: int) -> np.ndarray:
     """Mixup's weights; float32 numbers, so that every precision is given the same."""
     drawn = np.random.default_rng(seed).uniform(LEAST_WEIGHT, MOST_WEIGHT, count)
     return drawn.astype(np.float32).astype(np.float64)
 
 
-def _resized(example: Example, height: int, width: int, name: str) -> np.ndarray:
-    data = example["image"]
-    try:
-        image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
-        return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"example {example['id']} of {name} is not a readable image ({error})") from None
-
-
-def disturbance(name: str, shape: tuple[int, ...], seed: int, amplitude: float) -> np.ndarray:
+def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitude: float) -> np.ndarray:
     """Factors 1 + u, u uniform in +-amplitude: what an array of that name is multiplied with, to see how much of an
     error of that relative size comes out at the other end."""
-    rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
     return 1 + amplitude * rng.uniform(-1, 1, shape)
 
 

@@ -22,12 +22,13 @@ from bit_jax.precision import choose, products
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults, inputs
+from parity.classes import open_labelled
 from parity.fingerprint import fingerprint
 from parity.inputs import Files
 from parity.side import Side
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[int, float]  # (seed, relative amplitude), see `inputs.disturbance`
+Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
 
 
@@ -61,7 +62,7 @@ class JaxSide:
         options = program.compiler_options(self.mesh) if self.side.tuned else {}
         return jax.jit(function, compiler_options=options, **how)
 
-    def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
+    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
         model, params = self.model()
         matrix, convolution = products(self.precision)
         device = self.mesh.devices.flat[0]
@@ -85,7 +86,7 @@ class JaxSide:
             "architecture": f"{resnetv2.architecture_name(model.units, model.width)}, {model.num_classes:,} classes",
             "weights sha256": fingerprint(self._named(params)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
-        } | (inputs.described(dataset) if dataset else {}), None
+        } | inputs.described(dataset), None
 
     def weights(self) -> Result:
         return None, self._named(self.model()[1])
@@ -184,11 +185,18 @@ class JaxSide:
         return None, {"losses": np.stack(losses)} | self._named(state.params, "params/")
 
     def accuracy(
-        self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None,
+        class_names: Sequence[str] | None,
+        size: int,
+        batch: int,
+        limit: int | None,
     ) -> Result:
         """Logits, label and id of every example that evaluation counts, and evaluation's own sums."""
         model, params = self.model()
-        source = input_pipeline.open_source(dataset, split, data_dir)
+        source = open_labelled(dataset, split, data_dir, class_names)
         if limit is not None:
             source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
         views = input_pipeline.Views(size, size, flip=False)

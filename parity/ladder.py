@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import tempfile
 import time
@@ -15,13 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bit_jax import weights, zoo
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
 from input_pipeline.sources import open_source
-from parity import inputs
+from input_pipeline.terminal import printable
+from parity import classes, inputs
 from parity.faults import FAULTS
 from parity.options import Options
-from parity.oracle import Line, Verdict, relative_rmse, worst
+from parity.oracle import LEAST_DRAWS, Line, Verdict, relative_rmse, worst
 from parity.side import Side, parse_side
 from parity.worker import Answer, Arrays, Worker
 
@@ -80,6 +83,8 @@ class Ladder:
         self.architecture, _ = weights.read(self.weight_file)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
+        self._asked = itertools.count()
+        self._matchings: dict[tuple[str, str], classes.Matching] = {}
         self._workers: dict[tuple[str, str], Worker] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -87,9 +92,9 @@ class Ladder:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=(console := console or terminal.console(stderr=True)),
             transient=True,
-            disable=not (console or Console(stderr=True)).is_terminal,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> "Ladder":
@@ -118,7 +123,7 @@ class Ladder:
             def progress(done: int, of: int) -> None:
                 self._progress.update(bar, completed=done, total=of)
 
-            worker, name = self._worker(role, precision), f"{len(self._answers):03d} {task}"
+            worker, name = self._worker(role, precision), f"{next(self._asked):03d} {task}"
             try:
                 self._answers[request] = worker.ask(task, save_as=name, progress=progress, **arguments)
             finally:
@@ -130,59 +135,90 @@ class Ladder:
         reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
         return reference, candidate
 
-    def disturbed(self, task: str, amplitude: float, **arguments: Any) -> list[Arrays]:
-        """The reference's float64 arrays under each disturbance of that relative amplitude."""
+    def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
+        """The reference's float64 arrays under each disturbance of that relative amplitude; every look has its own."""
+        draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
-            self.ask("reference", "fp64", task, disturb=(seed, amplitude), **arguments).arrays
-            for seed in range(self.options.disturbances)
+            self.ask(
+                "reference", "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
+            ).arrays
+            for draw in range(draws)
         ]
 
-    @functools.cached_property
-    def pictures(self) -> Path:
-        """Batches of pictures, for the rungs of single batches."""
-        height, width = self.options.height_width
-        parts = [
-            inputs.picture_batch(self.options.rows, height, width, self.architecture.num_classes, self.options.seed + n)
-            for n in range(self.options.batches)
-        ]
-        return self._save("pictures", inputs.joined(parts))
+    @contextlib.contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Answers that are asked for within are not kept: those of a large model fill a disk."""
+        kept = dict(self._answers)
+        try:
+            yield
+        finally:
+            for answer in (answer for request, answer in self._answers.items() if request not in kept):
+                answer.discard()
+            self._answers = kept
 
-    @functools.cached_property
-    def dataset_batches(self) -> Path:
-        """Batches of the dataset, for the curve."""
+    def say(self, sentence: str) -> None:
+        """A line for people, above the progress bars."""
+        self._progress.console.print(printable(sentence))
+
+    def pictures(self, look: int = 0) -> Path:
+        """Batches of pictures, for the rungs of single batches; every look has others."""
         options = self.options
-        source = self.source(options.train_split)
-        batches = inputs.dataset_batches(source, options.steps, options.rows, *options.height_width, options.seed)
-        return self._save("batches", batches)
+        path = self.folder / f"pictures {options.seed} {look}.npz"
+        if not path.exists():
+            height, width = options.height_width
+            first = options.seed + look * options.batches
+            parts = [
+                inputs.picture_batch(options.rows, height, width, self.architecture.num_classes, first + number)
+                for number in range(options.batches)
+            ]
+            _save(path, inputs.joined(parts))
+        return path
 
-    @functools.cached_property
-    def mixed_pictures(self) -> Path:
-        return self.ask("reference", "fp64", "mix", batches=self.pictures).arrays.path
+    def dataset_batches(self, look: int = 0) -> Path:
+        """Batches of the dataset, for the curve; every look has them in another order."""
+        options = self.options
+        path = self.folder / f"batches {options.seed} {look}.npz"
+        if not path.exists():
+            source = self.source(options.train_split)
+            size = options.height_width
+            _save(path, inputs.dataset_batches(source, options.steps, options.rows, *size, options.seed + look))
+        return path
 
-    @functools.cached_property
-    def mixed_batches(self) -> Path:
+    def mixed_pictures(self, look: int = 0) -> Path:
+        return self.ask("reference", "fp64", "mix", batches=self.pictures(look)).arrays.path
+
+    def mixed_batches(self, look: int = 0) -> Path:
         """The reference's dataset batches after mixup: what both sides replay."""
-        return self.ask("reference", "fp64", "mix", batches=self.dataset_batches).arrays.path
+        return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def source(self, split: str) -> Source:
-        source = open_source(self.options.dataset, split, self.options.data_dir)
-        if len(source.class_names) > self.architecture.num_classes:
-            raise RequestError(
-                f"{source.name} has {len(source.class_names)} classes, the head of {self.options.weights} "
-                f"{self.architecture.num_classes}; give --dataset or --weights that fit"
+        """A split of the dataset under the head's labels.
+
+        Raises:
+            RequestError: there is no such split, or its classes are not the head's.
+        """
+        options = self.options
+        return classes.open_labelled(options.dataset, split, options.data_dir, self.matching(split).class_names)
+
+    def matching(self, split: str) -> classes.Matching:
+        """How a split's labels are matched to the head's."""
+        options = self.options
+        key = options.dataset, split
+        if key not in self._matchings:
+            self._matchings[key] = classes.matching(
+                open_source(options.dataset, split, options.data_dir),
+                options.weights,
+                self.weight_file,
+                self.architecture.num_classes,
+                arbitrary=options.weights.startswith(RANDOM),
             )
-        return source
+        return self._matchings[key]
 
     @functools.cached_property
     def eval_size(self) -> int:
-        """Of the square images that evaluation shows: asked for, or what the weights were trained with."""
-        if self.options.eval_size is not None:
-            return self.options.eval_size
-        config = self.weight_file.parent / "config.json"
-        if config.exists():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(config.read_text())["recipe"]["crop"])
-        return max(self.options.height_width)
+        """Side of the square images that evaluation shows: asked for, or what the weights were trained with."""
+        crop = None if self.options.weights.startswith(RANDOM) else classes.training(self.weight_file).crop
+        return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property
     def amplitude(self) -> float:
@@ -191,11 +227,11 @@ class Ladder:
         It is measured, not assumed, because rounding after every layer is more than rounding once.
         """
         precision = self.options.precision
-        arguments = {"images": self.pictures}
+        arguments = {"images": self.pictures()}
         oracle = self.ask("reference", "fp64", "forward", **arguments).arrays
         results = self.both(precision, "forward", **arguments)
         unit = ULP[precision]
-        response = self.ask("reference", "fp64", "forward", disturb=(0, unit), **arguments).arrays
+        response = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
         one = [relative_rmse(oracle[site], response[site]) for site in oracle.names]
         errs = [
             float(np.median([relative_rmse(oracle[s], result[s]) / r for s, r in zip(oracle.names, one, strict=True)]))
@@ -228,11 +264,10 @@ class Ladder:
         inputs.random_weights(path, name.removeprefix(RANDOM), RANDOM_CLASSES, self.options.seed)
         return path
 
-    def _save(self, name: str, batches: inputs.Batches) -> Path:
-        path = self.folder / f"{name}.npz"
-        arrays: dict[str, Any] = batches.arrays()
-        np.savez(path, **arrays)
-        return path
+
+def _save(path: Path, batches: inputs.Batches) -> None:
+    arrays: dict[str, Any] = batches.arrays()
+    np.savez(path, **arrays)
 
 
 # The spacing of floating-point numbers at 1; TF32 keeps 10 bits behind the point, bfloat16 7.

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from input_pipeline.errors import RequestError
+from input_pipeline.flags import UserPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     torch_model: str | None = None
     """package.module:factory in place of the PyTorch reference; it is called with the .npz path and returns an
     nn.Module that maps NCHW images to logits."""
-    torch_weights: Path | None = None
+    torch_weights: UserPath | None = None
     """A state dict that is then loaded into that model."""
 
     size: str = "64"
@@ -40,12 +40,12 @@ class Options:
     of few values."""
     seed: int = 0
     """Of pictures, batches and disturbances."""
-    images: tuple[Path, ...] = ()
+    images: tuple[UserPath, ...] = ()
     """Image files for the pixels rung; none: a few are drawn, one of each kind."""
 
     dataset: str = "digits"
     """For curve and accuracy, as train.py's: digits, folder:PATH, idx:DIRECTORY, or a tfds name."""
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Where tfds keeps its datasets."""
     train_split: str = "train"
     eval_split: str = "test"
@@ -63,13 +63,13 @@ class Options:
     warmup_steps: int = 4
     decay_steps: tuple[int, ...] = (7,)
 
-    run: Path | None = None
+    run: UserPath | None = None
     """Folder that keeps the report and the logits; none: runs/parity/ and the time."""
-    json: Path | None = None
+    json: UserPath | None = None
     """Also write the report here."""
-    html: Path | None = None
+    html: UserPath | None = None
     """Also write the page here."""
-    junit: Path | None = None
+    junit: UserPath | None = None
     """Write JUnit XML here, a test case an array."""
     fail_fast: bool = False
     """End a rung at its first array that differs."""

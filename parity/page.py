@@ -20,6 +20,7 @@ from input_pipeline.examples import DatasetError, Source
 from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
 from parity import report as reports
+from parity.images import decode
 from parity.oracle import GATE, MULTIPLE
 
 THUMBNAIL = 96  # pixels
@@ -96,7 +97,7 @@ def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None)
         source = open_source(options["dataset"], options["eval_split"], options["data_dir"])
     except (DatasetError, RequestError, OSError):
         source = None
-    names = [] if source is None else in_words(source.class_names)
+    names = in_words(rung["details"]["class_names"])
 
     def named(label: int) -> str:
         return names[label] if label < len(names) else f"class {label}"
@@ -195,9 +196,7 @@ def _positive(value: Any) -> bool:
 
 
 def _thumbnail(source: Source, index: int) -> str:
-    data = source[index]["image"]
-    image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
-    image = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    image = decode(source[index]["image"]).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     png = io.BytesIO()
     image.save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

@@ -3,25 +3,32 @@
 Everything that is shown is shown from the dict, so that a saved run looks as it did when it ran.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import xml.etree.ElementTree as ET
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from input_pipeline.claims import CLAIM, claimed
 from input_pipeline.errors import RequestError
-from input_pipeline.files import replacing, write_json
+from input_pipeline.files import read_json, replacing, write_json
+from input_pipeline.terminal import printable
 from parity.ladder import ROLES, Ladder, RungResult
 from parity.oracle import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, SLACK, worst
 
-VERSION = 1
+VERSION = 2
+RUNS = Path("runs/parity")
 COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
 Report = dict[str, Any]
 
@@ -53,14 +60,83 @@ def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult]
     }
 
 
+def writable(path: Path) -> None:
+    """Makes the directory of a file that will be written, and tries whether it can be.
+
+    Raises:
+        RequestError: it cannot; this is better known at the start than after an hour.
+    """
+    if path.is_dir():
+        raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(_Tried), replacing(path):
+            raise _Tried
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); give another path") from None
+    finally:
+        for parent in made:  # nothing is left of a comparison that is refused or fails
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+class _Tried(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def owned(folder: Path | None) -> Iterator[Path]:
+    """Within, the folder of a run is this process's own; nothing is left of one in which no report was saved.
+
+    Args:
+        folder: None: a new one in `RUNS`, named by the time.
+
+    Raises:
+        RequestError: it holds a saved run, another process owns it, or it cannot be made.
+    """
+    wanted = folder or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    made = [parent for parent in wanted.parents if not parent.exists()]
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        taken, fresh = _made(wanted, another=folder is None)
+        made = [taken, *made] if fresh else made
+        with claimed(taken / CLAIM, taken, "choose another --run"):
+            if (taken / "report.json").exists():
+                raise RequestError(f"{taken} holds a saved run; choose another --run")
+            yield taken
+    except (FileExistsError, NotADirectoryError):
+        raise RequestError(f"--run {wanted} is not a directory; choose another") from None
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds the run
+                parent.rmdir()
+
+
+def _made(folder: Path, *, another: bool) -> tuple[Path, bool]:
+    """The folder, and whether it is new; one that exists is taken, or `another` whose name has a number behind it."""
+    for number in itertools.count(2):
+        try:
+            folder.mkdir()
+            return folder, True
+        except FileExistsError:
+            if not another:
+                return folder, False
+            folder = folder.with_name(f"{folder.name.partition('_')[0]}_{number}")
+    raise AssertionError("counting ends only in a new folder")
+
+
 def save(report: Report, results: list[RungResult], folder: Path) -> None:
-    """report.json, and logits.npz where there was an accuracy rung."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", _finite(report))
+    """logits.npz where there was an accuracy rung, and last report.json, which makes it a saved run."""
     for result in results:
         if "arrays" in result.details:
             with replacing(folder / "logits.npz") as file:
                 np.savez(file, **result.details["arrays"])
+    try:
+        write_json(folder / "report.json", _finite(report))
+    except OSError:
+        (folder / "logits.npz").unlink(missing_ok=True)
+        raise
 
 
 def load(folder: Path) -> Report:
@@ -70,13 +146,10 @@ def load(folder: Path) -> Report:
         RequestError: the folder holds none, or one of another version.
     """
     path = folder / "report.json" if folder.is_dir() else folder
-    try:
-        report = json.loads(path.read_text())
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}); give the folder of a saved run") from None
-    except ValueError as error:
-        raise RequestError(f"{path} is damaged ({error}); run the comparison again") from None
-    if not isinstance(report, dict) or report.get("version") != VERSION:
+    if not path.exists():
+        raise RequestError(f"{path} cannot be read: there is no such file; give the folder of a saved run")
+    report = read_json(path, dict, "run the comparison again")
+    if report.get("version") != VERSION:
         raise RequestError(f"{path} is not a report of version {VERSION}; run the comparison again")
     return report
 
@@ -89,36 +162,45 @@ def load_logits(folder: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(folder / "logits.npz") as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+            return {name: file[name] for name in ("labels", "ids", "reference", "candidate")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RequestError(f"{folder} holds no readable logits.npz ({error}); run its accuracy rung again") from None
 
 
 def show(report: Report, console: Console) -> None:
-    """The table, what was found, and one sentence at the end."""
+    """The table, what was found, and one sentence at the end; the console takes no markup."""
     sides, precision = report["sides"], report["precision"]
     names = [sides[role] for role in ROLES]
     for sentence in report["attestation"]["mismatches"]:
-        console.print(f"[bold red]mismatch[/]  {escape(sentence)}", soft_wrap=True)
-    table = Table(title=f"{names[1]} against {names[0]}, {report['architecture']}", title_justify="left")
+        console.print(_marked("mismatch", sentence))
+    table = Table(title=_plain(f"{names[1]} against {names[0]}, {report['architecture']}"), title_justify="left")
     table.add_column("rung")
     table.add_column("verdict")
     table.add_column("arrays", justify="right")
     table.add_column(f"float64: furthest apart ({GATE:.0e} allowed)")
     if precision != "fp64":
-        table.add_column(f"{precision} error: {names[0]} / {names[1]} (allowed)")
+        table.add_column(_plain(f"{precision} error: {names[0]} / {names[1]} (allowed)"))
     table.add_column("s", justify="right")
     for rung in report["rungs"]:
         verdict = rung["verdict"]
-        cells = [rung["name"], f"[{COLOURS[verdict]}]{verdict}[/]", str(rung["arrays"]), escape(_gate_cell(rung))]
-        cells += [escape(_precision_cell(rung, precision))] if precision != "fp64" else []
+        cells = [rung["name"], Text(verdict, COLOURS[verdict]), str(rung["arrays"]), _plain(_gate_cell(rung))]
+        cells += [_plain(_precision_cell(rung, precision))] if precision != "fp64" else []
         table.add_row(*cells, f"{rung['seconds']:.1f}")
     console.print(table)
     for rung in report["rungs"]:
         for finding in rung["findings"]:
-            console.print(f"[bold red]{rung['name']}[/]  {escape(finding)}", soft_wrap=True)
+            console.print(_marked(rung["name"], finding))
     _show_accuracy(report, console)
-    console.print(f"[bold {'green' if report['holds'] else 'red'}]{escape(conclusion(report))}[/]", soft_wrap=True)
+    console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
+
+
+def _plain(text: object) -> Text:
+    """As it is: names of arrays and files may look like markup."""
+    return Text(printable(text))
+
+
+def _marked(mark: str, sentence: str) -> Text:
+    return Text.assemble((mark, "bold red"), "  ", printable(sentence))
 
 
 def conclusion(report: Report) -> str:
@@ -241,7 +323,7 @@ def _show_accuracy(report: Report, console: Console) -> None:
     if rung is None or "acc1" not in rung["details"]:
         return
     for sentence in accuracy_sentences(rung["details"]):
-        console.print(escape(sentence), soft_wrap=True)
+        console.print(_plain(sentence))
 
 
 def accuracy_sentences(details: dict[str, Any]) -> list[str]:
@@ -258,6 +340,6 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
         f"right: both {both:,}, the reference alone {reference_only:,}, the candidate alone {candidate_only:,}, "
         f"neither {neither:,}; McNemar p = {details['mcnemar']:.3g}; acc5 {reference5:.5f} / {candidate5:.5f}",
         f"difference {100 * details['difference']:+.4f} points, 95 % interval {low} to {high}; {equivalence}",
-        f"{len(flips)} predictions flipped, {unexpected} by more than twice the measured logit error "
-        f"of {number(details['measured_error'])}",
+        f"{len(flips)} predictions flipped, {unexpected} by more than twice the {number(details['measured_error'])} "
+        "that rounding brings to a logit at most",
     ]

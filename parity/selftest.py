@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from input_pipeline.errors import RequestError
+from input_pipeline.terminal import printable
 from parity import rungs
 from parity.attestation import attest
 from parity.faults import FAULTS, Fault
@@ -50,12 +51,10 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
             if not found:
                 where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
-            console.print(
-                f"  {_mark(found)}  {escape(fault.what):<53} {escape(where)}", soft_wrap=True, highlight=False
-            )
+            console.print(Text.assemble("  ", _mark(found), f"  {fault.what:<53} {printable(where)}"))
     if clean:
         passed = untouched(console) and passed
-    console.print("[bold green]all as required[/]" if passed else "[bold red]NOT all as required[/]")
+    console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")
     return passed
 
 
@@ -63,7 +62,7 @@ def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
     """Climbs with the fault in place: the first rung that fails, and whether it was found as it must be."""
     ladder.fault = fault.name
     try:
-        mismatches = attest(ladder, with_dataset=True)["mismatches"]
+        mismatches = attest(ladder, rungs=rungs.RUNGS)["mismatches"]
         attested = not fault.attested or any(sentence.startswith(fault.attested) for sentence in mismatches)
         failed = climb(ladder)
     finally:
@@ -104,10 +103,10 @@ def untouched(console: Console, pairs: Sequence[tuple[str, str]] = CLEAN) -> boo
         with working_folder() as folder, Ladder(options, folder, console) as ladder:
             failed = climb(ladder, CLEAN_RUNGS)
         where = f"{failed.name}: {first_bug(failed)}" if failed else "passed"
-        console.print(f"  {_mark(failed is None)}  {weights:<20} {size:<8} {escape(where)}", highlight=False)
+        console.print(Text.assemble("  ", _mark(failed is None), f"  {weights:<20} {size:<8} {printable(where)}"))
         passed = passed and failed is None
     return passed
 
 
-def _mark(good: bool) -> str:
-    return "[green]ok[/]    " if good else "[bold red]FAILED[/]"
+def _mark(good: bool) -> tuple[str, str]:
+    return ("ok    ", "green") if good else ("FAILED", "bold red")

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
-import json
 import os
 import platform
 import re
@@ -19,16 +18,18 @@ import numpy as np
 import psutil
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from bit_jax import weights, zoo
+from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
+from input_pipeline.flags import UserPath
 from input_pipeline.sources import open_source
-from parity import faults, flops, inputs, throughput_report, timing
+from input_pipeline.terminal import printable
+from parity import faults, flops, inputs, report, throughput_report, timing
 from parity.ladder import RANDOM, ULP, working_folder
-from parity.oracle import MULTIPLE, Line, calibrated
+from parity.oracle import MULTIPLE, Line, Look, calibrated, look, look_again
 from parity.side import Side, parse_side
 from parity.worker import Answer, Worker
 
@@ -51,7 +52,7 @@ class Throughput:
     work: Literal["train", "forward", "loop"] = "train"
     """A step of training (forward pass, gradients, SGD with momentum), the forward pass alone, or the whole loop:
     reading, decoding and augmenting images, mixup, training, and an evaluation."""
-    folder: Path | None = None
+    folder: UserPath | None = None
     """Of a loop's images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
     steps: int = 30
     """Of training, in a loop."""
@@ -80,11 +81,11 @@ class Throughput:
     """That each process is timed, behind compilation and warm-up; not in a loop."""
     seed: int = 0
     """Of weights, images and labels."""
-    json: Path | None = None
+    json: UserPath | None = None
     """Write the measurements here."""
-    html: Path | None = None
+    html: UserPath | None = None
     """Write a page with plots here."""
-    compare: Path | None = None
+    compare: UserPath | None = None
     """An earlier --json: what became slower ends in exit code 1."""
 
     fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected into its framework's arms, see `faults.py`
@@ -109,6 +110,9 @@ class Throughput:
                 raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
         if self.compare is not None and not self.compare.exists():
             raise RequestError(f"--compare {self.compare} does not exist")
+        for path in (self.json, self.html):
+            if path is not None:
+                report.writable(path)
 
     @property
     def checked_rows(self) -> int:
@@ -132,7 +136,7 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         gate = bench.gate(console)
         for arm, line in gate.items():
             if line.verdict == "bug":
-                console.print(f"[bold red]{arm} is not timed:[/] {line.note}", highlight=False)
+                console.print(f"{arm} is not timed: {line.note}", style="bold red")
         measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm, line in gate.items() if line.verdict != "bug"}
         if not gate:
             raise bench.no_arm_left()
@@ -147,7 +151,7 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
                     ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
                     measured[arm].append(times)
                     rate = _rate(options, times)
-                    console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s", highlight=False)
+                    console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s")
             measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
         if not measured:
             raise bench.no_arm_left()
@@ -183,14 +187,12 @@ class _Bench:
         self.checked = self._batches(options.checked_rows)
         self.mixed = self.checked if options.checked_rows == options.rows else self._batches(options.rows)
 
-    def _batches(self, rows: int) -> Path:
-        """A file of so many images in each of the batches, normalized and mixed."""
-        options = self.options
-        batches = [
-            inputs.picture_batch(rows, options.size, options.size, self.architecture.num_classes, options.seed + number)
-            for number in range(BATCHES)
-        ]
-        given = self.folder / f"batches of {rows}.npz"
+    def _batches(self, rows: int, look: int = 0) -> Path:
+        """A file of so many images in each of the batches, normalized and mixed; every look has others."""
+        options, classes = self.options, self.architecture.num_classes
+        seeds = [options.seed + look * BATCHES + number for number in range(BATCHES)]
+        batches = [inputs.picture_batch(rows, options.size, options.size, classes, seed) for seed in seeds]
+        given = self.folder / f"batches of {rows}, {look}.npz"
         arrays: dict[str, Any] = inputs.joined(batches).arrays()
         np.savez(given, **arrays)
         return self._float64("mix", batches=given).arrays.path
@@ -218,40 +220,60 @@ class _Bench:
             yield
         except RunFailed as error:
             self.failed[arm] = str(error)
-            console.print(f"[bold red]{arm} failed:[/] {escape(str(error))}", highlight=False)
+            console.print(f"{arm} failed: {printable(error)}", style="bold red")
 
     def no_arm_left(self) -> RunFailed:
         return RunFailed(f"every arm failed: {next(iter(self.failed.values()))}")
 
     def gate(self, console: Console) -> dict[str, Line]:
         """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
-        against the best of the other arms."""
+        against the best of the other arms. Arms in doubt are looked at again, on other batches."""
+
+        def again(number: int, doubtful: list[str]) -> dict[str, Look]:
+            console.print(
+                f"{', '.join(doubtful)}: beyond the limit, by chance perhaps; looking again, at other batches"
+            )
+            others = [arm for arm in self.sides if arm not in (*doubtful, *self.failed)]
+            looks = self._look(number, doubtful + others[:1], console)
+            return {arm: look for arm, look in looks.items() if arm in doubtful}
+
+        def judge(arm: str, looks: list[Look]) -> Line:
+            line = calibrated("loss", arm, self.options.precision, looks)
+            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
+                line = dataclasses.replace(line, verdict="rounding", note="")
+            return line
+
+        with self._float64:
+            lines = look_again(self._look(0, list(self.sides), console), again, judge)
+        return {line.name: line for line in lines if line.name not in self.failed}
+
+    def _look(self, number: int, arms: Sequence[str], console: Console) -> dict[str, Look]:
+        """How much each arm's losses err on one set of batches."""
         precision = self.options.precision
         amplitude = MULTIPLE * ULP[precision]
-        with self._float64 as ask:
-            exact = self._losses(ask)
-            disturbed = [self._losses(ask, disturb=(seed, amplitude)) for seed in range(DISTURBANCES)]
+        batches = self._batches(self.options.checked_rows, number) if number else self.checked
+        exact = self._losses(self._float64, batches)
+        seeds = [(self.options.seed, number, draw) for draw in range(DISTURBANCES)]
+        disturbed = [self._losses(self._float64, batches, disturb=(seed, amplitude)) for seed in seeds]
         losses = {}
-        for arm, side in self.sides.items():
+        for arm in arms:
+            side = self.sides[arm]
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
             with self.may_fail(arm, console), self.process(side, precision, "gate") as ask:
-                losses[arm] = self._losses(ask, fault=fault)
-        lines = {}
+                losses[arm] = self._losses(ask, batches, fault=fault)
+        looks = {}
         for arm, found in losses.items():
             others = [other for name, other in losses.items() if name != arm] or [found]
             best = min(others, key=lambda other: float(np.abs(other - exact).max()))
-            line = calibrated("loss", arm, precision, [exact], [best], [found], [[one] for one in disturbed])
-            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
-                line = dataclasses.replace(line, verdict="rounding", note="")
-            lines[arm] = line
-            console.print(f"{arm}: its loss is {line.candidate_error:.1e} off float64's", highlight=False)
-        return lines
+            looks[arm] = look([exact], [best], [found], [[one] for one in disturbed])
+            console.print(f"{arm}: its loss is {looks[arm].candidate[0]:.1e} off float64's")
+        return looks
 
-    def _losses(self, ask: "_Asking", **more: Any) -> np.ndarray:
+    def _losses(self, ask: "_Asking", batches: Path, **more: Any) -> np.ndarray:
         if self.options.work == "forward":
-            return ask("loss", mixed=self.checked, **more).arrays["loss of each row"]
+            return ask("loss", mixed=batches, **more).arrays["loss of each row"]
         training = {"schedule": timing.SCHEDULE | {"base_lr": GATE_LR}, "momentum": timing.MOMENTUM, "count": BATCHES}
-        return ask("curve", mixed=self.checked, **training, **more).arrays["losses"]
+        return ask("curve", mixed=batches, **training, **more).arrays["losses"]
 
 
 class _Asking:
@@ -376,8 +398,8 @@ def _processor() -> str:
 def run(options: Throughput) -> bool:
     """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
     options.check()
-    console = Console(width=140 if not sys.stdout.isatty() else None)
-    old = json.loads(options.compare.read_text()) if options.compare else None
+    console = terminal.console()
+    old = throughput_report.load(options.compare) if options.compare else None
     differing = [
         name
         for name in ("weights", "work", "size", "rows", "precision")
@@ -387,12 +409,12 @@ def run(options: Throughput) -> bool:
         raise RequestError(
             f"--compare {options.compare} measured other work: --{differing[0]} {old['options'][differing[0]]}"
         )
-    report = measure(options, Console(stderr=True, soft_wrap=True))
-    throughput_report.show(report, console)
+    measured = measure(options, terminal.console(stderr=True))
+    throughput_report.show(measured, console)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, report)
+        write_json(options.json, measured)
     if options.html is not None:
-        throughput_report.write_page(report, options.html)
-    holds = not report["failed"] and all(line["verdict"] != "bug" for line in report["gate"].values())
-    return holds and not (old is not None and throughput_report.slower(report, old, console))
+        throughput_report.write_page(measured, options.html)
+    holds = not measured["failed"] and all(line["verdict"] != "bug" for line in measured["gate"].values())
+    return holds and not (old is not None and throughput_report.slower(measured, old, console))

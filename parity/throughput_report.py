@@ -7,9 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from input_pipeline.errors import RequestError
+from input_pipeline.files import read_json
+from input_pipeline.terminal import printable
 from parity import page
 from parity.side import parse_side
 
@@ -19,14 +22,29 @@ WORK = {"train": "training step", "forward": "forward pass", "loop": "whole loop
 Report = dict[str, Any]  # as `throughput.measure` returns it, or as its JSON says
 
 
+NEEDED = ("options", "arms", "gate", "ratios", "when")
+
+
+def load(path: Path) -> Report:
+    """An earlier measurement's JSON.
+
+    Raises:
+        RequestError: it cannot be read, or is something else.
+    """
+    found = read_json(path, dict, "give a file that `parity throughput --json` wrote")
+    if missing := [name for name in NEEDED if name not in found]:
+        raise RequestError(f"{path} has no {missing[0]!r}; give a file that `parity throughput --json` wrote")
+    return found
+
+
 def show(report: Report, console: Console) -> None:
     console.print(_table(report))
     for table in _more(report):
         console.print(table)
     for sentence in sentences(report):
-        console.print(sentence, soft_wrap=True, highlight=False)
+        console.print(printable(sentence))
     for sentence in refused(report):
-        console.print(f"[bold red]{escape(sentence)}[/]", soft_wrap=True, highlight=False)
+        console.print(printable(sentence), style="bold red")
 
 
 def slower(report: Report, old: Report, console: Console) -> list[str]:
@@ -38,7 +56,7 @@ def slower(report: Report, old: Report, console: Console) -> list[str]:
         before = old["arms"][arm]
         worse = max(now["images_per_s_of_processes"]) < min(before["images_per_s_of_processes"])
         ratio = now["images_per_s"] / before["images_per_s"]
-        console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}", highlight=False)
+        console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}")
         found += [arm] if worse else []
     return found
 
@@ -100,13 +118,13 @@ def _fastest_first(report: Report) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=title(report))
+    table = Table(title=Text(printable(title(report))))
     for column in ("arm", "images/s", "of processes", "MFU", "compile cold s", "cached s", "GiB", "products"):
         table.add_column(column, justify="left" if column in ("arm", "products") else "right")
     for arm, found in _fastest_first(report):
         rates = found["images_per_s_of_processes"]
         table.add_row(
-            arm,
+            printable(arm),
             f"{found['images_per_s']:.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
             f"{found['mfu']:.0%}",
@@ -124,7 +142,7 @@ def _more(report: Report) -> list[Table]:
     options = report["options"]
     if options["work"] == "forward":
         return []
-    table = Table(title="FlagPerf's rows")
+    table = Table(title=Text("FlagPerf's rows"))
     for column in ("case", "arm", "precision", "batch a device", "p_whole", "p_train", "p_core", "GiB"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     loop = options["work"] == "loop"
@@ -147,7 +165,7 @@ def _cells(table: Table) -> dict[str, Any]:
     """A table of rich as {title, columns: [(name, is a number)], rows}."""
     cells = [list(column.cells) for column in table.columns]
     return {
-        "title": table.title,
+        "title": str(table.title),
         "columns": [(column.header, column.justify == "right") for column in table.columns],
         "rows": list(zip(*cells, strict=True)),
     }

@@ -18,6 +18,7 @@ from input_pipeline.bench import CROP, RESIZE_TO, serve
 from input_pipeline.examples import Source
 from input_pipeline.sources import open_source
 from parity import torch_pipeline
+from parity.images import rgb
 
 
 class Images(Dataset):
@@ -31,7 +32,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         example = self.source[index]
-        image = torch_pipeline.decode(example["image"])
+        image = rgb(example, self.source.name)
         top, left = (int(place) for place in torch.randint(self.resize - self.crop + 1, (2,)))
         mirrored = bool(torch.rand(()) < 0.5)
         pixels = torch_pipeline.train(image, self.resize, self.crop, top, left, mirrored)
@@ -49,7 +50,7 @@ class EvaluationImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         example = self.source[index]
-        pixels = torch_pipeline.evaluation(torch_pipeline.decode(example["image"]), self.crop)
+        pixels = torch_pipeline.evaluation(rgb(example, self.source.name), self.crop)
         return torch_pipeline.to_tensor(pixels, torch.float32), example["label"]
 
 

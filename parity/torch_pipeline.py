@@ -4,7 +4,6 @@ torchvision's transforms on Pillow images are Pillow calls and one division; the
 comparison needs no torchvision.
 """
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,11 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from input_pipeline.examples import Source
-
-
-def decode(data: np.ndarray | bytes) -> Image.Image:
-    """As torchvision's `pil_loader`."""
-    return (Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))).convert("RGB")
+from parity.images import rgb
 
 
 def evaluation(image: Image.Image, crop: int) -> np.ndarray:
@@ -49,11 +44,16 @@ def evaluation_batches(
     for start in range(0, len(source), batch):
         numbers = np.arange(start, min(start + batch, len(source)))
         examples = [source[int(number)] for number in numbers]
-        pixels = np.stack([evaluation(decode(example["image"]), size) for example in examples])
+        pixels = np.stack([evaluation(rgb(example, source.name), size) for example in examples])
         yield to_tensor(pixels, dtype), np.array([example["label"] for example in examples], np.int32), numbers
 
 
 def label_rank(logits: Tensor, label: Tensor) -> Tensor:
-    """Place of the label among the sorted logits, 0 the largest; equal logits in the order of their classes."""
+    """Place of the label among the sorted logits, 0 the largest; equal logits in the order of their classes.
+
+    A label that is no class, and the label of a row that is not finite, come after everything.
+    """
     order = torch.argsort(logits, dim=1, descending=True, stable=True)
-    return (order == label[:, None]).int().argmax(dim=1)
+    own = order == label[:, None]
+    ranked = own.any(dim=1) & logits.isfinite().all(dim=1)
+    return own.int().argmax(dim=1).where(ranked, torch.iinfo(torch.int64).max)

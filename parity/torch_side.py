@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import importlib
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +14,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from bit_jax import probe
-from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source, Subset
-from input_pipeline.sources import open_source
-from parity import faults, inputs, torch_devices, torch_names, torch_pipeline, torch_reference
+from parity import faults, inputs, torch_devices, torch_models, torch_names, torch_pipeline, torch_reference
+from parity.classes import open_labelled
 from parity.fingerprint import fingerprint
+from parity.images import rgb
 from parity.inputs import Files
 from parity.side import Side
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[int, float]  # (seed, relative amplitude), see `inputs.disturbance`
+Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
 
@@ -59,13 +57,16 @@ class TorchSide:
     def model(self) -> tuple[nn.Module, dict[str, str]]:
         """The model and {parameter name: key in the file}."""
         if self._fault not in self._loaded:
-            model = build(self.side, self.weight_file)
+            model = torch_models.build(self.side, self.weight_file)
             keys = torch_names.official_keys(model, _file(self.weight_file))
             self._loaded = {self._fault: (model.to(self.device, DTYPES[self.precision]), keys)}
         return self._loaded[self._fault]
 
-    def attest(self, images: str, dataset: Sequence[str | None] | None = None) -> Result:
+    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
         model, keys = self.model()
+        if self.side.model is not None:
+            shown = torch_pipeline.to_tensor(np.load(images)["image"][0, :2], DTYPES[self.precision])
+            torch_models.check(model, self.side.model, shown.to(self.device), self._classes())
         matrix, convolution = self._products()
         cuda = self.device.type == "cuda"
         norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
@@ -96,7 +97,7 @@ class TorchSide:
             "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
             "weights sha256": fingerprint(self._named(model, keys, lambda parameter: parameter)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
-        } | (inputs.described(dataset) if dataset else {}), None
+        } | inputs.described(dataset), None
 
     def weights(self) -> Result:
         model, keys = self.model()
@@ -106,7 +107,7 @@ class TorchSide:
         source, saved = Files(files), {}
         for index in range(len(source)):
             example = source[index]
-            image = torch_pipeline.decode(example["image"])
+            image = rgb(example, source.name)
             views = {"evaluation": torch_pipeline.evaluation(image, crop)}
             for epoch, of_epoch in enumerate(draws):
                 views[f"train, epoch {epoch}"] = torch_pipeline.train(image, resize, crop, *of_epoch[index])
@@ -195,11 +196,18 @@ class TorchSide:
         return None, {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
 
     def accuracy(
-        self, dataset: str, split: str, data_dir: str | None, size: int, batch: int, limit: int | None
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None,
+        class_names: Sequence[str] | None,
+        size: int,
+        batch: int,
+        limit: int | None,
     ) -> Result:
         """Logits, label and number of every example of the split."""
         model, _ = self.model()
-        source: Source = open_source(dataset, split, data_dir)
+        source: Source = open_labelled(dataset, split, data_dir, class_names)
         if limit is not None:
             source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
         logits, labels, indices = [], [], []
@@ -298,37 +306,6 @@ class TorchSide:
             matrix = left @ right
             convolved = F.conv2d(left.T[None, :, :, None], right.T[:, :, None, None])[0, :, :, 0].T
         return probe.multiplied_in(_numpy(matrix)), probe.multiplied_in(_numpy(convolved))
-
-
-def build(side: Side, weight_file: str) -> nn.Module:
-    """The reference, or what the factory makes; with the state dict where one is given.
-
-    Raises:
-        RequestError: there is no such factory, it fails, or the state dict is not the model's.
-    """
-    if side.model is None:
-        model: nn.Module = torch_reference.load(weight_file)
-    else:
-        model = _factory(side.model)(weight_file)
-        if not isinstance(model, nn.Module):
-            raise RequestError(f"--torch-model {side.model} returned a {type(model).__name__}, not an nn.Module")
-    if side.state_dict is not None:
-        try:
-            state = torch.load(side.state_dict, map_location="cpu", weights_only=True)
-            model.load_state_dict(state.get("state_dict", state) if isinstance(state, dict) else state, strict=True)
-        except Exception as error:  # torch.load raises what its unpickler and zip reader raise
-            reason = " ".join(str(error).split())[:400]
-            raise RequestError(f"--torch-weights {side.state_dict} is not this model's state dict: {reason}") from None
-    return model.eval()
-
-
-def _factory(name: str) -> Callable[[str], Any]:
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError(f"--torch-model {name} is not to be had as package.module:factory ({error})") from None
 
 
 def record_units(

@@ -1,19 +1,25 @@
 """One framework in a process of its own: `Worker` is the near end, `python -m parity.worker` the far one.
 
 The near end writes requests, one JSON object a line, to the far end's standard input; the far end runs the named task,
-leaves arrays in a file, and answers in JSON on its standard output. Whatever else it prints goes to its log.
+leaves arrays in a file, and answers in JSON on its standard output. Whatever else it prints goes to its log. When its
+standard input ends, because the near end is done or was killed, the far end is gone at once, in the middle of a task
+too.
 """
 
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.examples import DatasetError
@@ -40,6 +46,9 @@ class Arrays:
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
+
+    def close(self) -> None:
+        self._file.close()
 
     def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         """(name without the prefix, array)."""
@@ -133,6 +142,12 @@ class Answer:
         assert self._arrays is not None, "the task saved no arrays"
         return self._arrays
 
+    def discard(self) -> None:
+        """Removes the file; the arrays can no longer be read."""
+        if self._arrays is not None:
+            self._arrays.close()
+            self._arrays.path.unlink(missing_ok=True)
+
 
 def main() -> None:
     """The far end: answers requests until its standard input ends."""
@@ -146,9 +161,11 @@ def main() -> None:
     def progress(done: int, of: int) -> None:
         reply(progress=(done, of))
 
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
     tasks: Any = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
+        request = json.loads(requests.get())
         try:
             if tasks is None:
                 tasks = _tasks(progress, **job)
@@ -165,7 +182,19 @@ def main() -> None:
             traceback.print_exc()
             reply(failed=f"{type(error).__name__}: {error}".splitlines()[0])
             if job["rank"]:
-                sys.exit(1)  # the others, which wait for it, then fail instead
+                os._exit(1)  # the others, which wait for it, then fail instead
+
+
+def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
+    """The thread that reads standard input while tasks compute. At its end this process and all that it started, such
+    as a DataLoader's workers, are gone: nobody waits for their work."""
+    with open(0, closefd=False) as stream:  # not sys.stdin, whose lock Python wants at its own end
+        for line in stream:
+            requests.put(line)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(0)
 
 
 def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Any:

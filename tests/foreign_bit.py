@@ -1,5 +1,7 @@
 """BiTs by other hands, for `--torch-model`: other names, another order, other faults."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -98,3 +100,35 @@ def load_with_timms_eps(path):
 
 def load_something_else(path):
     return nn.Linear(3, 3)
+
+
+class Answering(Bit):
+    """What it returns is what another BiT's logits become by `answer`."""
+
+    answer = staticmethod(lambda logits: logits)
+
+    def forward(self, x):
+        return self.answer(super().forward(x))
+
+
+def _answering(path, answer):
+    model = load(path)
+    model.__class__ = Answering
+    model.answer = answer
+    return model
+
+
+def _output(logits):
+    return SimpleNamespace(logits=logits)
+
+
+def load_with_an_output_object(path):
+    return _answering(path, _output)
+
+
+def load_without_logits(path):
+    return _answering(path, lambda logits: {"features": logits})
+
+
+def load_with_probabilities_first(path):
+    return _answering(path, lambda logits: logits[:, :3])

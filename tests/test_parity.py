@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import unittest.mock
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from browser import Shown
 from command_line import parity
 from conftest import SMALL, random_weights
+from PIL import Image
 from rich.console import Console
 
 from input_pipeline.errors import RequestError, RunFailed
@@ -228,6 +231,12 @@ def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
         (["weights", "--rows", "3"], "must be even"),
         (["weights", "--torch-model", "parity:nothing"], "--torch-model parity:nothing"),
         (["weights", "--torch-model", "foreign_bit:load_something_else"], "do not pair up"),
+        (
+            ["weights", "--torch-model", "foreign_bit:load_without_logits"],
+            "a dict with features, in which there are no",
+        ),
+        (["weights", "--torch-model", "foreign_bit:load_with_probabilities_first"], "[2, 10] is wanted"),
+        (["weights", "--html", "gs://bucket/r.html"], "is a URL"),
         (["weights", "--weights", "random:R51x1"], "unknown architecture"),
         (["accuracy", "--dataset", "digits", "--eval-split", "train2"], "no split"),
         (["pixels", "--images", "missing.png"], "missing.png"),
@@ -242,6 +251,95 @@ def test_a_wrong_request_ends_in_one_sentence(arguments, said, tmp_path, foreign
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_models_output_object_gives_its_logits_to_every_task(small_npz, tmp_path, foreign):
+    flags = ["--weights", small_npz, *QUICK, "--precision", "fp64", "--torch-model"]
+    done = parity("gradients", *flags, "foreign_bit:load_with_an_output_object", "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_accuracy_counts_classes_by_their_names(small_npz, tmp_path):
+    """Head b, a, c; the dataset has a and c: by position every label would be another class's."""
+    weights_folder, dataset = tmp_path / "weights", tmp_path / "data"
+    weights_folder.mkdir()
+    names = ["b", "a", "c", *"defghij"]
+    (weights_folder / "config.json").write_text(json.dumps({"class_names": names, "recipe": {"crop": 24}}))
+    (weights_folder / "w.npz").symlink_to(small_npz)
+    for name in ("a", "c"):
+        (dataset / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(dataset / "test" / name / f"{number}.png")
+    flags = ["--weights", weights_folder / "w.npz", "--size", "32", "--rows", "2", "--dataset", f"folder:{dataset}"]
+    done = parity("accuracy", *flags, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = report.load(tmp_path / "run")
+    assert np.load(tmp_path / "run" / "logits.npz")["labels"].tolist() == [1, 1, 2, 2]
+    assert "by name" in saved["attestation"]["classes"]["test"]
+    assert saved["rungs"][0]["details"]["size"] == 24
+    (dataset / "test" / "z").mkdir()
+    Image.new("RGB", (8, 8)).save(dataset / "test" / "z" / "0.png")
+    with unittest.mock.patch("parity.ladder.Worker") as started:
+        refused = parity("accuracy", *flags, "--run", tmp_path / "refused")
+    assert refused.returncode == 2
+    assert "has 1 classes that the head of" in refused.stderr
+    assert not started.called
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_folder_that_another_comparison_writes_is_refused_at_the_start(tmp_path):
+    with report.owned(tmp_path / "run"):
+        done = parity("weights", "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert "in use by process" in done.stderr
+
+
+@pytest.mark.parametrize("side", ["jax", "torch:devices=2"])
+def test_workers_are_gone_when_the_near_end_is_killed_in_a_task(side, small_npz, tmp_path):
+    near = subprocess.Popen(
+        [sys.executable, "-c", KILLED, side, small_npz, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert near.stdout is not None
+    workers = [psutil.Process(int(process)) for process in near.stdout.readline().split()]
+    assert len(workers) == (2 if "torch" in side else 1)
+    assert "computing" in near.stdout.readline()
+    near.kill()
+    near.wait()
+    near.stdout.close()
+    _, alive = psutil.wait_procs(workers, timeout=30)  # the task takes minutes
+    assert not alive
+
+
+KILLED = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+from parity.side import parse_side
+from parity.worker import Worker
+
+side, weights, folder = sys.argv[1:]
+batches = Path(folder, "batches.npz")
+np.savez(batches, **{"images/0": np.zeros((4, 32, 32, 3)), "targets/0": np.full((4, 10), 0.1)})
+worker = Worker(parse_side(side), "fp32", Path(weights), Path(folder, "worker"))
+print(*(process.pid for process in (worker._process, *worker._others)), flush=True)
+asked = {"save_as": "x", "progress": lambda *_: None, "mixed": batches, "count": 1}
+worker.ask("forward_time", seconds=0.1, **asked)
+print("computing", flush=True)
+worker.ask("train_time", seconds=240, **asked)
+"""
+
+
+def test_show_ends_quietly_when_nobody_reads_on(whole_run):
+    shown = subprocess.Popen(
+        [sys.executable, "-m", "parity", "show", whole_run[1] / "run"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert shown.stdout is not None
+    shown.stdout.close()
+    assert shown.communicate()[1] == b""
 
 
 def test_a_saved_run_is_not_overwritten(whole_run):

@@ -1,6 +1,10 @@
 """The verdict, the statistics, the probe and the naming, without starting a process."""
 
 import dataclasses
+import io
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +13,29 @@ import golden_inputs
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_torch_reference import original_name
 
 from bit_jax import probe
+from bit_jax.class_names import imagenet1k
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
-from parity import inputs, oracle, rungs, statistics, torch_names, torch_pipeline, torch_reference, torch_side
+from input_pipeline.examples import DamagedImage, relabelled
+from parity import (
+    classes,
+    images,
+    inputs,
+    oracle,
+    report,
+    rungs,
+    statistics,
+    throughput_report,
+    torch_models,
+    torch_names,
+    torch_pipeline,
+    torch_reference,
+    torch_side,
+)
 from parity.ladder import RungResult
 from parity.options import Options
 from parity.side import Side, parse_side
@@ -30,7 +52,8 @@ ORACLE = RNG.standard_normal((50, 40))
 
 
 def calibrated(reference, candidate, disturbed=()):
-    return oracle.calibrated("forward", "x", "fp32", [ORACLE], [reference], [candidate], [[d] for d in disturbed])
+    look = oracle.look([ORACLE], [reference], [candidate], [[d] for d in disturbed])
+    return oracle.calibrated("forward", "x", "fp32", [look])
 
 
 def test_gate_tells_rounding_from_a_wrong_epsilon():
@@ -73,7 +96,8 @@ def test_calibrated_notices_few_wrong_values_and_not_a_number():
 def test_the_best_batch_counts_so_that_a_relu_that_opens_late_is_no_bug():
     def judge(first, second):
         small = noisy(ORACLE, 1e-6)
-        return oracle.calibrated("gradients", "x", "fp32", [ORACLE] * 2, [small] * 2, [first, second], []).verdict
+        look = oracle.look([ORACLE] * 2, [small] * 2, [first, second], [])
+        return oracle.calibrated("gradients", "x", "fp32", [look]).verdict
 
     flipped = noisy(ORACLE, 1e-3)
     assert judge(flipped, noisy(ORACLE, 1e-6)) == "rounding"
@@ -117,6 +141,9 @@ def test_equivalence_needs_enough_images():
     few = Paired(300, 0, 0, 60)
     assert few.equivalence(0.001) == "not shown"
     assert Paired(30000, 2000, 500, 17500).equivalence(0.001) == "refuted"
+    chance = Paired(990, 6, 0, 4)  # six disputed images, all one way: once in 32 times for right sides
+    assert chance.interval(0.90)[1] < -0.001
+    assert chance.equivalence(0.001) == "not shown"
     enough = few.examples_needed(0.001)
     assert Paired(enough, 0, 0, 0).equivalence(0.001) == "shown"
     assert Paired(enough // 2, 0, 0, 0).equivalence(0.001) == "not shown"
@@ -134,10 +161,23 @@ def test_flips_are_held_against_the_measured_error():
     assert [(flip["row"], flip["expected"]) for flip in flips] == [(0, True), (7, False)]
 
 
+def test_images_that_rounding_moves_more_than_most_are_expected_to_flip():
+    """bfloat16's errors on as many images as ImageNet validates with, one of which is another image altogether."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(0, 2, (50_000, 10))
+    candidate = reference + 0.01 * np.exp(rng.normal(0, 0.7, (50_000, 1))) * rng.standard_normal(reference.shape)
+    _, flips = statistics.flips(reference, candidate)
+    assert len(flips) > 100
+    assert all(flip["expected"] for flip in flips)
+    candidate[7] = candidate[7, ::-1]
+    _, flips = statistics.flips(reference, candidate)
+    assert [flip["row"] for flip in flips if not flip["expected"]] == [7]
+
+
 def test_rank_is_the_pipelines_own():
     logits = np.array([[1.0, 3.0, 3.0, 0.0], [np.nan, 1, 2, 3]])
     labels = np.array([2, 3])
-    assert statistics.rank(logits, labels).tolist() == [1, 4]
+    assert statistics.rank(logits, labels).tolist() == [1, statistics.LAST]
     ranks = torch_pipeline.label_rank(torch.from_numpy(logits[:1]), torch.from_numpy(labels[:1]))
     assert ranks.tolist() == [1]
 
@@ -220,10 +260,10 @@ def test_a_model_with_other_weights_is_refused_by_the_names_that_do_not_pair_up(
 
 
 def test_disturbances_are_of_the_size_asked_for_and_reproducible():
-    factors = inputs.disturbance("a", (1000,), 3, 1e-3)
+    factors = inputs.disturbance("a", (1000,), (3, 0), 1e-3)
     assert np.abs(factors - 1).max() == pytest.approx(1e-3, rel=0.05)
-    assert np.array_equal(factors, inputs.disturbance("a", (1000,), 3, 1e-3))
-    assert not np.array_equal(factors, inputs.disturbance("a", (1000,), 4, 1e-3))
+    assert np.array_equal(factors, inputs.disturbance("a", (1000,), (3, 0), 1e-3))
+    assert not np.array_equal(factors, inputs.disturbance("a", (1000,), (4, 0), 1e-3))
 
 
 def test_pictures_show_every_fault_of_channels_and_sides():
@@ -238,8 +278,8 @@ def test_line_is_plain_data():
 
 @pytest.mark.parametrize(("ulps", "verdict"), [(3.0, "equal"), (500.0, "bug")])
 def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ulps, verdict):
-    monkeypatch.setattr(rungs, "_judge", lambda *_: RungResult("forward", []))
-    ladder: Any = SimpleNamespace(options=Options(), pictures=None, amplitude_in_ulp=ulps)
+    monkeypatch.setattr(rungs, "_judge", lambda *_, **__: RungResult("forward", []))
+    ladder: Any = SimpleNamespace(options=Options(), pictures=lambda look=0: None, amplitude_in_ulp=ulps)
     result = rungs.forward(ladder)
     assert result.verdict == verdict
     assert ("products are narrower than fp32" in " ".join(result.findings)) == (verdict == "bug")
@@ -259,3 +299,307 @@ def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_
     assert not torch.equal(forced["block1/unit02"], whole["block1/unit02"])  # fed root_block's marked output
     assert torch.equal(forced["block2/unit02"], own)
     assert not torch.equal(own, free)
+
+
+def looks_at(rng, values, draws, *, lines, fault=1.0, flips=0.0):
+    """How often one look, and all looks together, call a line wrong: errors drawn for two sides and disturbances."""
+
+    def errors(scale, flips):
+        drawn = scale * np.abs(rng.standard_normal((lines, values))) * np.where(rng.random((lines, 1)) < flips, 1e3, 1)
+        return np.stack([np.sqrt((drawn**2).mean(axis=1)), np.quantile(drawn, oracle.HIGH, axis=1)], axis=1)
+
+    looks, beyond = [], []
+    for number in range(oracle.LOOKS):
+        count = max(draws, oracle.LEAST_DRAWS if number else 1)
+        disturbed = [errors(oracle.MULTIPLE, oracle.MULTIPLE * flips) for _ in range(count)]
+        looks.append((errors(1.0, flips), errors(fault, flips), np.max(disturbed, axis=0)))
+        judged = oracle.errors_and_limits(*(np.stack(part) for part in zip(*looks, strict=True)))
+        beyond.append(np.any([(error > limit).any(axis=1) for error, limit in judged.values()], axis=0))
+    return beyond[0].mean(), np.all(beyond, axis=0).mean()
+
+
+@pytest.mark.parametrize(("values", "flips"), [(1, 0.0), (2, 0.0), (10, 0.0), (10, 0.03)])
+def test_right_sides_are_not_called_wrong_for_want_of_disturbances(values, flips):
+    once, always = looks_at(np.random.default_rng(7), values, 1, lines=40_000, flips=flips)
+    assert (once > 1e-3) == (values < 10 or flips > 0)  # what one look, with one disturbance, would have called a bug
+    assert always < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "fault", "flips", "found"),
+    [(1, 1000, 0.0, 0.95), (10, 30, 0.0, 0.99), (1000, 10, 0.0, 1.0), (100, 100, 0.03, 0.6)],
+)
+def test_what_errs_by_so_much_is_found_at_every_look(values, fault, flips, found):
+    _, always = looks_at(np.random.default_rng(8), values, 3, lines=2000, fault=fault, flips=flips)
+    assert always >= found
+
+
+def seen(candidate, explained=1e-6, reference=1e-6):
+    return oracle.Look(*(np.full(2, error) for error in (reference, candidate, explained)), 1e-6)
+
+
+def judged(name, looks):
+    return oracle.calibrated("loss", name, "fp32", looks)
+
+
+def test_a_line_fails_only_if_every_look_finds_it_wrong():
+    asked = []
+
+    def again(number, names):
+        asked.append(names)
+        # the disturbances of one look meet a ReLU that flips: they excuse nothing in the others
+        return {name: seen(1e-6) if name == "unlucky" else seen(1e-4, 1.0 if number == 2 else 1e-6) for name in names}
+
+    first = {"good": seen(1e-6), "unlucky": seen(1e-5), "wrong": seen(1e-4), "infinite": seen(np.nan)}
+    lines = {line.name: line for line in oracle.look_again(first, again, judged)}
+    assert [lines[name].verdict for name in first] == ["rounding", "rounding", "bug", "bug"]
+    assert asked == [["unlucky", "wrong"], ["wrong"], ["wrong"]]
+    assert lines["wrong"].looks == oracle.LOOKS
+    assert "at 1 of 2 looks" in lines["unlucky"].note
+    assert lines["good"].looks == lines["infinite"].looks == 1
+
+
+def test_what_nothing_was_measured_for_is_not_looked_at_again():
+    wrong = oracle.look([ORACLE], [noisy(ORACLE, 1e-6)], [noisy(ORACLE, 1e-3)], [])
+    lines = oracle.look_again({"x": wrong}, lambda *_: pytest.fail("looked again"), judged)
+    assert [line.verdict for line in lines] == ["bug"]
+
+
+class Named:
+    """As much of a dataset as the matching of its classes needs."""
+
+    def __init__(self, *class_names, labels=(0, 1)):
+        self.name, self.class_names, self.labels = "pets/test", class_names, np.array(labels, np.int32)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((4, 4), np.uint8), "label": int(self.labels[index]), "id": str(index)}
+
+
+def write_config(folder, **content):
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder / "w.npz"
+
+
+def test_labels_are_matched_by_the_names_beside_the_weights(tmp_path):
+    weights = write_config(tmp_path, class_names=["a", "b", "caf\u00e9"], recipe={"crop": 48})
+    source = Named("a", "cafe\u0301")  # the same word as macOS spells it
+    matching = classes.matching(source, "w.npz", weights, 3, arbitrary=False)
+    assert matching.class_names is not None
+    assert relabelled(source, matching.class_names, "the head").labels.tolist() == [0, 2]
+    assert classes.training(weights).crop == 48
+    with pytest.raises(RequestError, match=r"1 classes that the head of w\.npz has not: dog"):
+        classes.matching(Named("a", "dog"), "w.npz", weights, 3, arbitrary=False)
+
+
+def test_labels_of_imagenet_are_matched_by_wordnet_id(tmp_path):
+    nowhere, ids = tmp_path / "w.npz", list(imagenet1k())
+    assert classes.matching(Named(ids[7], ids[3]), "w", nowhere, 1000, arbitrary=False).class_names == ids
+    with pytest.raises(RequestError, match="classes that ImageNet's head of w has not: n99999999"):
+        classes.matching(Named(ids[7], "n99999999"), "w", nowhere, 1000, arbitrary=False)
+
+
+def test_labels_without_names_count_only_where_the_numbers_of_classes_agree(tmp_path):
+    nowhere = tmp_path / "w.npz"
+    equal = classes.matching(Named("x", "y"), "w", nowhere, 2, arbitrary=False)
+    assert equal.class_names is None
+    assert "by position" in equal.how
+    with pytest.raises(RequestError, match=r"pets/test has 2 classes \(x, y\), the head of w has 3 without names"):
+        classes.matching(Named("x", "y"), "w", nowhere, 3, arbitrary=False)
+    assert classes.matching(Named("x", "y"), "random", nowhere, 3, arbitrary=True).class_names is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "\x80",
+        "[" * 9000,
+        '{"class_names": 7}',
+        '{"class_names": [1]}',
+        '{"recipe": 3}',
+        '{"recipe": {"crop": "x"}}',
+    ],
+)
+def test_a_damaged_config_beside_the_weights_ends_in_a_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"config\.json is damaged"):
+        classes.training(tmp_path / "w.npz")
+
+
+def test_a_label_that_is_no_class_is_last_everywhere():
+    logits, labels = np.eye(3), np.array([0, -1, 3])
+    ranks = statistics.rank(logits, labels)
+    assert ranks[0] == 0
+    assert (ranks[1:] >= 5).all(), "with three classes the last is among the first five"
+    assert torch_pipeline.label_rank(torch.from_numpy(logits), torch.from_numpy(labels)).tolist() == ranks.tolist()
+
+
+def test_training_batches_need_labels():
+    with pytest.raises(RequestError, match="without a label"):
+        inputs.dataset_batches(Named("a", "b", labels=(0, -1)), 1, 2, 8, 8, 0)
+
+
+def state_of(model):
+    return {name: tensor + 1 for name, tensor in model.state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": prefixed(state, "module."), "optim": {"state": {0: {"momentum": torch.ones(2)}}}},
+        lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
+        lambda state: prefixed(state, "_orig_mod."),
+        lambda state: {"net": {"state_dict": prefixed(state, "_orig_mod.module.")}},
+        lambda state: {name if number % 2 else f"module.{name}": t for number, (name, t) in enumerate(state.items())},
+        lambda state: {"state_dict": prefixed(state, "model.module.")},
+        lambda state: {"model": state, "ema": dict(state)},
+    ],
+)
+def test_checkpoints_are_unwrapped_by_what_they_hold(wrap, file, tmp_path):
+    model = torch_reference.load(str(file))
+    wanted = state_of(model)
+    torch.save(wrap(wanted), tmp_path / "c.pt")
+    torch_models.fill(model, tmp_path / "c.pt")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_says_what_it_has_and_lacks(file, tmp_path):
+    model = torch_reference.load(str(file))
+    state = state_of(model)
+    for name in list(state)[:6]:
+        del state[name]
+    torch.save({"model": prefixed(state, "module.") | {"module.extra": torch.ones(1)}}, tmp_path / "c.pt")
+    with pytest.raises(RequestError) as refused:
+        torch_models.fill(model, tmp_path / "c.pt")
+    assert "missing 6 (" in str(refused.value)
+    assert "unexpected 1 (extra)" in str(refused.value)
+    state = state_of(model)
+    torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, tmp_path / "two.pt")
+    with pytest.raises(RequestError, match="2 state dicts of this model that differ"):
+        torch_models.fill(model, tmp_path / "two.pt")
+
+
+def npz(**arrays):
+    written = io.BytesIO()
+    np.savez(written, **arrays)
+    return written.getvalue()
+
+
+class Foreign:
+    """What a pickle of somebody's whole model begins with."""
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: torch.save({"a": torch.ones(1)}, path), "no state dict of this model: it is a dict with 1 (a)"),
+        (lambda path: torch.save([1, 2], path), "no state dict of this model: it is a list"),
+        (lambda path: torch.save(Foreign(), path), "holds the Python object test_parity_parts.Foreign"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      "), "is a safetensors file"),
+        (lambda path: path.write_bytes(b"<html>"), "is no PyTorch checkpoint"),
+        (lambda path: path.write_bytes(npz(a=np.ones(1))), "is an .npz file"),
+        (lambda path: path.mkdir(), "cannot be read (Is a directory)"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_says_what_it_is(write, said, file, tmp_path):
+    write(tmp_path / "c.pt")
+    with pytest.raises(RequestError) as refused:
+        torch_models.fill(torch_reference.load(str(file)), tmp_path / "c.pt")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+LOGITS = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("output", [LOGITS, SimpleNamespace(logits=LOGITS), {"logits": LOGITS}, (LOGITS, None)])
+def test_logits_are_taken_from_what_models_return(output):
+    assert torch_models.logits_of(output) is LOGITS
+
+
+@pytest.mark.parametrize("output", [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), (None, LOGITS)])
+def test_what_has_no_logits_is_refused(output):
+    with pytest.raises(RequestError, match="in which there are no logits"):
+        torch_models.logits_of(output)
+
+
+def test_a_models_logits_must_be_a_row_an_image_and_a_column_a_class():
+    images = torch.zeros(2, 3, 8, 8)
+    shaped = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    torch_models.check(shaped, "m:f", images, 4)
+    with pytest.raises(RequestError, match=r"shape \[2, 4\] for images \[2, 3, 8, 8\]; \[2, 5\] is wanted"):
+        torch_models.check(shaped, "m:f", images, 5)
+    with pytest.raises(RequestError, match=r"--torch-model m:f fails on images \[2, 3, 8, 8\]: RuntimeError"):
+        torch_models.check(torch.nn.Linear(3, 3), "m:f", images, 4)
+
+
+def test_pytorchs_images_are_files_of_the_known_formats(tmp_path):
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "EPS")
+    with pytest.raises(DamagedImage):
+        images.decode(encoded.getvalue())
+    with pytest.raises(RequestError, match="example 3 of pets is not a readable image"):
+        images.rgb({"image": b"nothing", "label": 0, "id": "3"}, "pets")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(RequestError, match="not a regular file"):
+        images.read(tmp_path / "pipe.jpg")
+
+
+def test_a_run_folder_has_one_owner_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with report.owned(None) as first, report.owned(None) as second:
+        assert first != second
+    assert not Path("runs").exists()
+    with report.owned(Path("a/b")), pytest.raises(RequestError, match="in use by process"), report.owned(Path("a/b")):
+        pytest.fail("two own it")
+    assert not Path("a").exists()
+    with report.owned(Path("a/b")) as folder:
+        (folder / "report.json").write_text("{}")
+    assert [path.name for path in Path("a/b").iterdir()] == ["report.json"]
+    with pytest.raises(RequestError, match="holds a saved run"), report.owned(Path("a/b")):
+        pass
+    Path("file").write_text("")
+    with pytest.raises(RequestError, match="not a directory"), report.owned(Path("file")):
+        pass
+
+
+def test_where_nothing_can_be_written_is_known_at_the_start(tmp_path):
+    report.writable(tmp_path / "new" / "r.json")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RequestError, match="is a directory"):
+        report.writable(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 9000])
+def test_a_damaged_report_ends_in_a_sentence(text, tmp_path):
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"report\.json is damaged"):
+        report.load(tmp_path)
+    with pytest.raises(RequestError, match=r"report\.json is damaged"):
+        throughput_report.load(tmp_path / "report.json")
+
+
+def test_names_are_shown_as_they_are_and_control_characters_escaped():
+    """A side's name may hold a module's; an array's, a file's."""
+    line = dataclasses.asdict(oracle.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
+    rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
+    sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
+    saved = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
+    saved |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
+    written = io.StringIO()
+    console = terminal.console()
+    console.file = written
+    report.show(saved, console)
+    shown = written.getvalue()
+    for said in ("torch (m[bold]:f)", "a[/]b", "of [/red]", r"evaluation: x[/red]\x1b[2J.jpg differs"):
+        assert said in shown
+    assert "\x1b" not in shown

@@ -4,6 +4,8 @@ import contextlib
 import json
 import re
 import time
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import jax
@@ -20,6 +22,7 @@ from bit_jax.weights import Architecture
 from input_pipeline.errors import RequestError
 from parity import flops, throughput, throughput_report, timing
 from parity.jax_side import JaxSide
+from parity.oracle import Look
 from parity.side import Side
 from parity.throughput import Throughput
 from parity.torch_devices import Devices
@@ -233,3 +236,18 @@ def test_fewer_devices_than_an_arm_names_are_refused(tmp_path):
 
 def test_every_arm_starts_once_a_turn():
     assert [list(throughput._in_turn("abc", turn)) for turn in range(2)] == [["a", "b", "c"], ["b", "c", "a"]]
+
+
+def test_an_arm_in_doubt_is_looked_at_again_beside_one_that_is_not():
+    asked = []
+
+    def look(number, arms, _):
+        asked.append(arms)
+        errors = {"torch": 1e-7, "jax": 1e-5 if number == 0 else 1e-7, "jax:tuned": 1e-3}
+        return {arm: Look(np.full(2, 1e-7), np.full(2, errors[arm]), np.full(2, 1e-7), 1e-6) for arm in arms}
+
+    bench: Any = SimpleNamespace(sides=dict.fromkeys(("torch", "jax", "jax:tuned")), failed={}, _look=look)
+    bench._float64, bench.options = contextlib.nullcontext(), Throughput()
+    gate = throughput._Bench.gate(bench, Console(quiet=True))
+    assert [gate[arm].verdict for arm in bench.sides] == ["rounding", "rounding", "bug"]
+    assert asked == [["torch", "jax", "jax:tuned"], ["jax", "jax:tuned", "torch"], *2 * [["jax:tuned", "torch"]]]

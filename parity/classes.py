@@ -10,47 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bit_jax.class_names import imagenet1k
+from bit_jax.fine_tuned import described
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source, relabelled
-from input_pipeline.files import DamagedFile, read_json
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
-
-REMEDY = "copy the weights alone into another directory to use them without it"
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """What the config.json beside a weight file says of its training.
-
-    Attributes:
-        class_names: of the head, in label order; None where it does not say.
-        crop: side of the images that the model was trained with; None where it does not say.
-    """
-
-    class_names: list[str] | None = None
-    crop: int | None = None
-
-
-def training(weight_file: Path) -> Training:
-    """Reads the config.json beside a weight file, if there is one.
-
-    Raises:
-        RequestError: it cannot be read, or is not what training writes.
-    """
-    path = weight_file.parent / "config.json"
-    if not path.exists():
-        return Training()
-    content = read_json(path, dict, REMEDY)
-    names, recipe = content.get("class_names"), content.get("recipe", {})
-    if not isinstance(recipe, dict):
-        raise DamagedFile(f"{path} is damaged (its recipe is not an object); {REMEDY}")
-    crop = recipe.get("crop")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise DamagedFile(f"{path} is damaged (its class_names are not a list of texts); {REMEDY}")
-    if crop is not None and (not isinstance(crop, int) or isinstance(crop, bool) or crop < 1):
-        raise DamagedFile(f"{path} is damaged (its recipe's crop is not a positive number); {REMEDY}")
-    return Training(names, crop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +40,7 @@ def matching(source: Source, weights: str, weight_file: Path, num_classes: int, 
     Raises:
         RequestError: the split has classes that the head has not, or nothing tells which are which.
     """
-    names = training(weight_file).class_names if not arbitrary else None
+    names = described(weight_file).class_names if not arbitrary else None
     if names is not None and len(names) == num_classes:
         relabelled(source, names, f"the head of {weights}")
         return Matching(names, "matched by name with the config.json beside the weights")

@@ -1,32 +1,13 @@
 """Image files on PyTorch's side of the comparison: decoded by Pillow alone, within the limits that training has."""
 
 import io
-import stat
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from input_pipeline.examples import DamagedImage, DatasetError, Example
+from input_pipeline.image_file import FORMATS, check_pixels
 from input_pipeline.terminal import printable
-
-# as training's; Pillow would also start Ghostscript for an EPS, whatever the file is called
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
-
-
-def read(path: Path) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        DatasetError: it cannot be read, or is a pipe, a socket or a device, which might never end.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DatasetError(f"{path} is not a regular file; give image files")
-        return path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def decode(data: np.ndarray | bytes) -> Image.Image:
@@ -39,8 +20,7 @@ def decode(data: np.ndarray | bytes) -> Image.Image:
         return Image.fromarray(data).convert("RGB")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DamagedImage(f"an image of {image.width}x{image.height}, more than {MAX_PIXELS:,} pixels")
+            check_pixels(image.height, image.width)
             return image.convert("RGB")
     except DamagedImage:
         raise

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.examples import DatasetError, Example, Source
+from input_pipeline.image_file import read_image_file
 from input_pipeline.preprocess import Views
 from parity import images
 from parity.classes import open_labelled
@@ -69,7 +70,7 @@ class Files:
 
     def __getitem__(self, index: int) -> Example:
         path = self._paths[index]
-        return {"image": images.read(path), "label": 0, "id": path.name}
+        return {"image": read_image_file(path), "label": 0, "id": path.name}
 
 
 def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:

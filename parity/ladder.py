@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bit_jax import weights, zoo
+from bit_jax.fine_tuned import described
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
@@ -217,7 +218,7 @@ class Ladder:
     @functools.cached_property
     def eval_size(self) -> int:
         """Side of the square images that evaluation shows: asked for, or what the weights were trained with."""
-        crop = None if self.options.weights.startswith(RANDOM) else classes.training(self.weight_file).crop
+        crop = None if self.options.weights.startswith(RANDOM) else described(self.weight_file).crop
         return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property

@@ -18,9 +18,11 @@ from test_torch_reference import original_name
 
 from bit_jax import probe
 from bit_jax.class_names import imagenet1k
+from bit_jax.fine_tuned import described
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
+from input_pipeline.image_file import read_image_file
 from parity import (
     classes,
     images,
@@ -389,7 +391,7 @@ def test_labels_are_matched_by_the_names_beside_the_weights(tmp_path):
     matching = classes.matching(source, "w.npz", weights, 3, arbitrary=False)
     assert matching.class_names is not None
     assert relabelled(source, matching.class_names, "the head").labels.tolist() == [0, 2]
-    assert classes.training(weights).crop == 48
+    assert described(weights).crop == 48
     with pytest.raises(RequestError, match=r"1 classes that the head of w\.npz has not: dog"):
         classes.matching(Named("a", "dog"), "w.npz", weights, 3, arbitrary=False)
 
@@ -426,7 +428,7 @@ def test_labels_without_names_count_only_where_the_numbers_of_classes_agree(tmp_
 def test_a_damaged_config_beside_the_weights_ends_in_a_sentence(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(RequestError, match=r"config\.json is damaged"):
-        classes.training(tmp_path / "w.npz")
+        described(tmp_path / "w.npz")
 
 
 def test_a_label_that_is_no_class_is_last_everywhere():
@@ -550,8 +552,8 @@ def test_pytorchs_images_are_files_of_the_known_formats(tmp_path):
     with pytest.raises(RequestError, match="example 3 of pets is not a readable image"):
         images.rgb({"image": b"nothing", "label": 0, "id": "3"}, "pets")
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(RequestError, match="not a regular file"):
-        images.read(tmp_path / "pipe.jpg")
+    with pytest.raises(RequestError, match="only regular files are read"):
+        read_image_file(tmp_path / "pipe.jpg")
 
 
 def test_a_run_folder_has_one_owner_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):

@@ -53,6 +53,8 @@ def exit_code(main: Callable[[], object]) -> int:
         remedy = "raise ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that"
         return _say(f"the operating system refuses{where}: {os.strerror(error.errno)}; {remedy} and start again", 2)
     except Stopped as stopped:
+        for number in ASKING:  # while Python ends, which may wait for threads, a second signal kills
+            signal.signal(number, signal.SIG_DFL)
         return _say(str(stopped), 128 + stopped.number)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0
 

@@ -17,6 +17,15 @@ from input_pipeline.exits import deferring_signals, exit_code
 from input_pipeline.terminal import console, printable
 
 
+@pytest.fixture
+def own_handlers():
+    """Gives the tests' process its signal handlers back."""
+    before = {number: signal.getsignal(number) for number in exits.ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def raising(error: BaseException):
     def main():
         raise error
@@ -34,7 +43,7 @@ def raising(error: BaseException):
         (BrokenPipeError(32, ""), 141, ""),
     ],
 )
-def test_codes_and_sentences(capfd, error, code, said):
+def test_codes_and_sentences(capfd, own_handlers, error, code, said):
     assert exit_code(raising(error)) == code
     assert said in capfd.readouterr().err
 

@@ -101,6 +101,7 @@ def alone(small_npz, environment, devices, *flags):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environment, tmp_path):
     flags = ("--steps", 3, "--decay-steps", 2)
     alone(small_npz, environment, 8, *flags, "--workdir", tmp_path / "alone")
@@ -114,6 +115,7 @@ def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environme
 
 
 @pytest.mark.timeout(900)  # up to four processes at a time, on two cores
+@pytest.mark.slow
 def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, small_npz, environment, tmp_path):
     """Asked to end, the first killed, out of disk: and then four hosts finish what two began.
 
@@ -179,7 +181,13 @@ OPEN_MPI_4 = OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "401408.0;tcp://127.0.0.1:3491
 
 
 @pytest.mark.parametrize(
-    ("said", "flags"), [(SLURM, ""), (OPEN_MPI_4, ""), (OPEN_MPI, "--coordinator 127.0.0.1:4110")], ids=range(3)
+    ("said", "flags"),
+    [
+        (SLURM, ""),
+        pytest.param(OPEN_MPI_4, "", marks=pytest.mark.slow),
+        pytest.param(OPEN_MPI, "--coordinator 127.0.0.1:4110", marks=pytest.mark.slow),
+    ],
+    ids=range(3),
 )
 def test_what_a_scheduler_says_of_its_processes_is_understood(small_npz, environment, tmp_path, said, flags):
     command = [sys.executable, *RUN, "--model", small_npz, "--workdir", tmp_path / "run", "--doctor", *flags.split()]
@@ -284,6 +292,7 @@ def namespaces():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, small_npz, environment, tmp_path):
     within, cable = namespaces
 

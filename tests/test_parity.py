@@ -56,6 +56,7 @@ def whole_run(small_npz, tmp_path_factory):
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=as_users_run_it, **pipes), folder
 
 
+@pytest.mark.slow
 def test_all_holds_and_says_so_in_every_form(whole_run):
     done, folder = whole_run
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +78,7 @@ def test_all_holds_and_says_so_in_every_form(whole_run):
     assert logits["reference"].shape == logits["candidate"].shape == (50, 10)
 
 
+@pytest.mark.slow
 def test_attestation_says_what_is_in_force(whole_run):
     saved = report.load(whole_run[1] / "run")
     assert saved["attestation"]["mismatches"] == []
@@ -90,6 +92,7 @@ def test_attestation_says_what_is_in_force(whole_run):
     assert "jax" in jax["versions"]
 
 
+@pytest.mark.slow
 def test_show_prints_a_saved_run_and_judges_it_at_another_margin(whole_run, tmp_path):
     done, folder = whole_run
     again = parity("show", folder / "run", "--html", tmp_path / "again.html")
@@ -101,6 +104,7 @@ def test_show_prints_a_saved_run_and_judges_it_at_another_margin(whole_run, tmp_
     assert "equivalence within 20 points is shown" in wider.stdout
 
 
+@pytest.mark.slow
 def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     run = whole_run[1] / "run"
     assert "nothing changed" in parity("diff", run, run).stdout
@@ -129,6 +133,7 @@ def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     assert "FAILS at accuracy" in page
 
 
+@pytest.mark.slow
 def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):
     shown = Shown(whole_run[1] / "r.html", tmp_path, height=2600)
     assert shown.count(0x1B, 0x5E, 0x20) > 200, "the verdict's green"
@@ -159,7 +164,13 @@ def faulty(ladders):
     return ladders["fp64"]
 
 
-@pytest.mark.parametrize("name", faults.FAULTS)
+# one a rung; the others, and those that need float32 too, are slow
+QUICK = ("swapped-hw", "bgr", "norm-eps", "mixup-labels", "detached", "nesterov")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in faults.FAULTS]
+)
 def test_fault_is_found_at_the_right_rung_and_place(ladders, name):
     fault = faults.FAULTS[name]
     failed, found = inject(ladders[fault.precision], fault)
@@ -167,8 +178,9 @@ def test_fault_is_found_at_the_right_rung_and_place(ladders, name):
     assert found, f"{failed.name}: {first_bug(failed)}; {failed.findings}"
 
 
-def test_without_a_fault_the_same_ladder_holds(ladders):
-    assert climb(ladders["fp32"]) is None
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_without_a_fault_the_same_ladder_holds(ladders, precision):
+    assert climb(ladders[precision]) is None
 
 
 def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
@@ -178,6 +190,7 @@ def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
     assert failed.details["divergence"]["teacher_forced"] == ["block2/unit01", "block3/unit01", "block4/unit01"]
 
 
+@pytest.mark.slow
 def test_one_jax_configuration_against_another(small_npz, tmp_path):
     """4 virtual devices, parameters split over 2, in two passes, normalization recomputed, against one device."""
     candidate = "jax:devices=4,fsdp=2,microbatches=2,remat=norm,tuned"
@@ -330,6 +343,7 @@ worker.ask("train_time", seconds=240, **asked)
 """
 
 
+@pytest.mark.slow
 def test_show_ends_quietly_when_nobody_reads_on(whole_run):
     shown = subprocess.Popen(
         [sys.executable, "-m", "parity", "show", whole_run[1] / "run"],
@@ -342,6 +356,7 @@ def test_show_ends_quietly_when_nobody_reads_on(whole_run):
     assert shown.communicate()[1] == b""
 
 
+@pytest.mark.slow
 def test_a_saved_run_is_not_overwritten(whole_run):
     done = parity("weights", "--run", whole_run[1] / "run")
     assert done.returncode == 2
@@ -376,6 +391,7 @@ def test_an_unknown_fault_is_refused():
         pass
 
 
+@pytest.mark.slow
 def test_bfloat16_is_judged_against_float64_too(small_npz, tmp_path):
     flags = ["--weights", small_npz, *QUICK, "--precision", "bf16", "--run", tmp_path / "run"]
     done = parity("forward", *flags)

@@ -18,8 +18,8 @@ from input_pipeline import DamagedImage, Views, image_file
 from input_pipeline import resample as resampling
 from input_pipeline.preprocess import decode, native_area
 from input_pipeline.resample import Window, resample
+from parity import images, torch_pipeline
 from parity import images as pillow
-from parity import torch_pipeline
 from parity.inputs import pictures
 
 PHOTO = pictures(1, 97, 131, 0)[0]
@@ -141,7 +141,7 @@ def test_what_only_pillow_reads_is_read_by_pillow(fast):
     jpeg = (Path(__file__).parent / "data" / "subsampling_441.jpg").read_bytes()
     with pytest.raises(KeyError):
         simplejpeg.decode_jpeg_header(jpeg)
-    np.testing.assert_array_equal(decode(jpeg, fast=fast, reuse=True), torch_pipeline.decode(jpeg))
+    np.testing.assert_array_equal(decode(jpeg, fast=fast, reuse=True), images.decode(jpeg))
 
 
 def test_whatever_simplejpeg_raises_pillow_decides(monkeypatch):
@@ -149,7 +149,7 @@ def test_whatever_simplejpeg_raises_pillow_decides(monkeypatch):
     for name in ("decode_jpeg_header", "decode_jpeg"):
         with monkeypatch.context() as patch:
             patch.setattr(simplejpeg, name, lambda *_, **__: {}["unheard of"])
-            np.testing.assert_array_equal(decode(jpeg), torch_pipeline.decode(jpeg))
+            np.testing.assert_array_equal(decode(jpeg), images.decode(jpeg))
 
 
 def unusual():

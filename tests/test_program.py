@@ -66,6 +66,7 @@ def kernel_of(params):
     return params["block4"]["unit01"]["b"]["standardized_conv2d"]["kernel"]
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, tmp_path):
     mesh = meshes.make_mesh(jax.devices()[:2], fsdp=2)
     architecture, _ = weights.read(small_npz)

@@ -43,6 +43,7 @@ def test_r50x1_logits(x64, r50x1, size, which):
     np.testing.assert_allclose(logits, GOLDEN[f"R50x1-1000-{size}"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_r101x1_logits_with_21843_classes(x64, tmp_path):
     model, params = load(tmp_path, 101, 21843, 13, jnp.float64)
     for images, size in zip(golden_inputs.images(13), ("128x128", "97x131"), strict=False):

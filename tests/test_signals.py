@@ -39,7 +39,7 @@ def test_twenty_double_signals_at_random_moments(runs, tmp_path):
             with_second = False
         code = fresh.finish()
         took = time.monotonic() - sent
-        assert code in {128 + number for number in ASKING}, code
+        assert code in {128 + first, 128 + second, -second}, code  # the last where Python was ending already
         if with_second and took > WITHIN:
             late.append((number, took))
     assert not late

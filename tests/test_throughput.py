@@ -43,6 +43,7 @@ def measured(tmp_path_factory):
     return path, done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_measured_and_said(measured):
     path, said = measured
     report = json.loads(path.read_text())
@@ -60,6 +61,7 @@ def test_what_is_measured_and_said(measured):
     assert "best against best: jax is" in said
 
 
+@pytest.mark.slow
 def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
     folder = tmp_path / "drawn"
     for name in ("one", "two"):
@@ -89,6 +91,7 @@ def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
         assert said in shown
 
 
+@pytest.mark.slow
 def test_page_shows_its_plots_in_a_browser(measured, tmp_path):
     page = tmp_path / "page.html"
     throughput_report.write_page(json.loads(measured[0].read_text()), page)
@@ -109,6 +112,7 @@ def test_a_loop_whose_folder_has_more_classes_than_the_model_is_refused(small_np
         throughput.run(asked)
 
 
+@pytest.mark.slow
 def test_slower_than_before_is_told(measured, capsys):
     now = json.loads(measured[0].read_text())
     before = json.loads(measured[0].read_text())
@@ -131,6 +135,7 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     assert not report["ratios"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_is_left_out(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     monkeypatch.setenv("CXX", "false")  # torch.compile's
@@ -209,6 +214,7 @@ def _steps(rank, averaging, weights, batches, meeting, result):
 BATCHES = range(3)
 
 
+@pytest.mark.slow
 def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz, tmp_path):
     rng, batches = np.random.default_rng(0), tmp_path / "batches.npz"
     images = {f"images/{number}": rng.normal(size=(4, 32, 32, 3)) for number in BATCHES}

@@ -37,6 +37,7 @@ def test_r50x1_logits(r50x1, size, which):
     np.testing.assert_allclose(logits, GOLDEN[f"R50x1-1000-{size}"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_r101x1_logits_with_21843_classes(tmp_path):
     logits = logits_of(load(tmp_path, 101, 21843, 13), golden_inputs.images(13)[1])
     np.testing.assert_allclose(logits[:, :1000], GOLDEN["R101x1-21843-97x131"], rtol=0, atol=TOLERANCE)

@@ -132,6 +132,7 @@ def test_final_weights_give_the_reported_accuracy(finished):
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(command, finished, tmp_path):
     finish(command("--workdir", tmp_path / "again"))
     assert (tmp_path / "again" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
@@ -159,6 +160,7 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
+@pytest.mark.slow
 def test_a_damaged_image_ends_the_run_or_is_replaced_and_counted(command, photographs, tmp_path):
     flags = ("--dataset", f"folder:{photographs}", "--workdir", tmp_path / "run", "--log-every", "1")
     done = subprocess.run(**command(*flags), capture_output=True, text=True)
@@ -250,6 +252,7 @@ def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path
     assert "p_core" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_run(command, tmp_path):
     flags = ("--base-lr", "1e30", "--workdir", tmp_path / "run")
     done = subprocess.run(**command(*flags), capture_output=True, text=True)

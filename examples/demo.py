@@ -1,7 +1,8 @@
 """`make demo`: the embedded BiT fine-tuned on scanned digits, in full and with a few examples a class, against scratch;
 then PyTorch and JAX compared on the fine-tuned model.
 
-Every run is the train.py command that is printed before it; its files stay under runs/demo.
+Every run is the train.py command that is printed before it; its files stay under runs/demo. While one command
+starts or compiles, which takes one core, another one computes: the few-shot runs go on beside the others.
 """
 
 import json
@@ -11,83 +12,146 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 import input_pipeline
+from input_pipeline import terminal
+from input_pipeline.errors import RequestError, RunFailed
+from input_pipeline.exits import exit_code
 from input_pipeline.preprocess import decode
 
 WORKDIR = Path("runs/demo")  # emptied first
-FEW_SHOT = ["--global-batch", "32", "--warmup-steps", "10", "--decay-steps", "30", "40", "--steps", "50"]
+MARK = WORKDIR / ".demo"  # says that the folder is the demo's own
+FULL = "--steps 120 --decay-steps 75 100".split()
+FEW_SHOT = "--global-batch 32 --warmup-steps 10 --decay-steps 30 40 --steps 50".split()
+PARITY = "--precision fp64 --size 48 --rows 4 --batches 1 --steps 5".split()
+INITS = {"checkpoint": "Fashion-MNIST weights", "random": "scratch"}
+FULL_SHARE, PARITY_SHARE = 0.45, 0.55  # of the time of what runs beside the few-shot runs, as seen on two cores
+
+
+class Progress:
+    """How much of the demo is done, and so how long is left; two threads do its work side by side."""
+
+    def __init__(self):
+        self._start, self._lock = time.perf_counter(), threading.Lock()
+        self._done: dict[str, tuple[float, float]] = {}  # {thread: (share of its work, seconds that it took)}
+
+    def done(self, thread: str, share: float) -> str:
+        """Counts a share of that thread's work as done; how long the demo took so far and will take, in words."""
+        with self._lock:
+            spent = time.perf_counter() - self._start
+            before, _ = self._done.get(thread, (0.0, 0.0))
+            self._done[thread] = before + share, spent
+            left = max(took / done - spent for done, took in self._done.values())
+        return f"{spent:.0f} s so far, about {max(left, 0):.0f} s left"
 
 
 def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_lr: float = 0.01) -> None:
-    """Runs all of it, in the repository's root; three to four minutes on two cores.
+    """Runs all of it, in the repository's root: one to three minutes on two cores.
 
     Args:
-        examples_per_class: of the few-shot runs.
-        seeds: of the few-shot runs; each chooses other examples.
-        base_lr: of the few-shot runs, both kinds.
+        examples_per_class: training examples of each digit in the few-shot runs.
+        seeds: seeds of the few-shot runs; each chooses other examples.
+        base_lr: learning rate of the few-shot runs, both kinds.
     """
-    start = time.perf_counter()
-    shutil.rmtree(WORKDIR, ignore_errors=True)
-    console = Console(width=120)
+    empty_workdir()
+    console, progress = terminal.console(width=120), Progress()
+    budget = ["--examples-per-class", str(examples_per_class), "--base-lr", str(base_lr), *FEW_SHOT]
 
+    def few_shot(init: str, seed: int) -> tuple[str, float]:
+        """What is to be said of the run, and its accuracy."""
+        workdir = WORKDIR / f"{init}-seed{seed}"
+        command = ["train.py", "digits", "--workdir", str(workdir), "--init", init, "--seed", str(seed), *budget]
+        accuracy = train(command, quiet=True)["final_acc1"]
+        left = progress.done("few-shot", 1 / len(seeds) / len(INITS))
+        console.print(f"few-shot, beside: {INITS[init]}, seed {seed}: acc1 {accuracy:.3f} ({left})", style="dim")
+        return f"$ python {shlex.join(command)}", accuracy
+
+    with ThreadPoolExecutor(1) as beside:
+        runs = {(init, seed): beside.submit(few_shot, init, seed) for seed in seeds for init in INITS}
+        try:
+            full(console, progress)
+            console.rule("JAX and PyTorch on the fine-tuned model, in float64, where any difference is a fault")
+            weights = str(WORKDIR / "full" / "final.npz")
+            command = ["-m", "parity", "all", "--weights", weights, *PARITY, "--run", str(WORKDIR / "parity")]
+            run(command, quiet=False)
+            show_few_shot(runs, seeds, examples_per_class, console)
+            console.print(f"everything is under {WORKDIR}; {progress.done('rest', PARITY_SHARE).split(' so')[0]} in all")
+        finally:
+            beside.shutdown(cancel_futures=True)
+
+
+def full(console: terminal.Console, progress: Progress) -> None:
+    """All training digits, and the fine-tuned model on one digit that it has not seen."""
     console.rule("All 1,438 training digits")
-    train(WORKDIR / "full", quiet=False)
-
-    console.rule(f"{examples_per_class} example(s) of each digit: transfer against training from scratch")
-    accuracies: dict[str, list[float]] = {"checkpoint": [], "random": []}
-    for seed in seeds:
-        for init, values in accuracies.items():
-            budget = ["--examples-per-class", str(examples_per_class), "--base-lr", str(base_lr), *FEW_SHOT]
-            flags = ["--init", init, "--seed", str(seed), *budget]
-            result = train(WORKDIR / f"{init}-seed{seed}", *flags, quiet=True)
-            values.append(result["final_acc1"])
-            console.print(f"  acc1 {result['final_acc1']:.3f}")
-
-    table = Table("start from", *(f"seed {seed}" for seed in seeds), "median acc1")
-    for init, name in (("checkpoint", "Fashion-MNIST weights"), ("random", "scratch")):
-        values = accuracies[init]
-        table.add_row(name, *(f"{value:.3f}" for value in values), f"{statistics.median(values):.3f}")
-    console.print(table)
-
+    console.print("the demo takes one to three minutes on two cores; the few-shot runs go on beside this one")
+    workdir = WORKDIR / "full"
+    train(["train.py", "digits", "--workdir", str(workdir), *FULL], quiet=False)
+    console.print(progress.done("rest", FULL_SHARE))
     console.rule("The fine-tuned model on a digit that it has not seen")
     digit = input_pipeline.open_source("digits", "test")[0]
     image = WORKDIR / f"digit-{digit['label']}.png"
     Image.fromarray(decode(digit["image"])).save(image)
-    weights = WORKDIR / "full" / "final.npz"
-    run(["-m", "bit_jax.predict", "--weights", str(weights), str(image)], os.environ, quiet=False)
-
-    full = WORKDIR / "full"
-    print(f"{time.perf_counter() - start:.0f} s so far; {full} holds final.npz, result.json, metrics.jsonl")
-
-    console.rule("The fine-tuned model in JAX and in PyTorch, compared rung by rung: a minute more")
-    parity = ["-m", "parity", "all", "--weights", str(weights), "--run", str(WORKDIR / "parity")]
-    run(parity, os.environ, quiet=False)
+    run(["-m", "bit_jax.predict", "--weights", str(workdir / "final.npz"), str(image)], quiet=False)
 
 
-def train(workdir: Path, *flags: str, quiet: bool) -> dict:
+def show_few_shot(
+    runs: dict[tuple[str, int], Future], seeds: tuple[int, ...], examples: int, console: terminal.Console
+) -> None:
+    """What came out of the few-shot runs, once all have ended, and the commands."""
+    console.rule(f"{examples} example(s) of each digit: transfer against training from scratch")
+    for run in runs.values():
+        console.print(run.result()[0])
+    table = Table("start from", *(f"seed {seed}" for seed in seeds), "median acc1")
+    for init, name in INITS.items():
+        values = [runs[init, seed].result()[1] for seed in seeds]
+        table.add_row(name, *(f"{value:.3f}" for value in values), f"{statistics.median(values):.3f}")
+    console.print(table)
+
+
+def train(command: list[str], *, quiet: bool) -> dict:
     """Runs train.py and returns its result.json."""
+    run(command, quiet=quiet)
+    return json.loads((Path(command[command.index("--workdir") + 1]) / "result.json").read_text())
+
+
+def run(arguments: list[str], *, quiet: bool) -> None:
+    """Runs a command of this repository, printed first unless `quiet`.
+
+    Raises:
+        RunFailed: it failed; a quiet one's last line is in the message.
+    """
+    if not quiet:
+        print(f"$ python {shlex.join(arguments)}", flush=True)
     # every few-shot run compiles the same program; the first one leaves it for the others
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str((WORKDIR / "xla").absolute())}
-    run(["train.py", "digits", "--workdir", str(workdir), *flags], environment, quiet=quiet)
-    return json.loads((workdir / "result.json").read_text())
-
-
-def run(arguments: list[str], environment: Mapping[str, str], *, quiet: bool) -> None:
-    """A command of this repository, printed first; ends the demo where it fails."""
-    print(f"$ python {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=quiet, text=True)
+    kept = {"JAX_COMPILATION_CACHE_DIR": str((WORKDIR / "xla").absolute())}
+    kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept |= {"OMP_NUM_THREADS": "1"}  # PyTorch's threads wait for each other by spinning, and the cores are busy
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | kept, capture_output=quiet, text=True)
     if done.returncode:
-        sys.exit(done.stderr or done.returncode)
+        why = done.stderr.strip().splitlines()[-1:] if quiet else ["see above"]
+        raise RunFailed(f"python {shlex.join(arguments)} ended with exit code {done.returncode}: {''.join(why)}")
+
+
+def empty_workdir() -> None:
+    """Removes what an earlier demo left.
+
+    Raises:
+        RequestError: the folder is there, and no demo made it.
+    """
+    if WORKDIR.exists() and not MARK.exists():
+        raise RequestError(f"{WORKDIR} was not made by the demo, which would empty it; move it away")
+    shutil.rmtree(WORKDIR, ignore_errors=True)
+    WORKDIR.mkdir(parents=True)
+    MARK.touch()
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(exit_code(lambda: tyro.cli(main, description=__doc__)))

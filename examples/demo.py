@@ -83,7 +83,8 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
             command = ["-m", "parity", "all", "--weights", weights, *PARITY, "--run", str(WORKDIR / "parity")]
             run(command, quiet=False)
             show_few_shot(runs, seeds, examples_per_class, console)
-            console.print(f"everything is under {WORKDIR}; {progress.done('rest', PARITY_SHARE).split(' so')[0]} in all")
+            spent = progress.done("rest", PARITY_SHARE).split(" so")[0]
+            console.print(f"everything is under {WORKDIR}; {spent} in all")
         finally:
             beside.shutdown(cancel_futures=True)
 

@@ -40,6 +40,7 @@ def test_what_is_no_point_is_refused(growth, point):
         growth.main(point)
 
 
+@pytest.mark.slow
 def test_a_point_is_measured(growth):
     command = [sys.executable, str(SCRIPT), "--point", json.dumps(SMALL)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -61,6 +61,7 @@ def test_what_only_one_host_has_is_a_difference():
     ]
 
 
+@pytest.mark.slow
 def test_hosts_that_differ_are_told(tmp_path):
     where = f"--coordinator 127.0.0.1:{free_port()} --hosts 2 --doctor --workdir {tmp_path / 'run'}"
     processes = [

@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_pipeline_is_measured_in_turn(folder, tmp_path):
     flags = ["--batch", 4, "--batches", 2, "--rounds", 2, "--json", tmp_path / "bench.json"]
     done = run("-m", "input_pipeline", "bench", folder, *flags)

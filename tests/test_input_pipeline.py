@@ -395,6 +395,7 @@ for _ in range(100):
 """
 
 
+@pytest.mark.slow
 def test_forgotten_batches_do_not_stop_others():
     subprocess.run([sys.executable, "-c", FORGET_OFTEN], check=True, timeout=60)
 

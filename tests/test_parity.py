@@ -165,11 +165,11 @@ def faulty(ladders):
 
 
 # one a rung; the others, and those that need float32 too, are slow
-QUICK = ("swapped-hw", "bgr", "norm-eps", "mixup-labels", "detached", "nesterov")
+ONE_A_RUNG = ("swapped-hw", "bgr", "norm-eps", "mixup-labels", "detached", "nesterov")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in faults.FAULTS]
+    "name", [name if name in ONE_A_RUNG else pytest.param(name, marks=pytest.mark.slow) for name in faults.FAULTS]
 )
 def test_fault_is_found_at_the_right_rung_and_place(ladders, name):
     fault = faults.FAULTS[name]
@@ -178,7 +178,8 @@ def test_fault_is_found_at_the_right_rung_and_place(ladders, name):
     assert found, f"{failed.name}: {first_bug(failed)}; {failed.findings}"
 
 
-@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_without_a_fault_the_same_ladder_holds(ladders, precision):
     assert climb(ladders[precision]) is None
 
@@ -204,6 +205,7 @@ def test_one_jax_configuration_against_another(small_npz, tmp_path):
     assert saved["attestation"]["sides"]["fp64"]["candidate"]["topology"]["devices"] == 4
 
 
+@pytest.mark.slow
 def test_another_pytorch_model_with_timms_eps_is_caught_and_explained(small_npz, tmp_path, foreign):
     flags = ["--weights", small_npz, *QUICK, "--precision", "fp64", "--torch-model"]
     good = parity("gradients", *flags, "foreign_bit:load", "--run", tmp_path / "good")
@@ -308,7 +310,7 @@ def test_a_folder_that_another_comparison_writes_is_refused_at_the_start(tmp_pat
     assert "in use by process" in done.stderr
 
 
-@pytest.mark.parametrize("side", ["jax", "torch:devices=2"])
+@pytest.mark.parametrize("side", ["jax", pytest.param("torch:devices=2", marks=pytest.mark.slow)])
 def test_workers_are_gone_when_the_near_end_is_killed_in_a_task(side, small_npz, tmp_path):
     near = subprocess.Popen(
         [sys.executable, "-c", KILLED, side, small_npz, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -89,6 +89,7 @@ def test_reading_needs_no_tensorflow(prepared):
     assert subprocess.run([sys.executable, "-c", look, prepared], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_hosts_that_are_real_processes_read_the_batches_of_one(prepared, tmp_path):
     """1, 2 and 4 hosts, started from step 2 on: rows, labels and augmented pixels of the global batches."""
     read = (

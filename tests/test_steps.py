@@ -115,6 +115,7 @@ def test_mixing_moves_nothing_between_devices_where_their_rows_are_even(rows_a_d
     assert any(name in program for name in collectives) == moves
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_whole_batchs_loss_and_gradient(x64, small_npz):
     model, params = bit_jax.load(small_npz, dtype=jnp.float64)
     rng = np.random.default_rng(0)

@@ -123,6 +123,7 @@ def test_slower_than_before_is_told(measured, capsys):
         throughput.run(Throughput("random:R14x0.5", size=64, compare=measured[0]))
 
 
+@pytest.mark.slow
 def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     path = tmp_path / "report.json"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "gate_rows": 2, "seconds": 0.2, "processes": 1}

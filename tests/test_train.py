@@ -183,7 +183,9 @@ def test_a_damaged_image_ends_the_run_or_is_replaced_and_counted(command, photog
     assert "dog  (1)" in shown
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_after_the_step_with_all_its_threads_and_processes(command, tmp_path, number, code):
     flags = ("--workdir", tmp_path / "run", "--log-every", 1, "--steps", 10000, "--warmup-steps", 1)
     process = subprocess.Popen(**command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -241,6 +243,7 @@ def test_flagperf_on_imagenet(command, prepared, tmp_path):
     assert "p_core" in done.stdout
 
 
+@pytest.mark.slow
 def test_few_shot_from_scratch_and_a_target_that_ends_training(command, tmp_path):
     flags = "--init random --examples-per-class 2 --eval-every 1 --eval-at-start True --target-acc1 0.01".split()
     done = finish(command(*flags, "--workdir", tmp_path / "run"))
@@ -360,6 +363,7 @@ def test_a_folder_with_someone_elses_results(capsys, monkeypatch, small_npz, tmp
     assert (tmp_path / "final.npz").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(command, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()

@@ -89,8 +89,8 @@ def _resources(found: list[dict]) -> Table:
     table = Table("resource", "needed", *(f"host {number}" for number in range(len(found))), title="Resources")
     for rows in zip(*(one["needs"] for one in found), strict=True):
         needs = [resources.Need(**row) for row in rows]
-        have = [f"{need.available:,.4g}" + ("" if need.enough else " (too little)") for need in needs]
-        table.add_row(needs[0].name, f"{max(need.needed for need in needs):,.4g}", *have)
+        have = [resources.amount(need.available) + ("" if need.enough else " (too little)") for need in needs]
+        table.add_row(needs[0].name, resources.amount(max(need.needed for need in needs)), *have)
     return table
 
 

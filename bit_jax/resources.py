@@ -87,8 +87,14 @@ def require(found: list[Need]) -> None:
     for need in found:
         if not need.enough:
             raise RequestError(
-                f"the run needs {need.needed:,.4g} of {need.name}, and there are {need.available:,.4g}; {need.remedy}"
+                f"the run needs {amount(need.needed)} of {need.name}, and there are {amount(need.available)}; "
+                f"{need.remedy}"
             )
+
+
+def amount(value: float) -> str:
+    """A count in full, or a fraction with four digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 def _talks_through_shared_memory() -> bool:

@@ -27,6 +27,7 @@ from bit_jax import formats
 from bit_jax.resnetv2 import GROUPS, ResNetV2, architecture_name, param_dtype
 from input_pipeline.errors import RequestError
 from input_pipeline.files import replacing, user_path
+from input_pipeline.terminal import printable
 
 PREFIX = "resnet/"
 STAGES = 4
@@ -425,4 +426,4 @@ def _architecture(shapes: dict[str, tuple[int, ...]], where: str | Path) -> Arch
 
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return (", ".join(name[:SPELLED] for name in sorted(names)[:LISTED]) or "none") + rest
+    return (", ".join(printable(name[:SPELLED]) for name in sorted(names)[:LISTED]) or "none") + rest

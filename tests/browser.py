@@ -24,7 +24,7 @@ class Shown:
         browse += ["--hide-scrollbars", f"--window-size={WIDTH},{height}"]
 
         def browsed(what):
-            return subprocess.run([*browse, what, page.as_uri()], check=True, capture_output=True, timeout=120).stdout
+            return subprocess.run([*browse, what, page.as_uri()], check=True, capture_output=True, timeout=600).stdout
 
         browsed(f"--screenshot={picture}")
         self.pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ def test_hosts_that_differ_are_told(tmp_path):
         for host in range(2)
     ]
     for process in processes:
-        said = process.communicate(timeout=100)[1]
+        said = process.communicate()[1]
         assert process.returncode == 2
         assert "run.seed is 3 on host 1, 0 on host 0" in said
         assert "Traceback" not in said
@@ -95,8 +94,6 @@ def test_data_that_differ_have_another_fingerprint():
 
 
 def test_what_takes_too_long_ends_with_its_sentence():
-    program = "import time; from bit_jax import hosts\nwith hosts.within(0.2, 'late', 1): time.sleep(60)"
-    start = time.monotonic()
+    program = "import time; from bit_jax import hosts\nwith hosts.within(0.2, 'late', 1): time.sleep(10**6)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - start < 30
     assert (done.returncode, done.stderr) == (1, "error: late\n")

@@ -530,3 +530,11 @@ def test_no_file_and_a_directory(tmp_path):
         bit_jax.load(tmp_path / "nowhere.npz")
     with pytest.raises(WeightsError, match="directory"):
         bit_jax.load(tmp_path)
+
+
+def test_names_in_a_file_are_told_in_one_line(small_npz, tmp_path):
+    arrays = dict(np.load(small_npz)) | {"resnet/\x1b[31m\n\x85name": np.zeros(1, np.float32)}
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(weights.WeightsError) as refused:
+        weights.read(tmp_path / "w.npz")
+    assert "resnet/\\x1b[31m\\n\\x85name" in str(refused.value)

@@ -170,9 +170,12 @@ def _watch(reading: int) -> None:
 def _tell(line: bytes) -> None:
     """Writes to standard error without Python's buffers, whose locks another thread may hold."""
     with contextlib.suppress(OSError):
+        blocking = os.get_blocking(2)
         os.set_blocking(2, False)  # a terminal that nobody reads must not keep the process from ending
-        os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + line)
-        os.set_blocking(2, True)
+        try:
+            os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + line)
+        finally:
+            os.set_blocking(2, blocking)
 
 
 def _not_dropped(unraisable: Any) -> None:

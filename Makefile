@@ -13,7 +13,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -58,7 +58,8 @@ def started():
         for child in left:
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as orbax
 from bit_jax import hosts
 from bit_jax import mesh as meshes
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, read_json, write_json
+from input_pipeline.files import DamagedFile, is_unfinished, read_json, write_json
 from input_pipeline.terminal import printable
 
 MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
@@ -182,7 +182,10 @@ def _is_left_over(path: Path) -> bool:
     """Whether a killed run of this program was writing or deleting it."""
     if re.fullmatch(rf"\d+({re.escape(LEAVING)}|{re.escape(HALF)}.*)", path.name):
         return path.is_dir()
-    return path.name.isdecimal() and path.is_dir() and {inner.name for inner in path.iterdir()} <= ORBAX
+    if not path.name.isdecimal() or not path.is_dir():
+        return False
+    # the manifest itself may be half written, under the name that it has until it is whole
+    return {inner.name for inner in path.iterdir() if not is_unfinished(inner, MANIFEST)} <= ORBAX
 
 
 def _damage(checkpoint: Path) -> str | None:

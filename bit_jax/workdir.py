@@ -12,9 +12,10 @@ from bit_jax.config import Config, identity
 from bit_jax.hyperrule import Recipe
 from input_pipeline import claims
 from input_pipeline.errors import RequestError
-from input_pipeline.files import read_json, write_json
+from input_pipeline.files import is_unfinished, read_json, write_json
 
 OTHER = "choose another --workdir"
+OWN = ("config.json", "metrics.jsonl", "result.json", "final.npz")  # what a run writes as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,18 @@ class Workdir:
         with owning:
             try:
                 self.check()
+                self._clear()
                 if not self.config.exists():
                     write_json(self.config, self.content)
             finally:
                 hosts.wait_for_all("work directory")
             yield
+
+    def _clear(self) -> None:
+        """Removes what a killed run of this program was writing: half a final.npz may be large."""
+        for path in self.path.iterdir():
+            if any(is_unfinished(path, name) for name in OWN):
+                path.unlink()
 
     def check(self) -> None:
         """Compares what config.json says, if it is there, with this run.

@@ -26,6 +26,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def is_unfinished(path: Path, name: str) -> bool:
+    """Whether it is what a process that was killed within `replacing` left of the file called `name`."""
+    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp", path.name) is not None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically; what JSON has no form for, such as a path, becomes text."""
     with replacing(path) as file:

@@ -59,6 +59,7 @@ def test_only_the_newest_are_kept(saved):
 @pytest.mark.parametrize("left", ["3.orbax-checkpoint-tmp", "3"])
 def test_what_a_killed_save_leaves_is_cleared_away(saved, left):
     (saved / left / "state").mkdir(parents=True)
+    (saved / left / f".{MANIFEST}.0123abcd.tmp").write_text("{")  # killed while it wrote the manifest
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.newest == 2
     checkpoints.save(state_on(jax.devices(), 3))

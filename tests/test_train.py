@@ -366,13 +366,14 @@ def test_a_folder_with_someone_elses_results(capsys, monkeypatch, small_npz, tmp
 def test_a_damaged_checkpoint(command, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    (tmp_path / "run" / "final.npz").unlink()
+    (tmp_path / "run" / "final.npz").rename(tmp_path / "run" / ".final.npz.0123abcd.tmp")  # killed while it wrote it
     for path in (tmp_path / "run" / "checkpoints" / "6").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     done = subprocess.run(**command("--workdir", tmp_path / "run"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"checkpoint .*/6 is damaged: [^\n]+ the one before it is used", done.stderr), done.stderr
     assert "from step 4" in done.stderr
+    assert not list((tmp_path / "run").glob(".*"))
     assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
 
 

@@ -148,7 +148,8 @@ class Runs:
                 os.kill(process, 0)
                 time.sleep(0.005)
                 continue
-            raise AssertionError(f"it ended by itself: {Path(self._said.name).read_text()[-2000:]}")
+            said = Path(self._said.name).read_text()[-2000:]
+            raise AssertionError(f"it ended by itself with exit code {self.finish()}: {said}")
 
     def finish(self) -> int:
         """The exit code of the last one, once it ended."""

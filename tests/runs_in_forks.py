@@ -4,6 +4,7 @@ Of each run it prints the process number at the start and the exit status at the
 no more imports than one.
 """
 
+import faulthandler
 import os
 import sys
 
@@ -12,6 +13,7 @@ import sklearn.datasets  # noqa: F401 (train.py imports it when it opens digits)
 import train
 from input_pipeline.exits import exit_code
 
+faulthandler.enable()
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:

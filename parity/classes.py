@@ -1,4 +1,4 @@
-"""Which label of a dataset is which class of the model's head; both sides open datasets through `open_labelled`.
+"""Matches a dataset's labels to the classes of the model's head; both sides open datasets through `open_labelled`.
 
 Classes are matched by name. A head has names where training left a config.json beside the weights, or where it is
 ImageNet's of 1,000 classes and the dataset has their WordNet ids.

@@ -11,7 +11,7 @@ from input_pipeline.terminal import printable
 
 
 def decode(data: np.ndarray | bytes) -> Image.Image:
-    """As torchvision's `pil_loader`: an array or an encoded file as an RGB image.
+    """Turns an array or an encoded file into an RGB image, as torchvision's `pil_loader` does.
 
     Raises:
         DamagedImage: it is of another format, too large, or damaged.

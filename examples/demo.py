@@ -92,7 +92,9 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
 def full(console: terminal.Console, progress: Progress) -> None:
     """All training digits, and the fine-tuned model on one digit that it has not seen."""
     console.rule("All 1,438 training digits")
-    console.print("the demo takes a minute and a half on two cores, longer on slow ones; the few-shot runs go on beside this one")
+    console.print(
+        "the demo takes a minute and a half on two cores, longer on slow ones; the few-shot runs go on beside this one"
+    )
     workdir = WORKDIR / "full"
     train(["train.py", "digits", "--workdir", str(workdir), *FULL], quiet=False)
     console.print(progress.done("rest", FULL_SHARE))

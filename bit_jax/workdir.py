@@ -58,6 +58,10 @@ class Workdir:
     def final(self) -> Path:
         return self.path / "final.npz"
 
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
         """Within, this run alone writes into the folder; config.json is there. Host 0 owns it for all hosts.

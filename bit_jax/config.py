@@ -120,6 +120,9 @@ class RunConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     """At least 2: one is whole while another is written."""
+    deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """On GPUs, end with the same bytes each time the same run is made, also where it was killed and continued. Steps
+    may take longer. CPUs do so without this flag, which changes nothing there."""
 
 
 @dataclasses.dataclass(frozen=True)

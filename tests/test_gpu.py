@@ -76,7 +76,7 @@ def gpu() -> str:
 
 @pytest.fixture(scope="session")
 def images() -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-1, 1, (4, 48, 48, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
@@ -119,8 +119,9 @@ def relative_error(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -
     return errors.pop("logits"), rms(list(errors.values()))
 
 
-def within_rounding(found, weight_file, images) -> list[tuple[float, float]]:
-    """(error against float64, what float32's rounding explains), of the logits and of the gradients.
+@pytest.fixture(scope="session")
+def float64(small_npz, images) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(logits and gradients in float64, the errors that float32's rounding explains: of the logits, of the gradients).
 
     Rounding happens after every layer and not once, as in
     test_resnetv2.test_float32_errs_no_more_than_its_rounding_explains.
@@ -132,33 +133,31 @@ def within_rounding(found, weight_file, images) -> list[tuple[float, float]]:
         return jnp.asarray(leaf * (1 + np.finfo(np.float32).eps * rng.uniform(-1, 1, leaf.shape)))
 
     with jax.enable_x64(True):
-        model, params = bit_jax.load(weight_file, dtype=jnp.dtype(jnp.float64))
-        exact = logits_and_gradients(model, params, images)
-        moved = [
-            relative_error(logits_and_gradients(model, jax.tree.map(perturbed, params), perturbed(images)), exact)
-            for _ in range(3)
-        ]
-    explained = 2 * np.sqrt(LAYERS) * np.max(moved, axis=0)
-    return list(zip(relative_error(found, exact), explained, strict=True))
+        model, params = bit_jax.load(small_npz, dtype=jnp.dtype(jnp.float64))
+        compute = logits_and_gradients(model)
+        exact = compute(params, images)
+        moved = [relative_error(compute(jax.tree.map(perturbed, params), perturbed(images)), exact) for _ in range(3)]
+    return exact, 2 * np.sqrt(LAYERS) * np.max(moved, axis=0)
 
 
-def test_the_check_of_rounding_passes_float32_and_notices_narrow_products(small_npz, images):
+def test_the_check_of_rounding_passes_float32_and_notices_narrow_products(small_npz, images, float64):
     """It needs no GPU: TF32 keeps 11 bits of a product's operands as float16 does, and float32 keeps 24."""
+    exact, explained = float64
 
-    def found_in(dtype):
-        return logits_and_gradients(*bit_jax.load(small_npz, dtype=jnp.dtype(dtype)), images)
+    def error_in(dtype):
+        model, params = bit_jax.load(small_npz, dtype=jnp.dtype(dtype))
+        return np.array(relative_error(logits_and_gradients(model)(params, images), exact))
 
-    for error, explained in within_rounding(found_in(jnp.float32), small_npz, images):
-        assert 0 < error < explained
-    for error, explained in within_rounding(found_in(jnp.float16), small_npz, images):
-        assert error > 10 * explained
+    assert (error_in(jnp.float32) < explained).all()
+    assert (error_in(jnp.float16) > 10 * explained).all()
 
 
-def test_logits_and_gradients_are_those_of_float64_up_to_rounding(done, small_npz, images):
-    found = dict(np.load(done.folder / "numbers.npz"))
+def test_logits_and_gradients_are_those_of_float64_up_to_rounding(done, float64):
+    found, (exact, explained) = dict(np.load(done.folder / "numbers.npz")), float64
     assert found["logits"].dtype == np.float32
-    for error, explained in within_rounding(found, small_npz, images):
-        assert 0 < error < explained
+    error = np.array(relative_error(found, exact))
+    assert (error > 0).all()
+    assert (error < explained).all()
 
 
 def test_the_same_run_ends_with_the_same_bytes(done):

@@ -123,6 +123,9 @@ class RunConfig:
     profile: int = 0
     """Trace so many steps, after the first few, into WORKDIR/profile: for TensorBoard, and as a table by kind of work,
     which `python -m bit_jax.profile WORKDIR` shows again."""
+    deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """On GPUs, end with the same bytes each time the same run is made, also where it was killed and continued. Steps
+    may take longer. CPUs do so without this flag, which changes nothing there."""
 
 
 @dataclasses.dataclass(frozen=True)

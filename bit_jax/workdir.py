@@ -55,6 +55,10 @@ class Workdir:
         return self.path / "checkpoints"
 
     @property
+    def programs(self) -> Path:
+        return self.path / "programs"
+
+    @property
     def final(self) -> Path:
         return self.path / "final.npz"
 

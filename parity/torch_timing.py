@@ -12,7 +12,7 @@ from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity import timing, torch_input, torch_pipeline
-from parity.torch_side import DTYPES, Result, TorchSide
+from parity.torch_side import AUTOCAST, DTYPES, Result, TorchSide, update
 
 
 class TimedTorch(TorchSide):
@@ -33,11 +33,11 @@ class TimedTorch(TorchSide):
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+        scaler = self._scaler()
 
         def step(call: int) -> None:
             sgd.zero_grad()
-            self._loss(model, *batches[call % count]).backward()
-            sgd.step()
+            update(sgd, scaler, self._loss(model, *batches[call % count]))
             self.devices.wait()
 
         return timing.timed(step, seconds, self.devices.first) | self._used(), None
@@ -50,6 +50,7 @@ class TimedTorch(TorchSide):
         """
         model, devices = self._replica(None), self.devices
         sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+        scaler = self._scaler()
         source, workers = open_source(folder, "train"), max(len(os.sched_getaffinity(0)) // devices.count, 1)
         classes, share = self._classes(), rows // devices.count
 
@@ -59,8 +60,7 @@ class TimedTorch(TorchSide):
             targets = F.one_hot(label, classes).to(images.dtype)
             images, targets = (torch_pipeline.mixup(each, weight) for each in (images, targets))
             sgd.zero_grad()
-            self._loss(model, self._placed(images), targets.to(self.device)).backward()
-            sgd.step()
+            update(sgd, scaler, self._loss(model, self._placed(images), targets.to(self.device)))
             devices.wait()
 
         def evaluate(examples: int) -> int:
@@ -80,7 +80,7 @@ class TimedTorch(TorchSide):
 
     def ceiling(self) -> Result:
         """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
+        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
         left, right = (torch.ones(timing.CEILING, timing.CEILING, dtype=dtype, device=self.device) for _ in range(2))
 
         def multiply(_: int) -> None:

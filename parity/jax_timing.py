@@ -126,7 +126,8 @@ class TimedJax(JaxSide):
         return together * timing.rate(times, len(left)), None
 
     def _training(self, step: Callable[..., tuple[Any, Any]], params: Any, sgd: Any) -> "_Training":
-        state = jax.jit(lambda params: bit_steps.init_state(params, sgd))(params)
+        scales_loss = self.precision.scales_loss
+        state = jax.jit(lambda params: bit_steps.init_state(params, sgd, scales_loss=scales_loss))(params)
         return _Training(step, state, program.compiler_options(self.mesh) if self.side.tuned else None)
 
     def _used(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Throughput:
     """Images a batch, of all devices together."""
     gate_rows: int | None = None
     """Fewer images for the accuracy gate, which also computes in float64 on the CPU: for large models and batches."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     arms: tuple[str, ...] = (
         "torch",
         "torch:channels_last",

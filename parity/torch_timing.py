@@ -13,7 +13,7 @@ from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity import timing, torch_input, torch_pipeline
-from parity.torch_side import DTYPES, Result, TorchSide
+from parity.torch_side import AUTOCAST, DTYPES, Result, TorchSide, update
 
 
 class TimedTorch(TorchSide):
@@ -42,13 +42,12 @@ class TimedTorch(TorchSide):
         """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
-        sgd, losses = self._sgd(model), []
+        sgd, scaler, losses = self._sgd(model), self._scaler(), []
 
         def step(call: int) -> None:
             sgd.zero_grad()
             loss = self._loss(model, *batches[call % count])
-            loss.backward()
-            sgd.step()
+            update(sgd, scaler, loss)
             self.devices.wait()
             if call < timing.STARTS:
                 losses.append(float(self.devices.mean(loss)))
@@ -67,7 +66,7 @@ class TimedTorch(TorchSide):
         DistributedSampler.
         """
         model, devices = self._replica(None), self.devices
-        sgd = self._sgd(model)
+        sgd, scaler = self._sgd(model), self._scaler()
         source, workers = open_source(folder, "train"), max(len(os.sched_getaffinity(0)) // devices.count, 1)
         classes, share = self._classes(), rows // devices.count
 
@@ -77,8 +76,7 @@ class TimedTorch(TorchSide):
             targets = F.one_hot(label, classes).to(images.dtype)
             images, targets = (torch_pipeline.mixup(each, weight) for each in (images, targets))
             sgd.zero_grad()
-            self._loss(model, self._placed(images), targets.to(self.device)).backward()
-            sgd.step()
+            update(sgd, scaler, self._loss(model, self._placed(images), targets.to(self.device)))
             devices.wait()
 
         def evaluate(examples: int) -> int:
@@ -98,7 +96,7 @@ class TimedTorch(TorchSide):
 
     def ceiling(self) -> Result:
         """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
+        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
         left, right = torch.from_numpy(timing.matrices(self.device.type)).to(self.device, dtype)
 
         def multiply(_: int) -> None:

@@ -84,7 +84,7 @@ class Recorder:
         return table
 
 
-def newest_trace(folder: Path) -> ProfileData:
+def newest_trace(folder: Path) -> Any:
     """Raises RunFailed where there is none."""
     found = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -108,7 +108,7 @@ class Event:
     end: float
 
 
-def events(trace: ProfileData) -> Iterator[tuple[str, Event]]:
+def events(trace: Any) -> Iterator[tuple[str, Event]]:
     """(device, event) of what devices did for a program: on GPUs kernels and copies, on CPUs instructions."""
     for plane in trace.planes:
         for line in plane.lines:
@@ -119,9 +119,7 @@ def events(trace: ProfileData) -> Iterator[tuple[str, Event]]:
                     yield plane.name, Event(str(stats["hlo_op"]), module, event.start_ns, event.end_ns)
 
 
-def tabulate(
-    trace: ProfileData, module: hlo.Module, seconds: list[float], device: str, precision: str
-) -> dict[str, Any]:
+def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, precision: str) -> dict[str, Any]:
     """Seconds of a step by kind of work, of one device: the mean over traced steps and devices.
 
     Args:

@@ -131,7 +131,8 @@ class Running:
     def start(cls, step: Step, out: Path, limit: float) -> "Running":
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
             process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
             )

@@ -51,7 +51,8 @@ def on_the_gpu() -> dict[str, str]:
     ours = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
     users = {name: value for name, value in os.environ.items() if name not in ours}
     visible = {} if os.environ["TESTS_GPUS"] == "all" else {"CUDA_VISIBLE_DEVICES": os.environ["TESTS_GPUS"]}
-    return users | visible | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return users | visible | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": paths}
 
 
 def start(*arguments: object) -> subprocess.Popen:

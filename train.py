@@ -16,7 +16,7 @@ import jax
 import tyro
 
 import input_pipeline
-from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, resources, weights, zoo
+from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, profile, resources, weights, zoo
 from bit_jax.precision import choose
 from bit_jax.resnetv2 import is_architecture_name, param_dtype, parse_architecture
 from bit_jax.workdir import Workdir
@@ -38,6 +38,8 @@ def main() -> None:
     if first:
         with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
             terminal.console(width=120).print(metrics.flagperf_row(result))
+            if cfg.run.profile:
+                profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
             print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
 
 

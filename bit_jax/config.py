@@ -120,6 +120,12 @@ class RunConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     """At least 2: one is whole while another is written."""
+    profile: int = 0
+    """Trace so many steps, after the first few, into WORKDIR/profile: for TensorBoard, and as a table by kind of work,
+    which `python -m bit_jax.profile WORKDIR` shows again."""
+    deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """On GPUs, end with the same bytes each time the same run is made, also where it was killed and continued. Steps
+    may take longer. CPUs do so without this flag, which changes nothing there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,12 @@ class Config:
         for flag, value in positive.items():
             if value is not None and value <= 0:
                 raise RequestError(f"{flag} {value} must be greater than 0")
-        for flag, value in {"--seed": self.run.seed, "--warmup-steps": self.optimizer.warmup_steps}.items():
+        not_negative = {
+            "--seed": self.run.seed,
+            "--warmup-steps": self.optimizer.warmup_steps,
+            "--profile": self.run.profile,
+        }
+        for flag, value in not_negative.items():
             if value is not None and value < 0:
                 raise RequestError(f"{flag} {value} must not be negative")
         if self.run.keep_checkpoints < 2:
@@ -173,6 +184,7 @@ _FREE_TO_CHANGE = {
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.profile",
 }
 
 

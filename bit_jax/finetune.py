@@ -15,7 +15,7 @@ from bit_jax.hyperrule import Recipe
 from bit_jax.log import Log
 from bit_jax.loop import BEFORE, Loop, Split
 from bit_jax.precision import choose, products
-from bit_jax.program import compile_program
+from bit_jax.program import compile_program, keep_programs, on_cpu
 from bit_jax.steps import TrainState
 from bit_jax.timeline import Timeline
 from bit_jax.weights import Architecture, Params
@@ -64,6 +64,8 @@ def finetune(
         checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
         start = checkpoints.newest or 0
         batches = train.batches.train(start, recipe.schedule.steps)  # the first are read while the program compiles
+        if cfg.run.deterministic and not on_cpu(mesh):
+            keep_programs(workdir.programs)
         with timeline("compilation"):
             program = compile_program(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
         if start:

@@ -155,8 +155,12 @@ class Module:
         return sum(
             times * max(self._flops(line) / flops, self._moved(line) / bandwidth)
             for line, times in self.executed()
-            if not (_moves_nothing(line) or _is_collective(line))
+            if not (_moves_nothing(line) or is_collective(line))
         )
+
+    def work(self, line: Instruction) -> tuple[float, int]:
+        """(floating-point operations, bytes moved) of one instruction, each time it runs."""
+        return self._flops(line), 0 if _moves_nothing(line) else self._moved(line)
 
     def traffic(self) -> dict[str, int]:
         """Bytes read from and written to device memory, by what moves them: convolutions, collectives, copies, other.
@@ -170,7 +174,7 @@ class Module:
                 continue
             if is_convolution(instruction):
                 kind = "convolutions"
-            elif _is_collective(instruction):
+            elif is_collective(instruction):
                 kind = "collectives"
             elif instruction.opcode == "copy":
                 kind = "copies"
@@ -284,7 +288,7 @@ def _moves_nothing(line: Instruction) -> bool:
     return line.opcode in _FREE or line.opcode.endswith("-done")
 
 
-def _is_collective(line: Instruction) -> bool:
+def is_collective(line: Instruction) -> bool:
     return line.opcode.removesuffix("-start") in COLLECTIVES
 
 

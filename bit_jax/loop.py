@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from bit_jax import hosts, profile
 from bit_jax import mesh as meshes
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import Config
@@ -87,10 +88,20 @@ class Loop:
     ) -> tuple[TrainState, Accuracy | None]:
         """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
         run, steps = self.cfg.run, self.recipe.schedule.steps
+        recorder = profile.Recorder(
+            self.workdir.profile,
+            self.program.train_step,
+            self.cfg.model.precision,
+            left=range(start + 1, steps + 1),
+            wanted=run.profile if hosts.is_first() else 0,
+        )
         for index, batch in self.timeline.waiting("input", batches):
             step = index + 1
+            recorder.before(step)
             with self.timeline("steps"):
                 state, said = jax.block_until_ready(self.program.train_step(state, self.with_signal(batch)))
+            if (table := recorder.after(step)) is not None:
+                self.log.note(profile.sentence(table, self.workdir.path))
             self.check(said, step, state, batch)
             self.replaced += int(said["replaced"])
             self.log.advance(step)

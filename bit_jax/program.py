@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from bit_jax import mesh as meshes
@@ -96,7 +98,7 @@ def compile_program(
     """Compiles both steps ahead of time, so that no training step pays for it; the state then lies as the training
     step wants it, and parameters are standardized into what the evaluation step wants."""
     made = make_steps(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
-    options = compiler_options(mesh)
+    options = compiler_options(mesh, deterministic=cfg.run.deterministic)
     train_step = made.lower_train_step().compile(compiler_options=options)
     eval_step = made.lower_eval_step().compile(compiler_options=options)
     state = meshes.laid_out(made.state, train_step.input_formats[0][0])
@@ -111,6 +113,27 @@ def compile_program(
     )
 
 
+def keep_programs(directory: Path) -> None:
+    """Every program compiled from here on is kept in the directory, and the next process that would compile the same
+    program takes it from there. On several hosts, all of them run the program that host 0 compiled.
+
+    A program that is compiled anew need not round as before: where two of its cost estimates are nearly equal, XLA may
+    fuse other operations in another process (https://github.com/openxla/xla/issues/49047).
+    """
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        # not XLA's measured choices of algorithms beside the programs: their path would become part of a program's key,
+        # and the programs would not be found again in a directory that was moved
+        "jax_persistent_cache_enable_xla_caches": "none",
+        "jax_share_binary_between_hosts": jax.process_count() > 1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX goes on with the directory that it first used
+
+
 def tuned(model: ResNetV2, mesh: Mesh) -> ResNetV2:
     """The same function of its parameters and images, written as it runs best on the mesh's devices.
 
@@ -118,10 +141,10 @@ def tuned(model: ResNetV2, mesh: Mesh) -> ResNetV2:
     GPUs cuDNN's convolutions need no change of layout between them, which products do: 272 instead of 215 GB of memory
     traffic in a step of R152x2.
     """
-    return model.clone(paced=_hides_collectives(mesh), products=_on_cpu(mesh))
+    return model.clone(paced=_hides_collectives(mesh), products=on_cpu(mesh))
 
 
-def _on_cpu(mesh: Mesh) -> bool:
+def on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -134,7 +157,7 @@ YNNPACK = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 TOGETHER = 32 * 2**20  # bytes, over all devices, that one collective moves: enough for full bandwidth on NVLink
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> dict[str, str | bool]:
     """XLA's, beside its defaults.
 
     On GPUs values that the program rounds to bfloat16 stay rounded. By default XLA keeps float32 beside them where it
@@ -146,13 +169,24 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
 
     On CPUs matrix products and sums are YNNPACK's, as by default, but convolutions are not: XLA's own, of Eigen, take
     half to all of its time. Vectors are as wide as the processor has them.
+
+    `deterministic` changes nothing on CPUs. On GPUs it excludes algorithms that add in a different order each time, and
+    XLA takes the first algorithm that compiles instead of the one that it just measured as the fastest. The first
+    option does both, but parts of XLA look at the second one alone. The third leaves matrix products to cuBLAS: XLA of
+    JAX 0.11 uses no Triton kernels in deterministic programs, and yet makes fusions that only Triton can compile.
     """
-    if _on_cpu(mesh):
+    if on_cpu(mesh):
         return {"xla_cpu_experimental_ynn_fusion_type": YNNPACK, "xla_cpu_prefer_vector_width": "512"}
-    rounded: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+    options: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+    if deterministic:
+        options |= {
+            "xla_gpu_deterministic_ops": True,
+            "xla_gpu_exclude_nondeterministic_ops": True,
+            "xla_gpu_enable_triton_gemm": False,
+        }
     if not _hides_collectives(mesh):
-        return rounded
-    return rounded | {
+        return options
+    return options | {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_all_gather_combine_threshold_bytes": str(TOGETHER),
         "xla_gpu_all_reduce_combine_threshold_bytes": str(TOGETHER),

@@ -55,8 +55,16 @@ class Workdir:
         return self.path / "checkpoints"
 
     @property
+    def programs(self) -> Path:
+        return self.path / "programs"
+
+    @property
     def final(self) -> Path:
         return self.path / "final.npz"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

@@ -18,7 +18,8 @@ EXPLAINS = {
     "training examples": "the two do not read the same dataset",
     "evaluation examples": "the two do not read the same dataset",
 }
-PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}  # tf32: whatever the hardware has
+# tf32: whatever the hardware has
+PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 UNKNOWN = "unknown"
 
 

@@ -404,10 +404,12 @@ def turned_image() -> Any:
 
 
 def _rounded(x: Any, bits: int) -> Any:
-    """float32 numbers with `bits` behind the point, as tensor cores read them; others as they are."""
+    """float32 and float16 numbers with `bits` behind the point, as tensor cores read them; others as they are."""
     import jax.numpy as jnp
     from jax import lax
 
+    if x.dtype == jnp.float16:
+        return lax.reduce_precision(x, exponent_bits=5, mantissa_bits=bits)
     if x.dtype != jnp.float32:
         return x
     raw = lax.bitcast_convert_type(x, jnp.uint32)
@@ -462,3 +464,31 @@ def tf32_backward() -> Any:
         return narrow(convolve(image, kernel, *more, **settings))
 
     return mock.patch.object(lax, "conv_general_dilated", narrowed)
+
+
+@fault("bfloat16 products in float16", "forward", "matrix products", precision="fp16", attested="matrix products")
+def bfloat16_in_float16() -> Any:
+    return _narrow_products(7)
+
+
+def _scaling(change: Callable[[Any], Any]) -> Any:
+    """Gradients of the loss at another scale than was asked for; what they are divided by follows."""
+    from bit_jax import steps
+
+    whole = steps.loss_and_gradients
+
+    def changed(model, params, images, targets, microbatches=1, scale=None):
+        return whole(model, params, images, targets, microbatches, None if scale is None else change(scale))
+
+    return mock.patch("bit_jax.steps.loss_and_gradients", changed)
+
+
+@fault("gradients of the unscaled loss in float16", "gradients", "resnet/", precision="fp16")
+def unscaled() -> Any:
+    return _scaling(lambda scale: scale / scale)
+
+
+@fault("gradients of the loss scaled by its square in float16", "gradients", "loss scale", precision="fp16")
+def squared_scale() -> Any:
+    """They overflow at scales at which the other side's are finite."""
+    return _scaling(lambda scale: scale * scale)

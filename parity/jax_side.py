@@ -88,6 +88,10 @@ class JaxSide:
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
         } | inputs.described(dataset), None
 
+    def products(self) -> Result:
+        """What a matrix product and a convolution multiply with."""
+        return products(self.precision), None
+
     def weights(self) -> Result:
         return None, self._named(self.model()[1])
 
@@ -140,16 +144,22 @@ class JaxSide:
 
         return None, _arrays(self._jit(losses)(self._disturbed_params(params, disturb), images, targets))
 
-    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None) -> Result:
-        """Of the mean loss of each of `count` batches, by every parameter."""
+    def gradients(
+        self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = steps.FIRST_SCALE
+    ) -> Result:
+        """Of the mean loss of each of `count` batches, by every parameter; in float16 of the loss times `scale`, and
+        divided by it. Says how many batches' gradients are not finite."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
         gradients = self._jit(lambda *given: self._loss_and_gradients(model, *given)[1])
-        saved = {}
+        loss_scale = jnp.float32(scale) if self.precision.scales_loss else None
+        saved, overflows = {}, 0
         for number in range(count):
-            saved |= self._named(gradients(params, *self._mixed(mixed, number, disturb)), f"{number}/")
+            named = self._named(gradients(params, *self._mixed(mixed, number, disturb), loss_scale), f"{number}/")
+            saved |= named
+            overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)
-        return None, saved
+        return {"overflows": overflows}, saved
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
@@ -170,19 +180,31 @@ class JaxSide:
         after = optax.tree_utils.tree_get(state.opt_state, "trace")
         return None, self._named(state.params, "params/") | self._named(after, "momentum/")
 
-    def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the parameters after them."""
+    def curve(
+        self,
+        mixed: str,
+        count: int,
+        schedule: dict,
+        momentum: float,
+        disturb: Disturb | None = None,
+        scale: float = steps.FIRST_SCALE,
+    ) -> Result:
+        """The loss of each of `count` steps on the replayed batches, and the parameters after them; in float16 with a
+        `LossScale`, from `scale` on. Says how many steps it skipped."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
         sgd = optimizer.sgd(_schedule(schedule), momentum)
-        state = steps.init_state(params, sgd)
+        state = steps.init_state(params, sgd, scales_loss=self.precision.scales_loss)
+        if state.loss_scale is not None:
+            state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
         train_step = self._jit(lambda *given: self._step(model, sgd, *given))
         losses = []
         for number in range(count):
             state, loss = train_step(state, *self._mixed(mixed, number, disturb))
             losses.append(np.asarray(loss))
             self.progress(number + 1, count)
-        return None, {"losses": np.stack(losses)} | self._named(state.params, "params/")
+        overflows = 0 if state.loss_scale is None else int(state.loss_scale.skipped)
+        return {"overflows": overflows}, {"losses": np.stack(losses)} | self._named(state.params, "params/")
 
     def accuracy(
         self,
@@ -225,11 +247,12 @@ class JaxSide:
         }
         return totals | {"examples": len(source)}, saved
 
-    def _loss_and_gradients(self, model, params, images, targets):
-        return steps.loss_and_gradients(model, params, images, targets, self.side.microbatches)
+    def _loss_and_gradients(self, model, params, images, targets, scale):
+        return steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, scale)
 
     def _step(self, model, sgd, state, images, targets):
-        loss, gradients = self._loss_and_gradients(model, state.params, images, targets)
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        loss, gradients = self._loss_and_gradients(model, state.params, images, targets, scale)
         return steps.update_if_finite(state, loss, gradients, sgd), loss
 
     def _param(self, array: np.ndarray) -> jax.Array:

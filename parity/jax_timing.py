@@ -24,21 +24,21 @@ class _Training:
     """Steps of training, each finished when its call returns.
 
     Attributes:
-        state: after the last of them.
+        state, loss: after the last of them, and of it.
 
     Compiled at the first call; with compiler options as train.py compiles it, so that the state lies as the step wants
     it.
     """
 
     def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, options: dict[str, Any] | None):
-        self.state = state
+        self.state, self.loss = state, jnp.zeros(())
         self._step, self._options = step, options
         self._compiled: Callable[..., tuple[Any, Any]] | None = None
 
     def __call__(self, *batch: Any) -> None:
         if self._compiled is None:
             self._compiled = self._compile(*batch)
-        self.state, _ = jax.block_until_ready(self._compiled(self.state, *batch))
+        self.state, self.loss = jax.block_until_ready(self._compiled(self.state, *batch))
 
     def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
         if self._options is None:
@@ -58,6 +58,8 @@ class _Training:
 
 
 class TimedJax(JaxSide):
+    _call: Callable[[int], None]  # what `again` repeats
+
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of the forward pass on `count` batches in turn: see `timing.timed`."""
         model, params = self.model()
@@ -65,16 +67,28 @@ class TimedJax(JaxSide):
         if self.side.tuned:  # as train.py's evaluation
             model, params = model.clone(standardized=True), self._jit(bit_steps.standardized)(params)
         apply = self._jit(lambda params, images: bit_steps.apply_model(model, params, images))
-        times = timing.timed(lambda call: jax.block_until_ready(apply(params, batches[call % count])), seconds)
-        return times | self._used(), None
+        self._call = lambda call: jax.block_until_ready(apply(params, batches[call % count]))
+        return timing.timed(self._call, seconds) | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`."""
+        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
         training = self._training(lambda *given: self._step(model, sgd, *given), params, sgd)
-        return timing.timed(lambda call: training(*batches[call % count]), seconds) | self._used(), None
+        losses = []
+
+        def call(number: int) -> None:
+            training(*batches[number % count])
+            if number < timing.STARTS:
+                losses.append(float(training.loss))
+
+        self._call = call
+        return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
+
+    def again(self, seconds: float) -> Result:
+        """What was timed last, for so many seconds more."""
+        return {"calls": timing.repeated(self._call, seconds)} | self._used(), None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first, with train.py's loader and steps: see
@@ -104,14 +118,16 @@ class TimedJax(JaxSide):
 
     def ceiling(self) -> Result:
         """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        left, right = (jnp.ones((timing.CEILING, timing.CEILING), self.precision.dtype) for _ in range(2))
+        platform = self.mesh.devices.flat[0].platform
+        left, right = jnp.asarray(timing.matrices(platform), self.precision.dtype)
         multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))
         times = timing.timed(lambda _: jax.block_until_ready(multiply(left, right)), timing.CEILING_SECONDS)
-        together = self.side.devices if self.mesh.devices.flat[0].platform != "cpu" else 1  # virtual ones share a CPU
-        return together * timing.rate(times), None
+        together = self.side.devices if platform != "cpu" else 1  # virtual ones share a CPU
+        return together * timing.rate(times, len(left)), None
 
     def _training(self, step: Callable[..., tuple[Any, Any]], params: Any, sgd: Any) -> "_Training":
-        state = jax.jit(lambda params: bit_steps.init_state(params, sgd))(params)
+        scales_loss = self.precision.scales_loss
+        state = jax.jit(lambda params: bit_steps.init_state(params, sgd, scales_loss=scales_loss))(params)
         return _Training(step, state, program.compiler_options(self.mesh) if self.side.tuned else None)
 
     def _used(self) -> dict[str, Any]:

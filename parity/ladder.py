@@ -271,8 +271,8 @@ def _save(path: Path, batches: inputs.Batches) -> None:
     np.savez(path, **arrays)
 
 
-# The spacing of floating-point numbers at 1; TF32 keeps 10 bits behind the point, bfloat16 7.
-ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp64": 2.0**-52}
+# The spacing of floating-point numbers at 1; TF32 and float16 keep 10 bits behind the point, bfloat16 7.
+ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
 
 
 @contextlib.contextmanager

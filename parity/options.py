@@ -16,8 +16,9 @@ class Options:
 
     weights: str = "embedded"
     """A published name, the path of an .npz, `embedded`, or random:R50x1 for random weights in that architecture."""
-    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
-    """What is judged against float64 once float64 itself agrees. fp64: float64 alone."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
+    """What is judged against float64 once float64 itself agrees. fp16: gradients are of the scaled loss, as in
+    training. fp64: float64 alone."""
     reference: str = "torch"
     """torch[:devices=N,compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
     hugepages]."""

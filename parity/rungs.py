@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from bit_jax.hyperrule import resolution
+from bit_jax.steps import FIRST_SCALE
 from input_pipeline.preprocess import Views
 from parity import inputs, oracle
 from parity.accuracy import accuracy
-from parity.ladder import ULP, Ladder, RungResult
+from parity.attestation import PRODUCTS
+from parity.ladder import ROLES, ULP, Ladder, RungResult
 from parity.oracle import GATE, MULTIPLE, Line
 from parity.worker import Arrays
 
@@ -24,6 +26,11 @@ EPOCHS = 2  # of the pixels rung: augmentation differs between them
 SCHEDULE_STEP = 2  # of the optimizer rung: inside the warm-up, where the rate changes every step
 NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500
 SHOWN = 3  # names of arrays in a line that tells of a further look
+LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are wrong
+LOSS_SCALE = "loss scale"  # the line that tells of it
+# times: autocast keeps the head kernel's gradient in float16, JAX in float32, so right sides overflow at other scales:
+# a random R14x0.5's at 2^16 in PyTorch alone, at 2^14 in neither. A loss that is scaled twice is 2^9 times apart.
+SCALES_APART = 64.0
 DISTURBED_ULPS = 16.0  # float64's own rounding, when a chaotic curve has to be told from a wrong one
 
 
@@ -55,6 +62,8 @@ def pixels(ladder: Ladder) -> RungResult:
 def forward(ladder: Ladder) -> RungResult:
     """Every unit's output, free-running; where one differs, also of units that are fed the reference's input."""
     result = _judge(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)}, _single)
+    if ladder.options.precision == "fp16" and result.verdict != "bug":
+        _name_products(ladder, result)
     if ladder.options.precision != "fp64" and result.verdict != "bug":
         ulps = ladder.amplitude_in_ulp
         result.details["amplitude"] = {"ulp": ulps, "precision": ladder.options.precision}
@@ -66,10 +75,28 @@ def forward(ladder: Ladder) -> RungResult:
     unseen = [line.name for line in result.lines if line.note.startswith(NOT_COMPARED)]
     if unseen:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
-    failed = [line for line in result.lines if line.verdict == "bug" and line.name != "all units"]
+    failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
     if failed:
         _diverge(ladder, result, failed)
     return result
+
+
+OPERANDS = ("matrix products", "convolution products")  # of what: lines of `_name_products`
+
+
+def _name_products(ladder: Ladder, result: RungResult) -> None:
+    """A bug, said first, for each kind of product that a side does not multiply in float16. It errs 8 times less than
+    bfloat16, which is within `NARROW` and hardly beyond what errors may differ by, so errors alone would not tell."""
+    precision = ladder.options.precision
+    wrong = [
+        (kind, f"{precision} was asked for, but the {role} multiplies in {used}")
+        for role in ROLES
+        for kind, used in zip(OPERANDS, ladder.ask(role, precision, "products").info, strict=True)
+        if used != PRODUCTS[precision]
+    ]
+    lines = [Line("forward", kind, precision, "bug", np.inf, 0.0, note=note) for kind, note in wrong]
+    result.lines[:0] = lines
+    result.findings += [f"{kind}: {note}" for kind, note in wrong]
 
 
 def loss(ladder: Ladder) -> RungResult:
@@ -90,8 +117,9 @@ def gradients(ladder: Ladder) -> RungResult:
         "gradients",
         lambda look: {"mixed": ladder.mixed_pictures(look), "count": batches},
         _by_batch,
+        differentiates=True,
     )
-    failed = [line for line in result.lines if line.verdict == "bug"]
+    failed = [line for line in result.lines if line.verdict == "bug" and line.name != LOSS_SCALE]
     if failed:
         last = max(failed, key=lambda line: _order(line.name))
         result.findings.append(
@@ -121,7 +149,13 @@ def curve(ladder: Ladder) -> RungResult:
     options = ladder.options
     training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
     result = _judge(
-        ladder, "curve", "curve", lambda look: {"mixed": ladder.mixed_batches(look)} | training, _single, chaotic=True
+        ladder,
+        "curve",
+        "curve",
+        lambda look: {"mixed": ladder.mixed_batches(look)} | training,
+        _single,
+        chaotic=True,
+        differentiates=True,
     )
     reference, candidate = result.details["losses"]["fp64"]
     apart = np.abs(np.subtract(reference, candidate)) > GATE * np.abs(reference)
@@ -158,6 +192,7 @@ def _judge(
     *,
     disturb: bool = True,
     chaotic: bool = False,
+    differentiates: bool = False,
 ) -> RungResult:
     """Float64, then the precision asked for; lines that luck may have brought beyond their limits are looked at again.
 
@@ -167,6 +202,7 @@ def _judge(
         group: the answer's arrays by name, one a batch.
         disturb: whether the task can be disturbed to see which error to expect; else one ulp is.
         chaotic: whether rounding may grow so much that float64 has to be disturbed too, to tell.
+        differentiates: whether the task takes gradients: in float16 of the scaled loss, see `_loss_scales`.
     """
     precision, fail_fast = ladder.options.precision, ladder.options.fail_fast
     reference, candidate = ladder.both("fp64", task, **arguments(0))
@@ -187,18 +223,27 @@ def _judge(
     if result.verdict == "bug" or precision == "fp64":
         return result
 
+    def scaled(look: int) -> dict[str, Any]:
+        """What both sides are told beside the arguments: the same scale."""
+        if not (differentiates and precision == "fp16"):
+            return {}
+        return {"scale": min(_loss_scales(ladder, task, arguments(look)).values())}
+
     def measured(look: int, doubtful: Sequence[str] | None = None) -> dict[str, oracle.Look]:
-        return _look(ladder, task, arguments(look), group, look, doubtful, disturb=disturb)
+        return _look(ladder, task, arguments(look), scaled(look), group, look, doubtful, disturb=disturb)
 
     lines = oracle.look_again(
         measured(0),
         _telling(ladder, measured),
         lambda name, looks: oracle.calibrated(rung, name, precision, looks),
     )
+    if scaled(0):
+        lines.insert(0, line := _scale_line(rung, precision, _loss_scales(ladder, task, arguments(0))))
+        result.findings += [line.note] if line.note else []
     failed = next((place for place, line in enumerate(lines) if line.verdict == "bug"), len(lines))
     result.lines += lines[: failed + 1] if fail_fast else lines
     if "losses" in reference.names:
-        results = ladder.both(precision, task, **arguments(0))
+        results = ladder.both(precision, task, **arguments(0), **scaled(0))
         result.details["losses"][precision] = [side["losses"].tolist() for side in results]
     return result
 
@@ -221,17 +266,21 @@ def _look(
     ladder: Ladder,
     task: str,
     arguments: dict[str, Any],
+    scaled: dict[str, Any],
     group: Grouping,
     number: int,
     names: Sequence[str] | None,
     *,
     disturb: bool,
 ) -> dict[str, oracle.Look]:
-    """One look in the precision asked for; at the arrays of those names, or all."""
+    """One look in the precision asked for, where the task is told `scaled` too; at the arrays of those names, or
+    all."""
     exact = group(ladder.ask("reference", "fp64", task, **arguments).arrays)
     disturbed = ladder.disturbed(task, MULTIPLE * ladder.amplitude, number, **arguments) if disturb else []
     others = [group(arrays) for arrays in disturbed]
-    reference, candidate = (group(arrays) for arrays in ladder.both(ladder.options.precision, task, **arguments))
+    reference, candidate = (
+        group(arrays) for arrays in ladder.both(ladder.options.precision, task, **arguments, **scaled)
+    )
     return {
         name: oracle.look(
             _read(batches), _read(reference[name]), _read(candidate[name]), [_read(other[name]) for other in others]
@@ -239,6 +288,36 @@ def _look(
         for name, batches in exact.items()
         if name in reference and name in candidate and (names is None or name in names)
     }
+
+
+def _loss_scales(ladder: Ladder, task: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """{role: the largest of train.py's first loss scale and its halves at which no gradient of that side overflows in
+    float16}. Training, too, halves its scale until none does; both sides are judged at the smaller of theirs."""
+    scales = {}
+    for role in ROLES:
+        scale = FIRST_SCALE
+        while scale > LEAST_SCALE:
+            answer = ladder.ask(role, ladder.options.precision, task, **arguments, scale=scale)
+            if not answer.info["overflows"]:
+                break
+            answer.discard()
+            scale /= 2
+        scales[role] = scale
+    return scales
+
+
+def _scale_line(rung: str, precision: str, scales: dict[str, float]) -> Line:
+    """A bug where gradients of one side are finite at more than SCALES_APART times the other's scale; within that, it
+    is said."""
+    reference, candidate = (scales[role] for role in ROLES)
+    apart = max(reference, candidate) / min(reference, candidate)
+    note = ""
+    if (reference, candidate) != (FIRST_SCALE, FIRST_SCALE):
+        note = (
+            f"gradients are finite up to a loss scale of {reference:g} on the reference, {candidate:g} on the candidate"
+        )
+    verdict = "equal" if apart == 1 else "rounding" if apart <= SCALES_APART else "bug"
+    return Line(rung, LOSS_SCALE, precision, verdict, apart - 1, SCALES_APART - 1, note=note)
 
 
 def _gate(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:

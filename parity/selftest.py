@@ -1,5 +1,7 @@
 """Does the ladder find what it claims to find? Known faults injected into one side, one after the other."""
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -44,9 +46,15 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
         raise RequestError(f"unknown fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
     passed = True
     console.print("faults injected into one side, and the first array that differs:")
-    with working_folder() as folder, Ladder(SMALL, folder, console) as ladder:
+    ladders: dict[str, Ladder] = {}
+    with contextlib.ExitStack() as stack:
         for fault in [FAULTS[name] for name in names or FAULTS]:
-            failed, found = inject(ladder, fault)
+            precision = "fp16" if fault.precision == "fp16" else SMALL.precision  # float64 is part of either
+            if precision not in ladders:
+                options = dataclasses.replace(SMALL, precision=precision)
+                ladder = Ladder(options, stack.enter_context(working_folder()), console)
+                ladders[precision] = stack.enter_context(ladder)
+            failed, found = inject(ladders[precision], fault)
             passed = passed and found
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
             if not found:

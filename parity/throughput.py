@@ -29,7 +29,7 @@ from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity import faults, flops, inputs, report, throughput_report, timing
 from parity.ladder import RANDOM, ULP, working_folder
-from parity.oracle import MULTIPLE, Line, Look, calibrated, look, look_again
+from parity.oracle import MULTIPLE, Line, Look, Verdict, calibrated, look, look_again
 from parity.side import Side, parse_side
 from parity.worker import Answer, Worker
 
@@ -40,6 +40,7 @@ BATCHES = 3  # that are worked on in turn
 GATE_LR = 1e-4
 ORACLE = Side("torch")  # which computes in float64
 DISTURBANCES = 3
+LOSSES_AGREE = 0.02  # relative; of `--gate losses`
 LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
 
 
@@ -62,7 +63,7 @@ class Throughput:
     """Images a batch, of all devices together."""
     gate_rows: int | None = None
     """Fewer images for the accuracy gate, which also computes in float64 on the CPU: for large models and batches."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     arms: tuple[str, ...] = (
         "torch",
         "torch:channels_last",
@@ -79,6 +80,12 @@ class Throughput:
     """Of each arm, one after the other, in turns with the other arms'."""
     seconds: float = 10.0
     """That each process is timed, behind compilation and warm-up; not in a loop."""
+    together: bool = False
+    """Start one process of each arm, keep all of them, and time them in turns, `--processes` times: compiles once. On
+    GPUs whose memory holds all arms."""
+    gate: Literal["float64", "losses"] = "float64"
+    """What an arm must pass. float64: its losses are float64's up to rounding. losses: the loss of its first timed step
+    is PyTorch's within 2 %: for work too large for float64. `parity gradients` judges the same model in full."""
     seed: int = 0
     """Of weights, images and labels."""
     json: UserPath | None = None
@@ -104,6 +111,10 @@ class Throughput:
             raise RequestError("--arms needs one of PyTorch, which the others' errors are compared with")
         if (self.work == "loop") != (self.folder is not None):
             raise RequestError("--work loop needs --folder, and nothing else takes it")
+        if self.work == "loop" and self.together:
+            raise RequestError("--work loop takes no --together: its images would be read at once")
+        if self.work != "train" and self.gate == "losses":
+            raise RequestError(f"--gate losses is for --work train, not for {self.work}")
         if self.folder is not None:
             wanted = timing.EVALUATED * self.rows
             if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
@@ -133,29 +144,78 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
     """
     with working_folder() as folder:
         bench = _Bench(options, folder)
-        gate = bench.gate(console)
+        gate = bench.gate(console) if options.gate == "float64" else {}
         for arm, line in gate.items():
             if line.verdict == "bug":
                 console.print(f"{arm} is not timed: {line.note}", style="bold red")
-        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm, line in gate.items() if line.verdict != "bug"}
-        if not gate:
+        wrong = [arm for arm, line in gate.items() if line.verdict == "bug"]
+        arms = [arm for arm in bench.sides if arm not in (*wrong, *bench.failed)]
+        if not arms and not wrong:
             raise bench.no_arm_left()
-        if not measured:
+        if not arms:
             raise RunFailed("no arm's loss is float64's up to rounding; there is nothing to time")
-        ceilings: dict[tuple[str, int], list[float]] = {}
-        for process in range(options.processes):
-            for arm in _in_turn(list(measured), process):
-                side = bench.sides[arm]
-                with bench.may_fail(arm, console), bench.process(side, options.precision, "timed") as ask:
-                    times = ask(f"{options.work}_time", **bench.timed).info
-                    ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
-                    measured[arm].append(times)
-                    rate = _rate(options, times)
-                    console.print(f"{process + 1}/{options.processes}  {arm}: {rate:.2f} images/s")
-            measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
+        ceilings: Ceilings = {}
+        rounds = (_together if options.together else _one_by_one)(bench, arms, ceilings, console)
+        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+        for number, arm, times in rounds:
+            measured[arm].append(times)
+            console.print(f"{number + 1}/{options.processes}  {arm}: {_rate(options, times):.2f} images/s")
+        measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
         if not measured:
             raise bench.no_arm_left()
+        if options.gate == "losses":
+            gate = _same_losses(options, {arm: times[0]["losses"] for arm, times in measured.items()})
         return _report(options, bench, gate, measured, ceilings)
+
+
+Round = tuple[int, str, dict[str, Any]]  # (its number, arm, what was timed)
+Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): of products, each time they were timed}
+
+
+def _one_by_one(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
+    """A new process for each arm in each round."""
+    for number in range(bench.options.processes):
+        for arm in _in_turn(arms, number):
+            side = bench.sides[arm]
+            with bench.may_fail(arm, console), bench.process(side, bench.options.precision, "timed") as ask:
+                times = ask(f"{bench.options.work}_time", **bench.timed).info
+                ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
+                yield number, arm, times
+
+
+def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
+    """One process for each arm, all of them there from the first round to the last; only one works at a time."""
+    options = bench.options
+    with contextlib.ExitStack() as stack:
+        started: dict[str, tuple[_Asking, dict[str, Any]]] = {}
+        for arm in arms:
+            side = bench.sides[arm]
+            with bench.may_fail(arm, console):
+                ask = stack.enter_context(bench.process(side, options.precision, "timed"))
+                first = ask(f"{options.work}_time", **(bench.timed | {"seconds": 0})).info
+                ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
+                console.print(f"{arm} has compiled, {first['first']:.0f} s")
+                started[arm] = ask, first
+        for number in range(options.processes):
+            for arm in _in_turn([arm for arm in started if arm not in bench.failed], number):
+                ask, first = started[arm]
+                with bench.may_fail(arm, console):
+                    yield number, arm, first | ask("again", seconds=options.seconds).info
+
+
+def _same_losses(options: Throughput, losses: dict[str, list[float]]) -> dict[str, Line]:
+    """{arm: whether its first loss is what the arms of PyTorch say in their median}. Later ones depend on rounding too
+    much: of a random R14x0.5 in float32 the third differs by 2 %."""
+    firsts = {arm: own[0] for arm, own in losses.items()}
+    agreed = statistics.median(loss for arm, loss in firsts.items() if parse_side(arm).framework == "torch")
+    lines = {}
+    for arm, own in firsts.items():
+        apart = abs(own / agreed - 1)
+        right = apart <= LOSSES_AGREE  # not where it is NaN
+        verdict: Verdict = "rounding" if right else "bug"
+        note = "" if right else f"its first loss is {own:.6g}, PyTorch's {agreed:.6g}"
+        lines[arm] = Line("loss", arm, options.precision, verdict, apart, LOSSES_AGREE, note=note)
+    return lines
 
 
 class _Bench:
@@ -303,7 +363,7 @@ def _report(
     bench: _Bench,
     gate: dict[str, Line],
     measured: dict[str, list[dict[str, Any]]],
-    ceilings: dict[tuple[str, int], list[float]],
+    ceilings: "Ceilings",
 ) -> dict[str, Any]:
     """`ceilings` are those of each framework, on so many devices."""
     count = flops.forward if options.work == "forward" else flops.training_step
@@ -329,7 +389,7 @@ def _report(
 
 def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
     rates = [_rate(options, process) for process in processes]
-    again = processes[1:]
+    again = [] if options.together else processes[1:]
     return {
         "images_per_s": statistics.median(rates),
         "images_per_s_of_processes": rates,

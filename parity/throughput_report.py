@@ -106,8 +106,11 @@ def sentences(report: Report) -> list[str]:
 
 
 def refused(report: Report) -> list[str]:
+    def so(arm: str) -> str:
+        return "was timed, but not rightly" if arm in report["arms"] else "was not timed"
+
     return [f"{arm} failed: {why}" for arm, why in report["failed"].items()] + [
-        f"{arm} was not timed: its loss is wrong: {line['note']}"
+        f"{arm} {so(arm)}: its loss is wrong: {line['note']}"
         for arm, line in report["gate"].items()
         if line["verdict"] == "bug"
     ]

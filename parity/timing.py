@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from bit_jax.timeline import Timeline, rates
 
 WARM_UP = 2  # calls after the first, in which allocators and caches settle
 STARTS = 1 + WARM_UP
 LEAST = 3  # timed calls, however long they take
-CEILING, CEILING_SECONDS = 2048, 1.0  # side of the matrices, and how long they are multiplied
+CEILING = {"cpu": 2048, "gpu": 8192}  # side of the matrices that show what products a device reaches
+CEILING_SECONDS = 1.0  # that they are multiplied
 MOMENTUM, MIXUP = 0.9, 0.1
 EVALUATED = 8  # batches
 SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": (), "steps": 10**6}
@@ -30,16 +33,20 @@ def timed(
     Returns:
         {"calls": seconds of each, "first": what the first call took longer than the median: compilation}.
     """
+    first, *_ = [_seconds(call, number) for number in range(STARTS)]
+    calls = repeated(call, seconds, agreed)
+    return {"calls": calls, "first": max(first - statistics.median(calls), 0.0)}
 
-    def once(number: int) -> float:
-        return _seconds(lambda: call(number))
 
-    first, *_ = [once(number) for number in range(STARTS)]
+def repeated(
+    call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own
+) -> list[float]:
+    """Seconds of each call, after the first ones; see `timed`."""
     calls: list[float] = []
     end = time.perf_counter() + seconds
     while agreed(len(calls) < LEAST or time.perf_counter() < end):
-        calls.append(once(STARTS + len(calls)))
-    return {"calls": calls, "first": max(first - statistics.median(calls), 0.0)}
+        calls.append(_seconds(call, STARTS + len(calls)))
+    return calls
 
 
 def whole_loop(
@@ -80,15 +87,21 @@ def whole_loop(
     } | rates(timeline, rows * steps)
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[..., None], *arguments: Any) -> float:
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
 
 
-def rate(times: dict[str, Any]) -> float:
-    """Floating-point operations a second of the matrix products that were timed."""
-    return 2 * CEILING**3 / statistics.median(times["calls"])
+def matrices(platform: str) -> np.ndarray:
+    """Two square matrices of normally distributed values, float32; not of one value, which a GPU multiplies faster."""
+    side = CEILING["cpu" if platform == "cpu" else "gpu"]
+    return np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+
+
+def rate(times: dict[str, Any], side: int) -> float:
+    """Floating-point operations a second of the products of matrices of that side that were timed."""
+    return 2 * side**3 / statistics.median(times["calls"])
 
 
 def process_memory() -> int:

@@ -80,13 +80,16 @@ class Devices:
 
     def first(self, own: bool) -> bool:
         """What rank 0 says; until it has, nobody goes on."""
+        if self.count == 1:
+            return own
         return bool(self.joined(torch.tensor([own], device=self.device))[0])
 
     def wait(self) -> None:
         """Until every device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.first(True)
+        if self.count > 1:
+            self.first(True)
 
 
 def bare(model: Any) -> nn.Module:

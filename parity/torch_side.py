@@ -24,7 +24,16 @@ from parity.side import Side
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
 Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+# of parameters, images and the loss
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+    "fp64": torch.float64,
+}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products, and of activations between layers
+FIRST_SCALE = 2.0**16  # GradScaler's own
 MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
 
 
@@ -90,7 +99,7 @@ class TorchSide:
             "layout": "activations NCHW, kernels OIHW",
             "settings": {
                 "torch.backends.fp32_precision": self.backends.fp32_precision,
-                "autocast": str(self.precision == "bf16"),
+                "autocast": str(self.precision in AUTOCAST),
                 "cudnn": str(torch.backends.cudnn.version()),
                 "model": self.side.model or "parity.torch_reference",
             },
@@ -152,18 +161,27 @@ class TorchSide:
         rows = F.cross_entropy(logits, targets, reduction="none")
         return None, {"loss of each row": _numpy(rows), "mean loss": _numpy(F.cross_entropy(logits, targets))}
 
-    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None) -> Result:
-        """Of the mean loss of each of `count` batches, by every parameter."""
+    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = FIRST_SCALE) -> Result:
+        """Of the mean loss of each of `count` batches, by every parameter; in float16 of the loss times `scale`, and
+        divided by it. Says how many batches' gradients are not finite."""
         _, keys = self.model()
         model = self._replica(disturb)
-        saved = {}
+        saved, overflows = {}, 0
         for number in range(count):
             model.zero_grad()
-            self._loss(model, *self._mixed(mixed, number, disturb)).backward()
+            loss = self._loss(model, *self._mixed(mixed, number, disturb))
+            if self._scales_loss:
+                (loss * scale).backward()
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad /= scale
+            else:
+                loss.backward()
             gradients = self._named(model, keys, lambda parameter: parameter.grad)
             saved |= {f"{number}/{key}": array for key, array in gradients.items()}
+            overflows += not all(np.isfinite(array).all() for array in gradients.values())
             self.progress(number + 1, count)
-        return None, saved
+        return {"overflows": overflows}, saved
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
@@ -182,18 +200,31 @@ class TorchSide:
         named = {f"params/{key}": array for key, array in params.items()}
         return None, named | {f"momentum/{key}": array for key, array in after.items()}
 
-    def curve(self, mixed: str, count: int, schedule: dict, momentum: float, disturb: Disturb | None = None) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the parameters after them."""
+    def curve(
+        self,
+        mixed: str,
+        count: int,
+        schedule: dict,
+        momentum: float,
+        disturb: Disturb | None = None,
+        scale: float = FIRST_SCALE,
+    ) -> Result:
+        """The loss of each of `count` steps on the replayed batches, and the parameters after them; in float16 with
+        GradScaler, from `scale` on. Says how many steps it skipped."""
         _, keys = self.model()
         model = self._replica(disturb)
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
-        losses = []
+        scaler = self._scaler(scale)
+        losses, overflows = [], 0
         for number in range(count):
             sgd.param_groups[0]["lr"] = learning_rate(schedule, number)
-            losses.append(self._step(model, sgd, *self._mixed(mixed, number, disturb)))
+            before = scaler.get_scale()
+            losses.append(self._step(model, sgd, scaler, *self._mixed(mixed, number, disturb)))
+            overflows += scaler.get_scale() < before
             self.progress(number + 1, count)
         params = self._named(model, keys, lambda parameter: parameter)
-        return None, {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
+        saved = {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
+        return {"overflows": overflows}, saved
 
     def accuracy(
         self,
@@ -235,13 +266,27 @@ class TorchSide:
             logits = model(images)
         return F.cross_entropy(logits.to(targets.dtype), targets)
 
-    def _step(self, model: nn.Module, sgd: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> np.ndarray:
+    def _step(
+        self,
+        model: nn.Module,
+        sgd: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        images: Tensor,
+        targets: Tensor,
+    ) -> np.ndarray:
         """One update; the loss before it, of the whole batch."""
         sgd.zero_grad()
         loss = self._loss(model, images, targets)
-        loss.backward()
-        sgd.step()
+        update(sgd, scaler, loss)
         return _numpy(self.devices.mean(loss))
+
+    def _scaler(self, scale: float = FIRST_SCALE) -> torch.amp.GradScaler:
+        """What float16 scales the loss by; in other precisions it passes everything on as it is."""
+        return torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self._scales_loss)
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.precision == "fp16"
 
     def _named(
         self, model: nn.Module, keys: dict[str, str], what: Callable[[nn.Parameter], Tensor | None]
@@ -255,7 +300,7 @@ class TorchSide:
         return named
 
     def _tensor(self, nhwc: np.ndarray) -> Tensor:
-        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
+        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
         return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, dtype)
 
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[Tensor, Tensor]:
@@ -296,10 +341,14 @@ class TorchSide:
         return replica
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        narrow = AUTOCAST.get(self.precision)
+        return torch.autocast(self.device.type, narrow, enabled=narrow is not None)
+
+    def products(self) -> Result:
+        """What a matrix product and a convolution multiply with."""
+        return self._products(), None
 
     def _products(self) -> tuple[str, str]:
-        """What a matrix product and a convolution multiply with."""
         dtype = DTYPES[self.precision]
         left, right = (torch.from_numpy(operand).to(self.device, dtype) for operand in probe.operands())
         with self._autocast():
@@ -338,6 +387,13 @@ def record_units(
             hooks.callback(module.register_forward_hook(keep(site)).remove)
         logits = model(images)
     return outputs | {"logits": logits}
+
+
+def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
+    """One update by the loss's gradient; none where the scaler is in use and the gradient is not finite."""
+    scaler.scale(loss).backward()
+    scaler.step(sgd)
+    scaler.update()
 
 
 def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:

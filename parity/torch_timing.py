@@ -1,21 +1,30 @@
 """The tasks that time PyTorch; the counterpart of `jax_timing.py`."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity import timing, torch_input, torch_pipeline
-from parity.torch_side import DTYPES, Result, TorchSide
+from parity.torch_side import AUTOCAST, DTYPES, Result, TorchSide, update
 
 
 class TimedTorch(TorchSide):
+    """On GPUs with what PyTorch offers for speed: cuDNN's algorithms chosen by trying, and SGD in one kernel."""
+
+    _call: Callable[[int], None]  # what `again` repeats
+
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        torch.backends.cudnn.benchmark = True
+
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of the forward pass on `count` batches in turn: see `timing.timed`."""
         model = self._replica(None)
@@ -26,21 +35,29 @@ class TimedTorch(TorchSide):
                 model(batches[call % count])
             self.devices.wait()
 
+        self._call = apply
         return timing.timed(apply, seconds, self.devices.first) | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`."""
+        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
-        sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+        sgd, scaler, losses = self._sgd(model), self._scaler(), []
 
         def step(call: int) -> None:
             sgd.zero_grad()
-            self._loss(model, *batches[call % count]).backward()
-            sgd.step()
+            loss = self._loss(model, *batches[call % count])
+            update(sgd, scaler, loss)
             self.devices.wait()
+            if call < timing.STARTS:
+                losses.append(float(self.devices.mean(loss)))
 
-        return timing.timed(step, seconds, self.devices.first) | self._used(), None
+        self._call = step
+        return timing.timed(step, seconds, self.devices.first) | {"losses": losses} | self._used(), None
+
+    def again(self, seconds: float) -> Result:
+        """What was timed last, for so many seconds more."""
+        return {"calls": timing.repeated(self._call, seconds, self.devices.first)} | self._used(), None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first: see `timing.whole_loop`.
@@ -49,7 +66,7 @@ class TimedTorch(TorchSide):
         DistributedSampler.
         """
         model, devices = self._replica(None), self.devices
-        sgd = torch.optim.SGD(model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM)
+        sgd, scaler = self._sgd(model), self._scaler()
         source, workers = open_source(folder, "train"), max(len(os.sched_getaffinity(0)) // devices.count, 1)
         classes, share = self._classes(), rows // devices.count
 
@@ -59,8 +76,7 @@ class TimedTorch(TorchSide):
             targets = F.one_hot(label, classes).to(images.dtype)
             images, targets = (torch_pipeline.mixup(each, weight) for each in (images, targets))
             sgd.zero_grad()
-            self._loss(model, self._placed(images), targets.to(self.device)).backward()
-            sgd.step()
+            update(sgd, scaler, self._loss(model, self._placed(images), targets.to(self.device)))
             devices.wait()
 
         def evaluate(examples: int) -> int:
@@ -80,15 +96,21 @@ class TimedTorch(TorchSide):
 
     def ceiling(self) -> Result:
         """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else DTYPES[self.precision]
-        left, right = (torch.ones(timing.CEILING, timing.CEILING, dtype=dtype, device=self.device) for _ in range(2))
+        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
+        left, right = torch.from_numpy(timing.matrices(self.device.type)).to(self.device, dtype)
 
         def multiply(_: int) -> None:
             torch.mm(left, right)
             self.devices.wait()
 
         timed = timing.timed(multiply, timing.CEILING_SECONDS, self.devices.first)
-        return self.devices.count * timing.rate(timed), None
+        return self.devices.count * timing.rate(timed, len(left)), None
+
+    def _sgd(self, model: nn.Module) -> torch.optim.Optimizer:
+        fused = self.device.type == "cuda"
+        return torch.optim.SGD(
+            model.parameters(), lr=timing.SCHEDULE["base_lr"], momentum=timing.MOMENTUM, fused=fused or None
+        )
 
     def _used(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# for PyTorch, which would take a GPU that is here; test_gpu.py's processes see what the user lets them see
+os.environ.setdefault("TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # replaced below for tests' processes
 # tests run on all cores already, and PyTorch's threads wait for each other by spinning
 os.environ.setdefault("OMP_NUM_THREADS", "1")

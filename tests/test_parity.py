@@ -149,7 +149,7 @@ def test_page_shows_its_plots_in_a_browser(whole_run, tmp_path):
 @pytest.fixture(scope="module")
 def ladders(tmp_path_factory):
     """What shows in float64 is looked for in float64 alone, which saves half the time; `parity selftest` runs both."""
-    folders = {precision: tmp_path_factory.mktemp(precision) for precision in ("fp64", "fp32")}
+    folders = {precision: tmp_path_factory.mktemp(precision) for precision in ("fp64", "fp32", "fp16")}
     with contextlib.ExitStack() as stack:
         yield {
             precision: stack.enter_context(
@@ -164,7 +164,7 @@ def faulty(ladders):
     return ladders["fp64"]
 
 
-# one a rung; the others, and those that need float32 too, are slow
+# one a rung; the others, and those that need float32 or float16 too, are slow
 ONE_A_RUNG = ("swapped-hw", "bgr", "norm-eps", "mixup-labels", "detached", "nesterov")
 
 
@@ -179,7 +179,7 @@ def test_fault_is_found_at_the_right_rung_and_place(ladders, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16"])
 def test_without_a_fault_the_same_ladder_holds(ladders, precision):
     assert climb(ladders[precision]) is None
 
@@ -394,12 +394,13 @@ def test_an_unknown_fault_is_refused():
 
 
 @pytest.mark.slow
-def test_bfloat16_is_judged_against_float64_too(small_npz, tmp_path):
-    flags = ["--weights", small_npz, *QUICK, "--precision", "bf16", "--run", tmp_path / "run"]
+@pytest.mark.parametrize(("precision", "kind", "least"), [("bf16", "bfloat16", 1e-4), ("fp16", "float16", 1e-5)])
+def test_narrow_formats_are_judged_against_float64_too(small_npz, tmp_path, precision, kind, least):
+    flags = ["--weights", small_npz, *QUICK, "--precision", precision, "--run", tmp_path / "run"]
     done = parity("forward", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     saved = report.load(tmp_path / "run")
-    errors = [line["candidate_error"] for line in saved["rungs"][0]["lines"] if line["precision"] == "bf16"]
-    assert min(errors) > 1e-4  # bfloat16 it was
-    for entries in saved["attestation"]["sides"]["bf16"].values():
-        assert entries["matrix products"] == entries["convolution products"] == "bfloat16"
+    errors = [line["candidate_error"] for line in saved["rungs"][0]["lines"] if line["precision"] == precision]
+    assert min(errors) > least  # float32 would err by 1e-7
+    for entries in saved["attestation"]["sides"][precision].values():
+        assert entries["matrix products"] == entries["convolution products"] == kind

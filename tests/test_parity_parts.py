@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import foreign_bit
 import golden_inputs
@@ -19,6 +19,8 @@ from test_torch_reference import original_name
 from bit_jax import probe
 from bit_jax.class_names import imagenet1k
 from bit_jax.fine_tuned import described
+from bit_jax.precision import PRECISIONS
+from bit_jax.steps import FIRST_SCALE
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
@@ -27,6 +29,7 @@ from parity import (
     classes,
     images,
     inputs,
+    ladder,
     oracle,
     report,
     rungs,
@@ -38,10 +41,12 @@ from parity import (
     torch_reference,
     torch_side,
 )
+from parity.jax_side import JaxSide
 from parity.ladder import RungResult
 from parity.options import Options
 from parity.side import Side, parse_side
 from parity.statistics import Paired
+from parity.throughput import Throughput
 
 RNG = np.random.default_rng(0)
 
@@ -112,6 +117,11 @@ def test_probe_reads_the_format_off_the_product(bits, name):
     mantissa, exponent = np.frexp(left)
     rounded = np.ldexp(np.round(mantissa * 2.0 ** (bits + 1)) / 2.0 ** (bits + 1), exponent)
     assert probe.multiplied_in(rounded @ right) == name
+
+
+def test_probe_tells_float16_from_tf32_by_the_products_type():
+    left, right = (operand.astype(np.float16) for operand in probe.operands())
+    assert probe.multiplied_in(left @ right) == "float16"
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -285,6 +295,81 @@ def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ul
     result = rungs.forward(ladder)
     assert result.verdict == verdict
     assert ("products are narrower than fp32" in " ".join(result.findings)) == (verdict == "bug")
+
+
+def test_every_precision_of_a_comparison_is_known_to_both_sides():
+    for precision in get_args(get_type_hints(Options)["precision"]):
+        assert precision in ladder.ULP
+        assert precision in torch_side.DTYPES
+        narrow = torch_side.AUTOCAST.get(precision, torch_side.DTYPES[precision])
+        assert str(narrow) == f"torch.{PRECISIONS[precision].dtype}"
+    assert torch_side.FIRST_SCALE == FIRST_SCALE
+    offered = set(get_args(get_type_hints(Options)["precision"])) - {"fp64"}
+    assert set(get_args(get_type_hints(Throughput)["precision"])) == offered
+
+
+def test_in_float16_a_side_that_multiplies_in_another_format_fails_by_name(monkeypatch):
+    """bfloat16 errs only 8 times more than float16, which errors alone hardly tell."""
+    monkeypatch.setattr(rungs, "_judge", lambda *_, **__: RungResult("forward", []))
+    products = {"reference": ["float16", "float16"], "candidate": ["float16", "bfloat16"]}
+    options = Options(precision="fp16")
+    answers: Any = SimpleNamespace(options=options, pictures=lambda look=0: None, amplitude_in_ulp=1.0)
+    answers.ask = lambda role, precision, task: SimpleNamespace(info=products[role])
+    result = rungs.forward(answers)
+    assert [(line.name, line.verdict) for line in result.lines] == [("convolution products", "bug")]
+    assert "the candidate multiplies in bfloat16" in result.findings[0]
+    products["candidate"][1] = "float16"
+    assert rungs.forward(answers).verdict == "equal"
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "scales", "verdict"),
+    [
+        (1e9, 1e9, (2.0**16, 2.0**16), "equal"),
+        (3e4, 3e4, (2.0**14, 2.0**14), "equal"),
+        (1e9, 3e4, (2.0**16, 2.0**14), "rounding"),
+        (1e9, 10.0, (2.0**16, 2.0**3), "bug"),
+        (10.0, 1e9, (2.0**3, 2.0**16), "bug"),
+        (0.0, 1e9, (1.0, 2.0**16), "bug"),
+    ],
+)
+def test_gradients_that_overflow_on_one_side_alone_are_told(reference, candidate, scales, verdict):
+    """Each side's gradients overflow at scales above a number of its own."""
+    limits = {"reference": reference, "candidate": candidate}
+    discarded = []
+
+    def ask(role, precision, task, *, scale):
+        assert (precision, task) == ("fp16", "gradients")
+        info = {"overflows": int(scale > limits[role])}
+        return SimpleNamespace(info=info, discard=lambda: discarded.append((role, scale)))
+
+    answers: Any = SimpleNamespace(options=Options(precision="fp16"), ask=ask)
+    found = rungs._loss_scales(answers, "gradients", {})
+    assert tuple(found.values()) == scales
+    assert all(scale > found[role] for role, scale in discarded)
+    line = rungs._scale_line("gradients", "fp16", found)
+    assert line.verdict == verdict
+    assert ("finite up to a loss scale" in line.note) == (min(scales) < FIRST_SCALE)
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_a_step_whose_gradient_overflows_in_float16_is_skipped(framework, small_npz, tmp_path):
+    rng, mixed = np.random.default_rng(0), tmp_path / "mixed.npz"
+    images, targets = rng.normal(size=(2, 32, 32, 3)), rng.dirichlet(np.ones(10), 2)
+    np.savez(mixed, **{"images/0": images, "targets/0": targets})
+    given: Any = {"mixed": str(mixed), "count": 1, "momentum": 0.9}
+    given["schedule"] = {"base_lr": 0.1, "warmup_steps": 0, "decay_steps": [], "steps": 10}
+    asked = Side(framework), "fp16", str(small_npz), lambda *_: None
+    side: Any = JaxSide(*asked) if framework == "jax" else torch_side.TorchSide(*asked, rank=0, meeting=tmp_path)
+    before = arrays_of(small_npz)
+    kernel = "resnet/block4/unit01/b/standardized_conv2d/kernel"
+    for scale, overflows in ((2.0**10, 0), (2.0**60, 1)):
+        info, saved = side.curve(**given, scale=scale)
+        assert info == {"overflows": overflows}
+        assert np.array_equal(saved[f"params/{kernel}"], before[kernel]) == bool(overflows)
+    info, gradients = side.gradients(str(mixed), 1, scale=2.0**60)
+    assert info == {"overflows": 1}
+    assert not all(np.isfinite(array).all() for array in gradients.values())
 
 
 def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_its_own_input(file):

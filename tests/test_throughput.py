@@ -62,6 +62,17 @@ def test_what_is_measured_and_said(measured):
 
 
 @pytest.mark.slow
+def test_both_frameworks_train_in_float16_by_the_scaled_loss(tmp_path):
+    path = tmp_path / "measured.json"
+    done = run("--precision", "fp16", "--processes", "1", "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    for arm in report["arms"].values():
+        assert arm["products"] == {"matrix": "float16", "convolution": "float16"}
+    assert all(line["verdict"] == "rounding" for line in report["gate"].values())
+
+
+@pytest.mark.slow
 def test_a_whole_loop_has_flagperfs_rates_and_a_page(tmp_path):
     folder = tmp_path / "drawn"
     for name in ("one", "two"):

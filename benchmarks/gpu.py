@@ -1,0 +1,264 @@
+"""Everything that is worth knowing of a GPU machine before it is trusted: one command, most important first.
+
+    python benchmarks/gpu.py --out DIR --minutes 9 [--only STEP ...]
+
+Are the tests for GPUs passed, are logits and gradients the reference's in every precision, how fast is a training step
+beside PyTorch's, where does its time go, how far is the plan's estimate from it. Each step leaves its JSON and its log
+in DIR at once; one that fails or takes too long is named, and the next begins. Called again with the same DIR it goes
+on with what is missing. On a machine without a GPU the steps run with a small model, to try the command itself.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from input_pipeline import terminal
+from input_pipeline.errors import RequestError, RunFailed
+from input_pipeline.exits import exit_code
+from input_pipeline.files import read_json, write_json
+from input_pipeline.flags import UserPath
+from input_pipeline.terminal import printable
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "gpu.json"
+LEAST = 20.0  # seconds that a step is not begun without
+GRACE = 5.0  # seconds that a step which is late has to end by itself
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the work is: as on a card with 80 GB, or so small that a laptop does it."""
+
+    models: dict[str, tuple[int, int]]  # {architecture: (side of its images, images a batch)}
+    judged: tuple[str, int, int]  # what the ladder climbs beside the embedded model: architecture, side, rows
+    seconds: float  # that an arm is timed in each of its rounds
+    compiled: tuple[str, ...]  # arms of PyTorch beside the eager ones
+
+
+LARGE = Scale(
+    {"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 8), 2.0, ("torch:compile", "torch:compile,channels_last")
+)
+SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of its log and its JSON, DIR/NAME.log and DIR/NAME.json.
+        command: arguments of Python; {json} and {dir} stand for the files that it writes.
+        seconds: it may take at most.
+        alone: it measures time, so nothing else runs beside it; others run together.
+        result: where its JSON lies, if not in DIR/NAME.json.
+    """
+
+    name: str
+    command: str
+    seconds: float
+    alone: bool = True
+    result: str = "{json}"
+
+    def filled(self, text: str, out: Path) -> str:
+        return text.format(json=out / f"{self.name}.json", dir=out / self.name)
+
+
+def steps(scale: Scale) -> list[Step]:
+    """In order of worth."""
+    found = [Step("machine", "benchmarks/bandwidth.py --json {json}", 90)]
+    found += [Step("tests", "-m pytest tests/test_gpu.py", 150, alone=False, result="")]
+    found += [ladder("embedded", "all", precision) for precision in PRECISIONS]
+    name, size, rows = scale.judged
+    shown = f"--size {size} --rows {rows}"
+    found += [ladder(f"random:{name}", "gradients", precision, shown) for precision in PRECISIONS]
+    for name, (size, rows) in scale.models.items():
+        found += [training(name, size, rows, precision) for precision in ("bf16", "tf32")]
+        for precision in ("bf16", "tf32"):
+            found += [throughput(name, size, rows, precision, work, scale) for work in ("train", "forward")]
+    return found
+
+
+def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
+    name = f"parity-{weights.removeprefix('random:')}-{precision}"
+    command = f"-m parity {rung} --weights {weights} --precision {precision} --candidate jax:tuned {more}"
+    return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False)
+
+
+def training(model: str, size: int, rows: int, precision: str) -> Step:
+    command = (
+        f"train.py hyperrule --model {model} --init random --dataset synthetic --resize-to {size} --crop {size} "
+        f"--batch-per-device {rows} --precision {precision} --mixup 0.1 --steps 40 --warmup-steps 5 --decay-steps 30 "
+        "--eval-split train[:512] --log-every 10 --profile 5 --workdir {dir}"
+    )
+    return Step(f"train-{model}-{precision}", command, 240, result="{dir}/result.json")
+
+
+def throughput(model: str, size: int, rows: int, precision: str, work: str, scale: Scale) -> Step:
+    arms = ["torch", "torch:channels_last", *scale.compiled, "jax", "jax:tuned"]
+    gate = "--gate losses" if work == "train" else "--gate-rows 2"
+    command = (
+        f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
+        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} {gate} "
+        f"--json {{json}} --arms {' '.join(arms)}"
+    )
+    return Step(f"throughput-{work}-{model}-{precision}", command, 420)
+
+
+@dataclasses.dataclass
+class Running:
+    """A step's process."""
+
+    step: Step
+    process: subprocess.Popen
+    began: float
+    limit: float
+    asked: bool = False  # to end
+
+    @classmethod
+    def start(cls, step: Step, out: Path, limit: float) -> "Running":
+        arguments = shlex.split(step.filled(step.command, out))
+        with open(out / f"{step.name}.log", "wb") as log:
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        return cls(step, process, time.monotonic(), limit)
+
+    def outcome(self) -> str | None:
+        """done, failed or late; None while it runs. What is late is asked to end, and then ended."""
+        code = self.process.poll()
+        if code is not None:
+            return "late" if self.asked else "done" if code == 0 else "failed"
+        late = time.monotonic() - self.began - self.limit
+        if late > 0 and not self.asked:
+            self._signal(signal.SIGTERM)
+            self.asked = True
+        if late < GRACE:
+            return None
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        return "late"
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+class Record:
+    """DIR/gpu.json: what was done, how it ended, and the results."""
+
+    def __init__(self, out: Path):
+        self.out, self.path = out, out / RESULTS
+        out.mkdir(parents=True, exist_ok=True)
+        fresh: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "steps": {}}
+        self.content = read_json(self.path, dict, "name another --out") if self.path.exists() else fresh
+
+    def missing(self, wanted: Sequence[Step]) -> list[Step]:
+        return [step for step in wanted if self.content["steps"].get(step.name, {}).get("outcome") != "done"]
+
+    def add(self, running: Running, outcome: str) -> None:
+        step = running.step
+        path = Path(step.filled(step.result, self.out)) if step.result else None
+        result = None
+        if path is not None and path.exists():
+            with contextlib.suppress(RequestError):
+                result = read_json(path, dict, "")
+        self.content["steps"][step.name] = {
+            "outcome": outcome,
+            "seconds": time.monotonic() - running.began,
+            "command": shlex.join(["python", *shlex.split(step.filled(step.command, Path("DIR")))]),
+            "result": result,
+        }
+        write_json(self.path, self.content)
+
+
+def run(wanted: list[Step], record: Record, until: float, console: Console) -> None:
+    """Steps that measure time one by one, the others together, each within its own time and what is left of all."""
+    while wanted:
+        together = [wanted.pop(0)]
+        while wanted and not together[0].alone and not wanted[0].alone:
+            together.append(wanted.pop(0))
+        left = until - time.monotonic()
+        if left < LEAST:
+            names = ", ".join(step.name for step in (*together, *wanted))
+            console.print(f"no time is left for {names}; the same command goes on there")
+            return
+        running = [Running.start(step, record.out, min(step.seconds, left - GRACE)) for step in together]
+        while running:
+            time.sleep(0.2)
+            for one in list(running):
+                if outcome := one.outcome():
+                    running.remove(one)
+                    record.add(one, outcome)
+                    console.print(printable(f"{one.step.name}: {outcome} after {time.monotonic() - one.began:.0f} s"))
+
+
+def show(record: Record, console: Console) -> None:
+    table = Table(title="steps")
+    for column in ("step", "outcome", "s", "found"):
+        table.add_column(column, justify="right" if column == "s" else "left")
+    for name, step in record.content["steps"].items():
+        found = headline(step["result"] or {})
+        table.add_row(printable(name), step["outcome"], f"{step['seconds']:.0f}", printable(found))
+    console.print(table)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One line of what a step found, by what its JSON holds."""
+    if "bytes_a_second" in result:
+        return f"{result['device']}, copies {result['bytes_a_second'] / 1e12:.2f} TB/s"
+    if "holds" in result:
+        return "HOLDS" if result["holds"] else "does NOT hold"
+    if "p_core" in result:
+        return f"p_core {result['p_core']:.1f}, {result['mem_gib']:.2f} GiB"
+    if "ratios" in result:
+        best = [f"{ratio['median']:.2f} times {ratio['torch']}" for ratio in result["ratios"].values()]
+        arms = ", ".join(f"{arm} {found['images_per_s']:.0f}" for arm, found in result["arms"].items())
+        return f"{'; '.join(best[:1])} ({arms})"
+    return ""
+
+
+def main(
+    out: UserPath,
+    *,
+    minutes: float = 9,
+    only: tuple[str, ...] = (),
+    scale: Literal["auto", "large", "small"] = "auto",
+) -> None:
+    """Looks at everything that is worth knowing of a GPU machine, most important first.
+
+    Args:
+        out: folder of the results; one that holds some is gone on with.
+        minutes: that it may take in all.
+        only: steps whose name begins so.
+        scale: of the work; auto: large where there is an NVIDIA GPU.
+    """
+    large = os.path.exists("/dev/nvidia0") if scale == "auto" else scale == "large"
+    wanted = steps(LARGE if large else SMALL)
+    if only:
+        wanted = [step for step in wanted if step.name.startswith(only)]
+        if not wanted:
+            known = ", ".join(step.name for step in steps(LARGE if large else SMALL))
+            raise RequestError(f"--only {' '.join(only)} begins no step's name; there are {known}")
+    record, console = Record(out.absolute()), terminal.console(width=160)
+    run(record.missing(wanted), record, time.monotonic() + 60 * minutes, console)
+    show(record, console)
+    if failed := [step.name for step in record.missing(wanted)]:
+        raise RunFailed(f"not done: {', '.join(failed)}; their logs are in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: tyro.cli(main)))

@@ -3,8 +3,11 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# the versions that fit the Python of .venv, or the one that .venv will have; JAX 0.11 and later need Python 3.12
+CONSTRAINTS := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	"import sys; print('constraints.txt' if sys.version_info < (3, 12) else 'constraints-3.13.txt')")
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format clean constraints
 
 demo: .venv/main.stamp
 	$(BIN)/python examples/demo.py
@@ -24,15 +27,18 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+constraints:
+	@echo $(CONSTRAINTS)
+
 clean:
 	rm -rf .venv build runs *.egg-info
 
-.venv/main.stamp: pyproject.toml constraints.txt
+.venv/main.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo "setting up .venv (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 	@touch $@
 
 .venv/dev.stamp: .venv/main.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity,prepare,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity,prepare,dev]'
 	@touch $@

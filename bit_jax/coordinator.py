@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
 from input_pipeline.errors import RequestError
 
@@ -78,10 +77,9 @@ def main() -> None:
     if why:
         print(why, flush=True)
         sys.exit(2)
-    from jax._src import lib
+    from bit_jax import jax_internals  # takes a second, which a refusal need not wait for
 
-    jax: Any = lib._jax  # type: ignore[attr-defined]  (JAX offers no public way to it)
-    service = jax.get_distributed_runtime_service(
+    service = jax_internals.start_service(
         address, int(hosts), heartbeat_timeout=int(heartbeat_timeout), shutdown_timeout=int(shutdown_timeout)
     )
     print(LISTENING, flush=True)

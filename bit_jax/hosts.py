@@ -4,7 +4,6 @@ Every host runs the same command and computes the same steps; the first, host 0,
 """
 
 import contextlib
-import functools
 import os
 import socket
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from bit_jax import coordinator
+from bit_jax import coordinator, jax_internals
 from bit_jax.config import ScaleConfig
 from bit_jax.schedulers import ALL, Task
 from input_pipeline import exits
@@ -47,7 +46,7 @@ def exchange(what: str, text: str) -> list[str]:
     """What every host has to say, by number. It goes through the coordinator, so hosts of any versions understand."""
     if jax.process_count() == 1:
         return [text]
-    client = _store()
+    client = jax_internals.store()
     client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
     forever = 10**9  # ms; a host that dies in the meantime ends this one
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
@@ -125,18 +124,9 @@ def _initialize(**arguments: Any) -> None:
     Between CPUs, Gloo tells the others the address that this machine's name has, which on many is the loopback's; it is
     given the one that faces the coordinator.
     """
-    from jax._src import distributed  # JAX offers no public way to put the service elsewhere
-
-    runtime: Any = distributed._jax  # type: ignore[attr-defined]
-    start = runtime.get_distributed_runtime_service
-    runtime.get_distributed_runtime_service = coordinator.start
-    try:
-        with _without_proxies():
-            jax.distributed.initialize(**arguments)
-    finally:
-        runtime.get_distributed_runtime_service = start
-    own = _address_facing(distributed.global_state.coordinator_address or "")
-    runtime.make_gloo_tcp_collectives = functools.partial(runtime.make_gloo_tcp_collectives, hostname=own)
+    with jax_internals.service_started_by(coordinator.start), _without_proxies():
+        jax.distributed.initialize(**arguments)
+    jax_internals.let_gloo_announce(_address_facing(jax_internals.coordinator_address()))
 
 
 @contextlib.contextmanager
@@ -207,7 +197,7 @@ class _Watch:
     """Signs of life of all hosts in the coordinator's store, looked at by a thread of each."""
 
     def __init__(self, timeout: float):
-        self._client = _store()
+        self._client = jax_internals.store()
         self._timeout = timeout
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._stopping = threading.Event()
@@ -274,13 +264,6 @@ class _Watch:
             time.sleep(3 * BEAT)  # the store is here: the others read it as long as this host lives
         sys.stderr.flush()
         os._exit(1)
-
-
-def _store() -> Any:
-    """The coordinator's keys and values."""
-    from jax._src.distributed import global_state  # JAX offers no public way to it
-
-    return global_state.client
 
 
 def _number(key: str) -> int:

@@ -102,6 +102,7 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        self.name = (re.match(r"HloModule ([^\s,]+)", text) or [None, ""])[1]
         current: list[Instruction] = []
         for line in text.splitlines():
             if line.startswith(("ENTRY ", "%")) and line.endswith("{"):

@@ -62,6 +62,10 @@ class Recorder:
         self._seconds: list[float] = []
         self._began = 0.0
 
+    def around(self, step: int) -> bool:
+        """Whether the step, or the one after it, is traced: no other may be under way then."""
+        return self.first - 1 <= step <= self.last
+
     def before(self, step: int) -> None:
         if step == self.first <= self.last:
             options = ProfileOptions()

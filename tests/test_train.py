@@ -234,7 +234,7 @@ def test_the_log_says_which_side_waits():
     timeline = Timeline()
     loop = Loop(*(unused,) * 9, timeline, log)
     for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
-        timeline.seconds.update(input=waited, steps=stepped)
+        timeline.seconds.update(input=waited, reading=waited, steps=stepped)
         loop.say_who_waits()
         assert len(said) == notes, said
     assert "the devices wait for input, 2% of the time so far" in said[0]
@@ -261,7 +261,9 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
             return np.asarray(0.5, dtype)
 
     def begin(state, batch):
-        said = {"loss": Loss(weakref.ref(state)), "replaced": np.int32(0), "signal": np.int32(0)}
+        assert not batch["stopped"]
+        quiet = {"replaced": np.int32(0), "signal": np.int32(0), "failed": np.bool_(False)}
+        said = quiet | {"loss": Loss(weakref.ref(state))}
         return State(step=state.step + 1), said
 
     states_before: list[object] = []

@@ -190,11 +190,9 @@ def _update_by_scale(
         good_steps=jnp.where(grows, 0, good),
         skipped=old.skipped + (~finite).astype(jnp.int32),
     )
-    new = update(state, gradients, optimizer, finite & going_on)
-    return new.replace(
-        step=jnp.where(going_on, new.step, state.step),
-        loss_scale=jax.tree.map(lambda new, old: jnp.where(going_on, new, old), loss_scale, old),
-    )
+    new = update(state, gradients, optimizer, finite & going_on).replace(loss_scale=loss_scale)
+    # parameters and momentum are as before already; the scalars are counts and the scale
+    return jax.tree.map(lambda new, old: new if new.ndim else jnp.where(going_on, new, old), new, state)
 
 
 def _failed(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Bool[Array, ""]:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from PIL import Image
 
 import train
 from bit_jax import config, profile, resources
-from bit_jax.loop import Loop
+from bit_jax.loop import Begun, Loop
 from bit_jax.mesh import make_mesh
 from bit_jax.timeline import Timeline
 from input_pipeline import claims
@@ -239,6 +241,32 @@ def test_the_log_says_which_side_waits():
         assert len(said) == notes, said
     assert "the devices wait for input, 2% of the time so far" in said[0]
     assert "input keeps up" in said[1]
+
+
+def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("bit_jax.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    unused: Any = None
+    loop = Loop(*(unused,) * 9, Timeline(), unused)
+    begun: deque[Begun] = deque()
+    ends = [None, 3.0, 14.0, 20.0]  # of the step under way while each batch is read; the second one's comes too late
+
+    def read():
+        for end in ends:
+            clock[0] += 5
+            if end is not None:
+                begun[-1].end.set_result(({}, end))
+            yield {}
+
+    waited = []
+    for _ in loop.arriving(read(), begun):
+        waited.append(loop.timeline["input"] - sum(waited))
+        begun.append(Begun(0, {}, {}, Future()))
+    # no step yet; it ended before the wait began; it ended 1 s before the batch came; it ended when the batch came
+    assert waited == [5.0, 5.0, 1.0, 0.0]
+    clock[0] = 0.0
+    assert len(list(loop.arriving(iter([{}]), begun))) == 1  # the last step is still under way
+    assert loop.timeline["input"] == sum(waited)
 
 
 def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):

@@ -102,6 +102,12 @@ def steps(scale: Scale) -> list[Step]:
     for name, (size, rows) in scale.models.items():
         for precision in ("bf16", "tf32"):
             found += [throughput("eager", EAGER, name, size, rows, precision, "forward", scale)]
+    for name, (size, rows) in scale.models.items():
+        for precision in ("bf16", "tf32"):
+            command = f"-m parity convolutions --weights random:{name} --size {size} --rows {rows}"
+            found += [
+                Step(f"convolutions-{name}-{precision}", f"{command} --precision {precision} --json {{json}}", 240)
+            ]
     for name, (size, rows) in scale.models.items() if scale.compiles else ():
         for precision in ("bf16", "tf32"):
             for work in ("train", "forward"):

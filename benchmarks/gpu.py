@@ -35,23 +35,32 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "gpu.json"
 LEAST = 20.0  # seconds that a step is not begun without
 GRACE = 5.0  # seconds that a step which is late has to end by itself
+TOGETHER = 3  # steps that measure no time, at once
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the work is: as on a card with 80 GB, or so small that a laptop does it."""
+    """How large the work is: as on a card with 80 GB, or so small that a laptop does it.
 
-    models: dict[str, tuple[int, int]]  # {architecture: (side of its images, images a batch)}
-    judged: tuple[str, int, int]  # what the ladder climbs beside the embedded model: architecture, side, rows
-    seconds: float  # that an arm is timed in each of its rounds
-    compiled: tuple[str, ...]  # arms of PyTorch beside the eager ones
+    Attributes:
+        models: {architecture: (side of its images, images a batch)}.
+        judged: what the ladder climbs beside the embedded model: architecture, side, images a batch.
+        seconds: that an arm is timed in each of its rounds.
+        compiles: whether PyTorch's arms are compiled too, which takes minutes.
+    """
+
+    models: dict[str, tuple[int, int]]
+    judged: tuple[str, int, int]
+    seconds: float
+    compiles: bool
 
 
-LARGE = Scale(
-    {"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 8), 2.0, ("torch:compile", "torch:compile,channels_last")
-)
-SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, ())
+LARGE = Scale({"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 8), 2.0, compiles=True)
+SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, compiles=False)
+LAUNCHES = "flags=xla_gpu_enable_command_buffer="  # every kernel by itself, not in CUDA graphs
+EAGER = ("torch", "torch:channels_last", "jax", "jax:tuned", f"jax:tuned,{LAUNCHES}")
+COMPILED = ("torch:channels_last", "torch:compile", "torch:compile,channels_last", "jax:tuned", f"jax:tuned,{LAUNCHES}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +68,20 @@ class Step:
     """One command.
 
     Attributes:
-        name: of its log and its JSON, DIR/NAME.log and DIR/NAME.json.
-        command: arguments of Python; {json} and {dir} stand for the files that it writes.
+        name: of its log, DIR/NAME.log.
+        command: arguments of Python; {json} and {dir} stand for DIR/NAME.json and DIR/NAME.
         seconds: it may take at most.
+        results: the JSON that it leaves, by what it is of.
         alone: it measures time, so nothing else runs beside it; others run together.
-        result: where its JSON lies, if not in DIR/NAME.json.
+        environment: variables beside this process's.
     """
 
     name: str
     command: str
     seconds: float
+    results: dict[str, str] = dataclasses.field(default_factory=lambda: {"result": "{json}"})
     alone: bool = True
-    result: str = "{json}"
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def filled(self, text: str, out: Path) -> str:
         return text.format(json=out / f"{self.name}.json", dir=out / self.name)
@@ -79,42 +90,53 @@ class Step:
 def steps(scale: Scale) -> list[Step]:
     """In order of worth."""
     found = [Step("machine", "benchmarks/bandwidth.py --json {json}", 90)]
-    found += [Step("tests", "-m pytest tests/test_gpu.py", 150, alone=False, result="")]
+    for name, (size, rows) in scale.models.items():
+        for precision in ("bf16", "tf32"):
+            found += [training(name, size, rows, precision)]
+            found += [throughput("eager", EAGER, name, size, rows, precision, "train", scale)]
     found += [ladder("embedded", "all", precision) for precision in PRECISIONS]
+    found += [Step("tests", "-m pytest tests/test_gpu.py", 150, {}, alone=False)]
     name, size, rows = scale.judged
     shown = f"--size {size} --rows {rows}"
     found += [ladder(f"random:{name}", "gradients", precision, shown) for precision in PRECISIONS]
     for name, (size, rows) in scale.models.items():
-        found += [training(name, size, rows, precision) for precision in ("bf16", "tf32")]
         for precision in ("bf16", "tf32"):
-            found += [throughput(name, size, rows, precision, work, scale) for work in ("train", "forward")]
+            found += [throughput("eager", EAGER, name, size, rows, precision, "forward", scale)]
+    for name, (size, rows) in scale.models.items() if scale.compiles else ():
+        for precision in ("bf16", "tf32"):
+            for work in ("train", "forward"):
+                found += [throughput("compiled", COMPILED, name, size, rows, precision, work, scale)]
     return found
 
 
 def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
     name = f"parity-{weights.removeprefix('random:')}-{precision}"
     command = f"-m parity {rung} --weights {weights} --precision {precision} --candidate jax:tuned {more}"
-    return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False)
+    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // TOGETHER, 1))}
+    return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False, environment=threads)
 
 
 def training(model: str, size: int, rows: int, precision: str) -> Step:
+    """Without CUDA graphs, in which a trace shows no instruction."""
     command = (
         f"train.py hyperrule --model {model} --init random --dataset synthetic --resize-to {size} --crop {size} "
-        f"--batch-per-device {rows} --precision {precision} --mixup 0.1 --steps 40 --warmup-steps 5 --decay-steps 30 "
+        f"--batch-per-device {rows} --precision {precision} --mixup 0.1 --steps 60 --warmup-steps 5 --decay-steps 50 "
         "--eval-split train[:512] --log-every 10 --profile 5 --workdir {dir}"
     )
-    return Step(f"train-{model}-{precision}", command, 240, result="{dir}/result.json")
+    flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), f"--{LAUNCHES.removeprefix('flags=')}")))
+    results = {"result": "{dir}/result.json", "profile": "{dir}/profile/profile.json"}
+    return Step(f"train-{model}-{precision}", command, 300, results, environment={"XLA_FLAGS": flags})
 
 
-def throughput(model: str, size: int, rows: int, precision: str, work: str, scale: Scale) -> Step:
-    arms = ["torch", "torch:channels_last", *scale.compiled, "jax", "jax:tuned"]
-    gate = "--gate losses" if work == "train" else "--gate-rows 2"
+def throughput(
+    kind: str, arms: Sequence[str], model: str, size: int, rows: int, precision: str, work: str, scale: Scale
+) -> Step:
     command = (
         f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
-        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} {gate} "
+        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} --gate losses "
         f"--json {{json}} --arms {' '.join(arms)}"
     )
-    return Step(f"throughput-{work}-{model}-{precision}", command, 420)
+    return Step(f"{kind}-{work}-{model}-{precision}", command, 420)
 
 
 @dataclasses.dataclass
@@ -131,7 +153,8 @@ class Running:
     def start(cls, step: Step, out: Path, limit: float) -> "Running":
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths} | step.environment
             process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -171,16 +194,17 @@ class Record:
 
     def add(self, running: Running, outcome: str) -> None:
         step = running.step
-        path = Path(step.filled(step.result, self.out)) if step.result else None
-        result = None
-        if path is not None and path.exists():
-            with contextlib.suppress(RequestError):
-                result = read_json(path, dict, "")
+        found: dict[str, Any] = {}
+        for name, place in step.results.items():
+            path = Path(step.filled(place, self.out))
+            if path.exists():
+                with contextlib.suppress(RequestError):
+                    found[name] = read_json(path, dict, "")
         self.content["steps"][step.name] = {
             "outcome": outcome,
             "seconds": time.monotonic() - running.began,
             "command": shlex.join(["python", *shlex.split(step.filled(step.command, Path("DIR")))]),
-            "result": result,
+            **found,
         }
         write_json(self.path, self.content)
 
@@ -189,7 +213,7 @@ def run(wanted: list[Step], record: Record, until: float, console: Console) -> N
     """Steps that measure time one by one, the others together, each within its own time and what is left of all."""
     while wanted:
         together = [wanted.pop(0)]
-        while wanted and not together[0].alone and not wanted[0].alone:
+        while wanted and len(together) < TOGETHER and not together[0].alone and not wanted[0].alone:
             together.append(wanted.pop(0))
         left = until - time.monotonic()
         if left < LEAST:
@@ -211,7 +235,7 @@ def show(record: Record, console: Console) -> None:
     for column in ("step", "outcome", "s", "found"):
         table.add_column(column, justify="right" if column == "s" else "left")
     for name, step in record.content["steps"].items():
-        found = headline(step["result"] or {})
+        found = headline(step.get("result", {})) if step["outcome"] == "done" else ""
         table.add_row(printable(name), step["outcome"], f"{step['seconds']:.0f}", printable(found))
     console.print(table)
 

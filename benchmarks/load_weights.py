@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from bit_jax import weights, zoo
 from bit_jax.resnetv2 import parse_architecture
+from input_pipeline import terminal
 from input_pipeline.files import write_json
 
 MEASURE = """
@@ -105,7 +105,7 @@ def show(rows: list[dict]) -> None:
             f"{row['load_s'] / row['read_s']:.1f}",
             f"{row['load_peak_bytes'] / row['bytes']:.2f}",
         )
-    Console(width=120).print(table)
+    terminal.console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from input_pipeline import terminal
 from input_pipeline.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,7 @@ CASES = (
     Case("random:R101x0.5", "64", 4),
     Case("random:R50x1", "224", 2),
     Case("embedded", "64", 8, "bf16"),
+    Case("embedded", "64", 8, "fp16", until="accuracy"),
     Case("random:R152x0.5", "48x31", 4),
 )
 
@@ -58,7 +59,7 @@ def main(only: str = "", output: Path = RESULTS) -> None:
             print(f"{case} ...", file=sys.stderr, flush=True)
             kept[str(case)] = measure(case)
             write_json(output, list(kept.values()))
-    Console(width=160).print(table([kept[str(case)] for case in CASES if str(case) in kept]))
+    terminal.console(width=160).print(table([kept[str(case)] for case in CASES if str(case) in kept]))
 
 
 def measure(case: Case) -> dict:

@@ -102,6 +102,8 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        named = re.match(r"HloModule ([^\s,]+)", text)
+        self.name = named[1] if named else ""
         current: list[Instruction] = []
         for line in text.splitlines():
             if line.startswith(("ENTRY ", "%")) and line.endswith("{"):

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,9 +28,11 @@ from bit_jax.program import Steps, compiler_options, make_steps
 from bit_jax.resnetv2 import Remat, is_architecture_name, parse_architecture
 from bit_jax.weights import Architecture
 from bit_jax.zoo import published
+from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
+from input_pipeline.flags import UserPath
 
 IMAGENET_EXAMPLES, IMAGENET_AREA = 1_281_167, 400 * 350
 POOL = 0.9  # of a device's memory is XLA's (train.py asks for it); the rest is the CUDA context's and NCCL's
@@ -362,7 +363,7 @@ class Arguments:
     request: Request
     search: bool = False
     """Find the largest batch a device that fits, for each --remat; --batch-per-device and --remat are ignored."""
-    json: Path | None = None
+    json: UserPath | None = None
     """Write everything here too."""
 
 
@@ -371,13 +372,13 @@ def main() -> None:
     request = arguments.request
     request.check()
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here must not be taken for the one that is asked for
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console, progress = terminal.console(width=120), terminal.console(stderr=True)
     if arguments.search:
-        rows = search(request, Console(stderr=True, highlight=False))
+        rows = search(request, progress)
         result: dict[str, Any] = {"request": dataclasses.asdict(request), "search": rows}
         show_search(rows, console)
     else:
-        Console(stderr=True).print("compiling twice: a minute or two each for a large model")
+        progress.print("compiling twice: a minute or two each for a large model")
         result = plan(request)
         show(result, console)
     if arguments.json is not None:

@@ -36,9 +36,11 @@ PROGRAM, TABLE = "train_step.hlo.txt", "profile.json"
 
 FORWARD, BY_INPUT, BY_KERNEL = (f"convolutions, {which}" for which in ("forward", "by input", "by kernel"))
 NORM, STANDARDIZATION, POOL, HEAD = "GroupNorm and ReLU", "standardization", "max-pool", "head"
-UPDATE, COLLECTIVES, COPIES, OTHER = "mixup, loss and update", "collectives", "copies", "other"
-KINDS = (FORWARD, BY_INPUT, BY_KERNEL, NORM, STANDARDIZATION, POOL, HEAD, UPDATE, COLLECTIVES, COPIES, OTHER)
+UPDATE, COLLECTIVES, COPIES = "mixup, loss and update", "collectives", "copies"
+GRAPHS, OTHER = "in CUDA graphs", "other"
+KINDS = (FORWARD, BY_INPUT, BY_KERNEL, NORM, STANDARDIZATION, POOL, HEAD, UPDATE, COLLECTIVES, COPIES, GRAPHS, OTHER)
 IDLE = "idle"
+LAUNCHED = "XLA_FLAGS=--xla_gpu_enable_command_buffer="  # has kernels launched one by one
 
 
 class Recorder:
@@ -98,25 +100,26 @@ class Event:
 
     Attributes:
         instruction: of the program, by name.
-        module: the program's name.
         start, end: nanoseconds.
     """
 
     instruction: str
-    module: str
     start: float
     end: float
 
 
-def events(trace: Any) -> Iterator[tuple[str, Event]]:
-    """(device, event) of what devices did for a program: on GPUs kernels and copies, on CPUs instructions."""
+def events(trace: Any, program: str) -> Iterator[tuple[str, Event]]:
+    """(device, event) of what devices did for the program of that name: on GPUs kernels and copies, on CPUs
+    instructions. Between two traced steps there may have been an evaluation."""
     for plane in trace.planes:
+        gpu = plane.name.startswith("/device:GPU")
         for line in plane.lines:
+            if gpu and not line.name.startswith("Stream"):
+                continue  # a summary of the streams
             for event in line.events:
                 stats = {name: value for name, value in event.stats if name in ("hlo_op", "hlo_module")}
-                if "hlo_op" in stats:
-                    module = str(stats.get("hlo_module", ""))
-                    yield plane.name, Event(str(stats["hlo_op"]), module, event.start_ns, event.end_ns)
+                if "hlo_op" in stats and stats.get("hlo_module") == program:
+                    yield plane.name, Event(str(stats["hlo_op"]), event.start_ns, event.end_ns)
 
 
 def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, precision: str) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, 
         RunFailed: the trace does not show the program.
     """
     by_device: dict[str, list[Event]] = collections.defaultdict(list)
-    for name, event in events(trace):
+    for name, event in events(trace, module.name):
         by_device[name].append(event)
     runs = len(seconds) * len(by_device)
     spent: dict[str, float] = collections.defaultdict(float)
@@ -173,10 +176,17 @@ def _by_kind(instructions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _described(module: hlo.Module, name: str, peaks: tuple[float, float] | None) -> dict[str, Any]:
-    """What an instruction is, from the program; of another program's, that it is none of this one's."""
+    """What an instruction is, from the program; what it does not name has no work."""
     line = module.instructions.get(name)
     if line is None:
-        return {"kind": OTHER, "of": "", "flops": 0.0, "bytes": 0, "roofline": 0.0 if peaks else None}
+        of_graph = name.startswith("command_buffer")
+        return {
+            "kind": GRAPHS if of_graph else OTHER,
+            "of": "",
+            "flops": 0.0,
+            "bytes": 0,
+            "roofline": 0.0 if peaks else None,
+        }
     flops, moved = module.work(line)
     return {
         "kind": kind(module, line),
@@ -265,6 +275,8 @@ def show(table: dict[str, Any], console: Console, instructions: int = 0) -> None
         shown.add_section()
         shown.add_row("step", f"{step * 1e3:.2f}", "", "", "", "", *_beside_roofline(step, table["roofline"]))
     console.print(shown)
+    if GRAPHS in table["kinds"]:
+        console.print(f"a trace names no instruction within a CUDA graph; {LAUNCHED} shows them all, one by one")
     excess = sorted(table["instructions"], key=lambda one: (one["roofline"] or 0) - one["seconds"])
     for one in excess[:instructions]:
         console.print(

@@ -115,7 +115,7 @@ def compile_program(
 
 def keep_programs(directory: Path) -> None:
     """Every program compiled from here on is kept in the directory, and the next process that would compile the same
-    program takes it from there. On several hosts, all of them run the program that host 0 compiled.
+    program takes it from there. On several hosts JAX keeps what host 0 compiled and nothing of the others.
 
     A program that is compiled anew need not round as before: where two of its cost estimates are nearly equal, XLA may
     fuse other operations in another process (https://github.com/openxla/xla/issues/49047).
@@ -127,7 +127,6 @@ def keep_programs(directory: Path) -> None:
         # not XLA's measured choices of algorithms beside the programs: their path would become part of a program's key,
         # and the programs would not be found again in a directory that was moved
         "jax_persistent_cache_enable_xla_caches": "none",
-        "jax_share_binary_between_hosts": jax.process_count() > 1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -5,6 +5,7 @@ them. Pillow knows four dozen formats, one of which starts Ghostscript; here it 
 """
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -30,6 +31,8 @@ MAX_BYTES = 1 << 30  # of a file; MAX_PIXELS uncompressed with alpha are 0.72e9
 
 # Pillow warns from half the limit on, which is no fault of the image
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# what Pillow logs of a damaged file, the error says that is raised; without a handler Python would print it
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:

@@ -483,12 +483,28 @@ def _scaling(change: Callable[[Any], Any]) -> Any:
     return mock.patch("bit_jax.steps.loss_and_gradients", changed)
 
 
-@fault("gradients of the unscaled loss in float16", "gradients", "resnet/", precision="fp16")
-def unscaled() -> Any:
-    return _scaling(lambda scale: scale / scale)
+@fault("the loss divided by its scale in float16", "gradients", "resnet/", precision="fp16")
+def inverse_scale() -> Any:
+    """Small gradients vanish, those that do not are right."""
+    return _scaling(lambda scale: 1 / scale)
 
 
-@fault("gradients of the loss scaled by its square in float16", "gradients", "loss scale", precision="fp16")
+@fault("the loss scaled twice in float16", "gradients", "loss scale", precision="fp16")
 def squared_scale() -> Any:
-    """They overflow at scales at which the other side's are finite."""
+    """Gradients overflow at scales at which the other side's are finite."""
     return _scaling(lambda scale: scale * scale)
+
+
+@fault("gradients not divided by the loss scale in float16", "gradients", "resnet/", precision="fp16")
+def undivided() -> Any:
+    from bit_jax import steps
+
+    whole = steps.loss_and_gradients
+
+    def multiplied(model, params, images, targets, microbatches=1, scale=None):
+        import jax
+
+        loss, gradients = whole(model, params, images, targets, microbatches, scale)
+        return loss, gradients if scale is None else jax.tree.map(lambda leaf: leaf * scale, gradients)
+
+    return mock.patch("bit_jax.steps.loss_and_gradients", multiplied)

@@ -61,14 +61,22 @@ class TimedJax(JaxSide):
     _call: Callable[[int], None]  # what `again` repeats
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`."""
+        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
         model, params = self.model()
-        batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
+        batches = [self._mixed(mixed, number, None) for number in range(count)]
+        losses: list[float] = []
         if self.side.tuned:  # as train.py's evaluation
             model, params = model.clone(standardized=True), self._jit(bit_steps.standardized)(params)
         apply = self._jit(lambda params, images: bit_steps.apply_model(model, params, images))
-        self._call = lambda call: jax.block_until_ready(apply(params, batches[call % count]))
-        return timing.timed(self._call, seconds) | self._used(), None
+
+        def call(number: int) -> None:
+            images, targets = batches[number % count]
+            logits = jax.block_until_ready(apply(params, images))
+            if not losses:
+                losses.append(float(bit_steps.cross_entropy(logits, targets).mean()))
+
+        self._call = call
+        return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
@@ -76,7 +84,7 @@ class TimedJax(JaxSide):
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
         training = self._training(lambda *given: self._step(model, sgd, *given), params, sgd)
-        losses = []
+        losses: list[float] = []
 
         def call(number: int) -> None:
             training(*batches[number % count])

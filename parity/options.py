@@ -21,7 +21,7 @@ class Options:
     training. fp64: float64 alone."""
     reference: str = "torch"
     """torch[:devices=N,compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
-    hugepages]."""
+    hugepages,flags=NAME=VALUE+NAME=VALUE], with flags of XLA."""
     candidate: str = "jax"
     """As --reference; on a CPU the devices are virtual."""
     torch_model: str | None = None

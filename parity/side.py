@@ -25,6 +25,7 @@ class Side:
         remat: JAX: what the backward pass computes again, as train.py's --remat.
         tuned: JAX: as train.py compiles it: XLA's options, and what is written differently for these devices.
         hugepages: memory in large pages, as train.py has it on CPUs.
+        flags: JAX: flags of XLA, name=value, beside those of XLA_FLAGS and what `tuned` sets.
         compile: torch: by torch.compile.
         channels_last: torch: the layout of images and kernels.
         model: torch: `package.module:factory` in place of the reference.
@@ -38,6 +39,7 @@ class Side:
     remat: Literal["none", "norm", "unit"] = "none"
     tuned: bool = False
     hugepages: bool = False
+    flags: tuple[str, ...] = ()
     compile: bool = False
     channels_last: bool = False
     model: str | None = None
@@ -47,6 +49,7 @@ class Side:
         settings = [f"{name}={getattr(self, name)}" for name in COUNTS["jax"] if getattr(self, name) != 1]
         settings += [f"remat={self.remat}"] if self.remat != "none" else []
         settings += [word for word in SWITCHES[self.framework] if getattr(self, word)]
+        settings += ["flags=" + "+".join(self.flags)] if self.flags else []
         name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
 
@@ -64,8 +67,9 @@ class Side:
         if self.framework == "jax":
             # the other framework needs its share of the GPU's memory
             variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            flags = os.environ.get("XLA_FLAGS", "")
-            variables |= {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={self.devices}".strip()}
+            virtual = f"xla_force_host_platform_device_count={self.devices}"
+            flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in (virtual, *self.flags))]
+            variables |= {"XLA_FLAGS": " ".join(flags).strip()}
             variables |= {"JAX_PLATFORMS": "cpu"} if precision == "fp64" else {}
         return variables
 
@@ -82,7 +86,7 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     if framework not in COUNTS or None in fields:
         raise RequestError(
             f"side {text!r} is neither torch[:devices=N,compile,channels_last,hugepages] "
-            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages]"
+            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages,flags=NAME=VALUE+NAME=VALUE]"
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
@@ -99,4 +103,6 @@ def _field(framework: str, setting: str) -> tuple[str, Any] | None:
         return name, True
     if framework == "jax" and setting in REMAT:
         return name, value
+    if framework == "jax" and name == "flags" and value:
+        return name, tuple(value.split("+"))
     return None

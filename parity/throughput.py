@@ -84,8 +84,8 @@ class Throughput:
     """Start one process of each arm, keep all of them, and time them in turns, `--processes` times: compiles once. On
     GPUs whose memory holds all arms."""
     gate: Literal["float64", "losses"] = "float64"
-    """What an arm must pass. float64: its losses are float64's up to rounding. losses: the loss of its first timed step
-    is PyTorch's within 2 %: for work too large for float64. `parity gradients` judges the same model in full."""
+    """What an arm must pass. float64: its losses are float64's up to rounding. losses: the loss of its first call is
+    PyTorch's within 2 %: for work too large for float64. `parity gradients` judges the same model in full."""
     seed: int = 0
     """Of weights, images and labels."""
     json: UserPath | None = None
@@ -113,8 +113,8 @@ class Throughput:
             raise RequestError("--work loop needs --folder, and nothing else takes it")
         if self.work == "loop" and self.together:
             raise RequestError("--work loop takes no --together: its images would be read at once")
-        if self.work != "train" and self.gate == "losses":
-            raise RequestError(f"--gate losses is for --work train, not for {self.work}")
+        if self.work == "loop" and self.gate == "losses":
+            raise RequestError("--work loop takes no --gate losses: its batches are drawn by each framework's loader")
         if self.folder is not None:
             wanted = timing.EVALUATED * self.rows
             if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
@@ -187,20 +187,19 @@ def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console:
     """One process for each arm, all of them there from the first round to the last; only one works at a time."""
     options = bench.options
     with contextlib.ExitStack() as stack:
-        started: dict[str, tuple[_Asking, dict[str, Any]]] = {}
-        for arm in arms:
-            side = bench.sides[arm]
+        asks = {arm: stack.enter_context(bench.process(bench.sides[arm], options.precision, "timed")) for arm in arms}
+        firsts: dict[str, dict[str, Any]] = {}
+        for arm, ask in asks.items():
+            of = bench.sides[arm].framework, bench.sides[arm].devices
             with bench.may_fail(arm, console):
-                ask = stack.enter_context(bench.process(side, options.precision, "timed"))
-                first = ask(f"{options.work}_time", **(bench.timed | {"seconds": 0})).info
-                ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
-                console.print(f"{arm} has compiled, {first['first']:.0f} s")
-                started[arm] = ask, first
+                firsts[arm] = ask(f"{options.work}_time", **(bench.timed | {"seconds": 0})).info
+                if of not in ceilings:
+                    ceilings[of] = [ask("ceiling").info]
+                console.print(f"{arm} has compiled, {firsts[arm]['first']:.0f} s")
         for number in range(options.processes):
-            for arm in _in_turn([arm for arm in started if arm not in bench.failed], number):
-                ask, first = started[arm]
+            for arm in _in_turn([arm for arm in firsts if arm not in bench.failed], number):
                 with bench.may_fail(arm, console):
-                    yield number, arm, first | ask("again", seconds=options.seconds).info
+                    yield number, arm, firsts[arm] | asks[arm]("again", seconds=options.seconds).info
 
 
 def _same_losses(options: Throughput, losses: dict[str, list[float]]) -> dict[str, Line]:

@@ -53,9 +53,7 @@ class TorchSide:
         on_gpu = torch.cuda.is_available() and precision != "fp64"
         self.devices = torch_devices.Devices.join(side.devices, rank, meeting, gpu=on_gpu)
         self.device = self.devices.device
-        backends: Any = torch.backends
-        backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        self.backends = backends
+        multiply_in("tf32" if precision == "tf32" else "ieee")
         self._loaded: dict[str | None, tuple[nn.Module, dict[str, str]]] = {}
         self._fault: str | None = None
 
@@ -98,7 +96,7 @@ class TorchSide:
             "groups": eps[2],
             "layout": "activations NCHW, kernels OIHW",
             "settings": {
-                "torch.backends.fp32_precision": self.backends.fp32_precision,
+                **{f"{name}.fp32_precision": backend.fp32_precision for name, backend in _multiplying().items()},
                 "autocast": str(self.precision in AUTOCAST),
                 "cudnn": str(torch.backends.cudnn.version()),
                 "model": self.side.model or "parity.torch_reference",
@@ -387,6 +385,27 @@ def record_units(
             hooks.callback(module.register_forward_hook(keep(site)).remove)
         logits = model(images)
     return outputs | {"logits": logits}
+
+
+def _multiplying() -> dict[str, Any]:
+    """PyTorch's parts that have a `fp32_precision`, by name."""
+    backends: Any = torch.backends
+    return {
+        "torch.backends": backends,
+        "torch.backends.cuda.matmul": backends.cuda.matmul,
+        "torch.backends.cudnn": backends.cudnn,
+        "torch.backends.cudnn.conv": backends.cudnn.conv,
+    }
+
+
+def multiply_in(form: str) -> None:
+    """What float32 products are computed in, `ieee` or `tf32`.
+
+    Each part is told by itself: in PyTorch 2.11 cuDNN's convolutions stay in TF32, their default, when
+    `torch.backends.fp32_precision` alone is set.
+    """
+    for backend in _multiplying().values():
+        backend.fp32_precision = form
 
 
 def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:

@@ -26,17 +26,21 @@ class TimedTorch(TorchSide):
         torch.backends.cudnn.benchmark = True
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`."""
+        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
         model = self._replica(None)
-        batches = [self._mixed(mixed, number, None)[0] for number in range(count)]
+        batches = [self._mixed(mixed, number, None) for number in range(count)]
+        losses: list[float] = []
 
         def apply(call: int) -> None:
+            images, targets = batches[call % count]
             with torch.inference_mode(), self._autocast():
-                model(batches[call % count])
+                logits = model(images)
             self.devices.wait()
+            if not losses:
+                losses.append(float(self.devices.mean(F.cross_entropy(logits.to(targets.dtype), targets))))
 
         self._call = apply
-        return timing.timed(apply, seconds, self.devices.first) | self._used(), None
+        return timing.timed(apply, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""

@@ -6,6 +6,7 @@ standard input ends, because the near end is done or was killed, the far end is 
 too.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -163,12 +164,15 @@ def main() -> None:
 
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
-    tasks: Any = None
+    made = concurrent.futures.Future()  # before anything is asked, so that several processes import at once
+    try:
+        made.set_result(_tasks(progress, **job))
+    except Exception as error:
+        made.set_exception(error)
     while True:
         request = json.loads(requests.get())
         try:
-            if tasks is None:
-                tasks = _tasks(progress, **job)
+            tasks = made.result()
             arguments = request["arguments"]
             fault = arguments.pop("fault", None)
             with tasks.injected(fault):

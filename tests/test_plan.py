@@ -10,6 +10,7 @@ import pytest
 
 from bit_jax import hlo, plan
 from bit_jax.accelerators import ACCELERATORS
+from bit_jax.program import compiler_options
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -124,3 +125,17 @@ def test_a_plan_on_the_command_line(tmp_path):
         sum(by_kind["reduce-scatter", 4].values()), rel=0.1
     )
     assert found["memory"]["pool"] + found["memory"]["outside_pool"] == ACCELERATORS["a100-40g"].memory
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_xla_compiles_deterministic_steps_for_gpus():
+    request = plan.Request(model="R14x0.5", device="h100-80g", crop=32, classes=10)
+    steps, mesh = request.steps(plan.UNLIMITED)
+    options = compiler_options(mesh, deterministic=True)
+    assert "xla_gpu_deterministic_ops" in options
+    for lowered in (steps.lower_train_step(), steps.lower_eval_step()):
+        program = lowered.compile(compiler_options=options).as_text()
+        assert "__cudnn$conv" in program
+        assert "triton_gemm" not in program
+        assert " scatter(" not in program  # they would become loops

@@ -11,7 +11,7 @@ from bit_jax import hyperrule, weights
 from bit_jax import mesh as meshes
 from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import FLAGPERF
-from bit_jax.program import compile_program
+from bit_jax.program import compile_program, compiler_options
 
 ROWS, SIDE = 4, 16
 OUTPUTS_FIRST = (3, 0, 1, 2)
@@ -98,3 +98,8 @@ def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, 
     assert {name: value.item() for name, value in sums[1].items()} == pytest.approx(
         {name: value.item() for name, value in sums[0].items()}, rel=1e-10
     )
+
+
+def test_deterministic_changes_nothing_on_cpus():
+    mesh = meshes.make_mesh()
+    assert compiler_options(mesh, deterministic=True) == compiler_options(mesh)

@@ -22,7 +22,7 @@ from conftest import COMPILES_FAST
 from PIL import Image
 
 import train
-from bit_jax import config, resources
+from bit_jax import config, profile, resources
 from bit_jax.loop import Loop
 from bit_jax.timeline import Timeline
 from input_pipeline import claims
@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory):
 def finished(command, undisturbed):
     """The folder of an undisturbed run."""
     if not undisturbed.exists():
-        done = finish(command("--workdir", undisturbed))
+        done = finish(command("--workdir", undisturbed, "--profile", 2))
         (undisturbed / "stdout").write_text(done.stdout)
     return undisturbed
 
@@ -114,6 +114,26 @@ def test_a_run_leaves_what_it_promises(finished):
     assert lines[-1]["val_acc1"] == result["final_acc1"]
     for shown in ("p_whole", "p_train", "p_core", "1x1", f"{result['final_acc1']:.5f}"):
         assert shown in (finished / "stdout").read_text()
+
+
+def test_a_profile_says_where_a_steps_time_goes(finished, capsys):
+    table = profile.load(finished)
+    assert (table["steps"], table["device"], table["roofline"]) == (2, "cpu", None)
+    assert table["seconds"] == pytest.approx(sum(table["seconds_of_steps"]) / 2)
+    assert 0 < table["busy"] <= table["seconds"]
+    kinds = table["kinds"]
+    assert {profile.FORWARD, profile.BY_INPUT, profile.BY_KERNEL, profile.NORM, profile.STANDARDIZATION} < set(kinds)
+    assert kinds[profile.IDLE]["seconds"] == pytest.approx(table["seconds"] - table["busy"])
+    known = [one for one in table["instructions"] if one["of"]]
+    assert sum(one["seconds"] for one in known) > 0.5 * table["busy"], "most of the time is the program's own"
+    assert {one["calls"] for one in known if one["kind"] == profile.FORWARD} == {1.0}
+    assert len(list((finished / "profile").glob("plugins/profile/*/*.xplane.pb"))) == 1
+    profile.main(finished, instructions=3)
+    shown = capsys.readouterr().out
+    assert "convolutions, forward" in shown
+    assert shown.count("GFLOP") == 3
+    assert "where a step" not in (said := (finished / "stdout").read_text())
+    assert "GroupNorm and ReLU" in said
 
 
 def test_final_weights_give_the_reported_accuracy(finished):

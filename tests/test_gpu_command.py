@@ -1,0 +1,104 @@
+"""`benchmarks/gpu.py`: steps in order, each within its time, and the same command goes on with what is missing."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from input_pipeline.errors import RequestError, RunFailed
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(code: str) -> str:
+    return f"-c '{code}'"
+
+
+@pytest.fixture
+def small_steps(gpu, monkeypatch, tmp_path):
+    """Four steps: one that is done, one that fails, one that never ends, one whose file says that it was reached."""
+    made = tmp_path / "made"
+    found = [
+        gpu.Step("good", python("""open("{json}", "w").write("[]"[:0] + chr(123) + chr(125)); print("said")"""), 60),
+        gpu.Step("bad", python("import sys; sys.exit(3)"), 60),
+        gpu.Step("endless", python("import time; time.sleep(1000)"), 0.5, alone=False),
+        gpu.Step("last", python(f"""open("{made}", "a").write("x")"""), 60, alone=False),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda scale: found)
+    return made
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    steps = json.loads((out / "gpu.json").read_text())["steps"]
+    return {name: step["outcome"] for name, step in steps.items()}
+
+
+def test_a_failing_or_late_step_stops_no_other_and_what_is_done_is_not_done_again(gpu, small_steps, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="not done: bad, endless; their logs are in"):
+            gpu.main(out)
+    assert outcomes(out) == {"good": "done", "bad": "failed", "endless": "late", "last": "done"}
+    assert small_steps.read_text() == "x", "a finished step was run again"
+    assert (out / "good.log").read_text() == "said\n"
+    assert json.loads((out / "gpu.json").read_text())["steps"]["good"]["result"] == {}
+    assert "endless: late after" in capsys.readouterr().out
+
+
+def test_without_time_nothing_is_begun(gpu, small_steps, tmp_path, capsys):
+    with pytest.raises(RunFailed, match="not done: good, bad"):
+        gpu.main(tmp_path / "out", minutes=0.1)
+    assert "no time is left for good, bad, endless, last; the same command goes on there" in capsys.readouterr().out
+
+
+def test_only_some_steps(gpu, small_steps, tmp_path):
+    gpu.main(tmp_path / "out", only=("la", "good"))
+    assert outcomes(tmp_path / "out") == {"good": "done", "last": "done"}
+    with pytest.raises(RequestError, match="--only nowhere begins no step's name; there are good, bad, endless, last"):
+        gpu.main(tmp_path / "out", only=("nowhere",))
+
+
+def test_a_step_that_will_not_end_is_killed(gpu, tmp_path):
+    stubborn = gpu.Step(
+        "stubborn", python("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(1000)"), 9
+    )
+    record = gpu.Record(tmp_path)
+    running = gpu.Running.start(stubborn, tmp_path, limit=0.5)
+    time.sleep(1)  # until the signal is ignored
+    while (outcome := running.outcome()) is None:
+        time.sleep(0.05)
+    record.add(running, outcome)
+    assert outcomes(tmp_path) == {"stubborn": "late"}
+    assert running.process.returncode == -9
+
+
+@pytest.mark.slow
+def test_the_command_works_without_a_gpu(gpu, tmp_path, capsys):
+    gpu.main(
+        tmp_path / "out",
+        minutes=30,
+        scale="small",
+        only=("machine", "train-R14x0.5-bf16", "eager-forward-R14x0.5-bf16", "parity-R14x0.5-tf32"),
+    )
+    steps = json.loads((tmp_path / "out" / "gpu.json").read_text())["steps"]
+    assert {step["outcome"] for step in steps.values()} == {"done"}
+    assert steps["machine"]["result"]["bytes_a_second"] > 0
+    assert steps["train-R14x0.5-bf16"]["result"]["p_core"] > 0
+    assert steps["train-R14x0.5-bf16"]["profile"]["steps"] == 5
+    assert set(steps["eager-forward-R14x0.5-bf16"]["result"]["arms"]) == set(gpu.EAGER)
+    assert steps["parity-R14x0.5-tf32"]["result"]["holds"]
+    assert "HOLDS" in capsys.readouterr().out
+    gpu.show(gpu.Record(tmp_path / "out"), Console())

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end in good order when a signal or a NaN asks for one."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeGuard
@@ -53,7 +54,7 @@ class _Asked(Exception):
         self.number = number
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Loop:
     cfg: Config
     recipe: Recipe
@@ -99,7 +100,10 @@ class Loop:
             step = index + 1
             recorder.before(step)
             with self.timeline("steps"):
-                state, said = jax.block_until_ready(self.program.train_step(state, self.with_signal(batch)))
+                # the state before the step is let go while the devices work: that is hundreds of arrays, for each of
+                # which this thread stands in line with the input's for Python's lock
+                state, said = self.program.train_step(state, self.with_signal(batch))
+                said = jax.device_get(said)  # once the step has finished
             if (table := recorder.after(step)) is not None:
                 self.log.note(profile.sentence(table, self.workdir.path))
             self.check(said, step, state, batch)
@@ -136,8 +140,12 @@ class Loop:
 
     def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The batch and the signal that this host was asked to end by, for all hosts to see after the same step."""
+        return batch | self._on_all_rows(signal_asked())
+
+    @functools.cache  # noqa: B019 (a loop lives as long as its process)
+    def _on_all_rows(self, signal: int) -> dict[str, jax.Array]:
         rows = self.global_batch // jax.process_count()
-        return batch | meshes.shard_batch({"signal": np.full(rows, signal_asked(), np.int32)}, self.mesh)
+        return meshes.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.mesh)
 
     def end(self, number: int, state: TrainState) -> None:
         step = int(state.step)

@@ -59,6 +59,10 @@ def resample(
         uint8 [window.side, window.side, 3].
     """
     shown = np.empty((window.side, window.side, 3), np.uint8) if into is None else into
+    if pixels.shape[:2] == (side, side):  # as every method has it, of as many pixels each is itself
+        part = pixels[window.top : window.top + window.side, window.left : window.left + window.side]
+        shown[...] = part[:, ::-1] if window.mirrored else part
+        return shown
     compute = _tensorflow if method == "tf" else _pillow
     compute(np.ascontiguousarray(pixels), side, *window, shown)
     return shown

@@ -38,7 +38,9 @@ class _Training:
     def __call__(self, *batch: Any) -> None:
         if self._compiled is None:
             self._compiled = self._compile(*batch)
-        self.state, self.loss = jax.block_until_ready(self._compiled(self.state, *batch))
+        # as in train.py's loop, the state before the step is let go while the devices work
+        self.state, self.loss = self._compiled(self.state, *batch)
+        jax.block_until_ready((self.state, self.loss))
 
     def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
         if self._options is None:

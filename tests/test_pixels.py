@@ -70,6 +70,17 @@ def test_pillow_bit_for_bit_at_imagenets_sizes(height, width, side):
     np.testing.assert_array_equal(resample(pixels, side, Window(0, 0, side)), whole)
 
 
+@pytest.mark.parametrize("window", [Window(0, 0, 70), Window(3, 11, 40), Window(30, 6, 40, mirrored=True)])
+def test_an_image_as_large_as_asked_is_only_cropped(window, monkeypatch):
+    pixels = noise(70, 70)
+    whole = np.asarray(Image.fromarray(pixels).resize((70, 70), Image.Resampling.BILINEAR))
+    of_tensorflow = np.floor(bilinear_of_tensorflow_2(pixels, 70) + np.float32(0.5)).astype(np.uint8)
+    for passes in ("_pillow", "_tensorflow"):
+        monkeypatch.setattr(f"input_pipeline.resample.{passes}", None)  # it takes neither
+    np.testing.assert_array_equal(resample(pixels, 70, window), shown(whole, window))
+    np.testing.assert_array_equal(resample(pixels, 70, window, "tf"), shown(of_tensorflow, window))
+
+
 def test_which_pass_comes_first_is_this_pillows(monkeypatch):
     """Pillow 13 began to shrink columns first where that is cheaper, which rounds otherwise; another Pillow may not."""
     assert int(PIL.__version__.split(".")[0]) == 13, "see resample._vertical_first"

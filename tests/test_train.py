@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from PIL import Image
 import train
 from bit_jax import config, profile, resources
 from bit_jax.loop import Loop
+from bit_jax.mesh import make_mesh
 from bit_jax.timeline import Timeline
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
@@ -237,6 +239,45 @@ def test_the_log_says_which_side_waits():
         assert len(said) == notes, said
     assert "the devices wait for input, 2% of the time so far" in said[0]
     assert "input keeps up" in said[1]
+
+
+def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
+    """Not after they have finished, when they would wait for it."""
+
+    class State(SimpleNamespace):
+        """Of a step that was begun."""
+
+    class Loss:
+        """Whoever wants its value waits for the step."""
+
+        def __init__(self, before):
+            self.before = before
+
+        def block_until_ready(self):
+            states_before.append(self.before())
+
+        def __array__(self, dtype=None, copy=None):
+            self.block_until_ready()
+            return np.asarray(0.5, dtype)
+
+    def begin(state, batch):
+        said = {"loss": Loss(weakref.ref(state)), "replaced": np.int32(0), "signal": np.int32(0)}
+        return State(step=state.step + 1), said
+
+    states_before: list[object] = []
+    nothing: Any = None
+    run = config.RunConfig(tmp_path)
+    cfg: Any = SimpleNamespace(run=run, model=config.ModelConfig())
+    recipe: Any = SimpleNamespace(schedule=SimpleNamespace(steps=3))
+    program: Any = SimpleNamespace(train_step=begin)
+    workdir: Any = SimpleNamespace(path=tmp_path, profile=tmp_path / "profile")
+    log: Any = SimpleNamespace(advance=lambda step: None)
+    checkpoints: Any = SimpleNamespace(newest=None)
+    loop = Loop(cfg, recipe, program, make_mesh(), nothing, nothing, 8, workdir, checkpoints, Timeline(), log)
+    batches: Any = iter([(index, {}) for index in range(3)])
+    state, _ = loop.train_from(State(step=0), 0, batches, None)
+    assert state.step == 3
+    assert states_before == [None] * 3
 
 
 def test_flagperf_on_imagenet(command, prepared, tmp_path):

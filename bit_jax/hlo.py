@@ -260,9 +260,11 @@ class Module:
 
 
 def _result_shape(line: Instruction) -> str:
-    """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too."""
-    if line.opcode.endswith("-start") and line.opcode != "all-reduce-start" and len(arrays(line.shape)) > 1:
-        return " ".join(found[0] for found in list(_ARRAY.finditer(line.shape))[len(line.operands) :])
+    """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too, since JAX 0.11 that of
+    `all-reduce-start` as well."""
+    parts = [found[0] for found in _ARRAY.finditer(line.shape)]
+    if line.opcode.endswith("-start") and len(parts) > len(line.operands):
+        return " ".join(parts[len(line.operands) :])
     return line.shape
 
 

@@ -214,7 +214,8 @@ def _require_tensorflow() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces them
     if importlib.util.find_spec("tensorflow") is None:
         raise DatasetError(
-            "preparing a dataset needs TensorFlow, training does not; pip install -c constraints.txt -e '.[prepare]'"
+            "preparing a dataset needs TensorFlow, training does not; "
+            "pip install -c $(make -s constraints) -e '.[prepare]'"
         )
 
 

@@ -19,6 +19,7 @@ from conftest import ROOT, last_step
 from gpu_numbers import logits_and_gradients
 
 import bit_jax
+from bit_jax import hugepages
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 @pytest.fixture(scope="session")
 def gpu() -> str:
     """The name of the GPU here."""
+    if not hugepages.NVIDIA.exists():  # the CUDA plugin of JAX 0.12 crashes where it is installed without a driver
+        pytest.skip("This machine has no NVIDIA GPU.")
     platform, kind = finish(start("-c", WHICH)).splitlines()[-2:]
     if platform != "gpu":
         pytest.skip("JAX finds no GPU on this machine.")
@@ -77,7 +80,9 @@ def gpu() -> str:
 
 @pytest.fixture(scope="session")
 def images() -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (4, 48, 48, 3)).astype(np.float32)
+    """With this seed no ReLU's input is nearer to zero than 1e-5. With another, float32 may round one to the other side
+    of zero, and the gradients then differ by nearly 1 %."""
+    return np.random.default_rng(129).uniform(-1, 1, (4, 48, 48, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,17 @@ def test_what_a_module_says_of_itself():
         hlo.Module("nothing")
 
 
+def test_an_all_reduce_counts_once_whether_or_not_its_start_names_the_operands():
+    """Since JAX 0.11 it does."""
+    array = "f32[8,3,3,3]{3,2,1,0}"
+    older = f"%hidden = {array} all-reduce-start"
+    assert older in MODULE
+    newer = hlo.Module(MODULE.replace(older, f"%hidden = (({array}), {array}) all-reduce-start"))
+    module = hlo.Module(MODULE)
+    assert newer.collectives() == module.collectives()
+    assert newer.traffic() == module.traffic()
+
+
 def test_of_what_a_fusion_slices_the_slice_counts_also_behind_a_bitcast():
     module = hlo.Module("""
 %fused (p0: f32[10,4], p1: s32[]) -> f32[1,4] {

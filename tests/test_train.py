@@ -243,6 +243,41 @@ def test_the_log_says_which_side_waits():
     assert "input keeps up" in said[1]
 
 
+# XLA's threads read the environment without Python's lock. A variable that is new moves all of them in memory.
+SAYS_WHAT_THE_ENVIRONMENT_IS_GIVEN = """
+import os
+import sys
+import threading
+import train
+from bit_jax import finetune
+from input_pipeline.exits import exit_code
+compiled = []
+def heard(event, arguments):
+    if event in ("os.putenv", "os.unsetenv") and compiled and arguments[0].decode() not in os.environ:
+        print("NEW", event, arguments[0].decode(), "in", threading.current_thread().name, flush=True)
+sys.addaudithook(heard)
+compile_program = finetune.compile_program
+def compile_and_listen(*arguments, **more):
+    compiled.append(True)
+    return compile_program(*arguments, **more)
+finetune.compile_program = compile_and_listen
+os.environ["BEFORE"] = "not heard"
+code = exit_code(train.main)
+os.environ["AFTER"] = "heard"
+sys.exit(code)
+"""
+
+
+def test_nobody_gives_the_environment_a_variable_while_the_devices_compute(command, tmp_path):
+    given = command("--workdir", tmp_path / "run", "--profile", 1)
+    python, _, *arguments = given["args"]
+    given["args"] = [python, "-c", SAYS_WHAT_THE_ENVIRONMENT_IS_GIVEN, *arguments]
+    given["env"] = given["env"] | {"PYTHONPATH": str(REPOSITORY)}
+    given["env"].pop("CRC32C_SW_MODE", None)  # this process has imported what sets it
+    heard = [line for line in finish(given).stdout.splitlines() if line.startswith("NEW")]
+    assert heard == ["NEW os.putenv AFTER in MainThread"]
+
+
 def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("bit_jax.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))

@@ -124,7 +124,8 @@ class Loop:
         try:
             for index, batch in self.arriving(batches, begun):
                 step = index + 1
-                recorder.before(step)
+                if sentence := recorder.before(step):
+                    self.log.note(sentence)
                 with self.timeline("steps"):
                     given = self.with_signal(batch) | {"stopped": begun[-1].said["failed"] if begun else self.going_on}
                     # the state before the step is let go while the devices work: that is hundreds of arrays, for each
@@ -133,8 +134,8 @@ class Loop:
                     begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
                     shown = step == steps or self.evaluates_after(step) or step % run.checkpoint_every == 0
                     self.finish(begun, state, start, leave=0 if shown or recorder.around(step) else 1)
-                if (table := recorder.after(step)) is not None:
-                    self.log.note(profile.sentence(table, self.workdir.path))
+                if sentence := recorder.after(step):
+                    self.log.note(sentence)
                 accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
                 if self.reached(accuracy):
                     self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")

@@ -35,7 +35,7 @@ class Convolutions:
     """What is measured; every default stands here once."""
 
     weights: str = "random:R50x1"
-    """As of the other commands; of a file, the architecture alone is read."""
+    """These are given as to the other commands; of a file, the architecture alone is read."""
     size: int = 224
     """Side of the images."""
     rows: int = 32
@@ -51,7 +51,7 @@ class Convolutions:
     rounds: int = 3
     """Each side is timed so often, in turns with the other."""
     seconds: float = 0.1
-    """That each round takes."""
+    """Each round takes so long."""
     json: UserPath | None = None
     """Write the measurements here."""
 

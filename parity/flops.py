@@ -26,7 +26,7 @@ class Convolution(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of one image, forward; its gradients by the input and by the kernel take as many each."""
+        """Operations for one image, forward; its gradients by the input and by the kernel take as many each."""
         return 2.0 * self.size**2 * self.cin * self.cout * self.out[0] * self.out[1]
 
 

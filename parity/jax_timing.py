@@ -66,7 +66,7 @@ class TimedJax(JaxSide):
     _call: Callable[[int], None]  # what `again` repeats
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
+        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -84,7 +84,7 @@ class TimedJax(JaxSide):
         return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
+        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
@@ -100,13 +100,13 @@ class TimedJax(JaxSide):
         return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """What was timed last, for so many seconds more."""
+        """Times what was timed last, for so many seconds more."""
         return {"calls": timing.repeated(self._call, seconds)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Of one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
         one = flops.Convolution(*convolution)
         x, kernel, gradient = timing.convolution_arrays(one, rows, sets)
 

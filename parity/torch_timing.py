@@ -26,7 +26,7 @@ class TimedTorch(TorchSide):
         torch.backends.cudnn.benchmark = True
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
+        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -43,7 +43,7 @@ class TimedTorch(TorchSide):
         return timing.timed(apply, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
+        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd, scaler, losses = self._sgd(model), self._scaler(), []
@@ -60,13 +60,13 @@ class TimedTorch(TorchSide):
         return timing.timed(step, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """What was timed last, for so many seconds more."""
+        """Times what was timed last, for so many seconds more."""
         return {"calls": timing.repeated(self._call, seconds, self.devices.first)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Of one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
         one = flops.Convolution(*convolution)
         layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
         dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])

@@ -38,7 +38,11 @@ def exit_code(main: Callable[[], object]) -> int:
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that the terminal cannot show
     try:
         with _handling_signals():
-            code = main()
+            try:
+                code = main()
+            except SystemExit:  # --help has been printed; at Python's end a closed pipe would be no longer quiet
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()
     except RequestError as error:
         return _say(str(error), 2)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout
 
 import input_pipeline
 from bit_jax import mesh as meshes
@@ -126,9 +125,9 @@ class TimedJax(JaxSide):
 
         options = program.compiler_options(self.mesh) if self.side.tuned else {}
         given = jax.tree.map(lambda array: jnp.asarray(array, self.precision.dtype), (list(x), kernel, list(gradient)))
-        free = jax.tree.map(lambda _: Format(Layout.AUTO), given)
-        jitted = jax.jit(all_sets, in_shardings=free, out_shardings=Format(Layout.AUTO), compiler_options=options)
         like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), given)
+        free = meshes.any_layout((like, jax.eval_shape(all_sets, *like)))
+        jitted = jax.jit(all_sets, in_shardings=free[0], out_shardings=free[1], compiler_options=options)
         start = time.perf_counter()
         compiled = jitted.lower(*like).compile()
         seconds_of_compilation = time.perf_counter() - start

@@ -508,11 +508,13 @@ def test_a_cache_that_is_full_or_read_only(server, monkeypatch):
     refused("Read-only file system.*BIT_JAX_CACHE", NAME)
 
 
+@pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("arguments", [["list"], ["--help"]])
-def test_a_reader_that_has_gone_ends_the_list_quietly(arguments):
+def test_a_reader_that_has_gone_ends_the_list_quietly(arguments, buffered):
     """As `| head -1` does."""
     command = [sys.executable, "-m", "bit_jax.zoo", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     _, complaint = process.communicate()

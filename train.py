@@ -39,7 +39,8 @@ def main() -> None:
         with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
             terminal.console(width=120).print(metrics.flagperf_row(result))
             if cfg.run.profile:
-                profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
+                with contextlib.suppress(RequestError):  # the log says why there is no table
+                    profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
             print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
 
 

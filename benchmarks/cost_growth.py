@@ -55,7 +55,7 @@ def once(point: dict[str, Any]) -> dict[str, float]:
         value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
         return jax.device_put(jnp.full(leaf.shape, value, leaf.dtype), leaf.sharding)
 
-    state, batch = jax.tree.map(filled, made.state), jax.tree.map(filled, made.batch)
+    state, batch = jax.tree.map(filled, made.state), jax.tree.map(filled, made.training_batch)
     seconds = []
     for _ in range(1 + CALLS):
         start = time.perf_counter()

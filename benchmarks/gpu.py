@@ -10,13 +10,14 @@ on with what is missing. On a machine without a GPU the steps run with a small m
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,24 +90,31 @@ class Step:
 
 def steps(scale: Scale) -> list[Step]:
     """In order of worth."""
-    found = [Step("machine", "benchmarks/bandwidth.py --json {json}", 90)]
-    for name, (size, rows) in scale.models.items():
-        for precision in ("bf16", "tf32"):
-            found += [training(name, size, rows, precision)]
-            found += [throughput("eager", EAGER, name, size, rows, precision, "train", scale)]
-    found += [ladder("embedded", "all", precision) for precision in PRECISIONS]
-    found += [Step("tests", "-m pytest tests/test_gpu.py", 150, {}, alone=False)]
+    first, *others = scale.models
     name, size, rows = scale.judged
-    shown = f"--size {size} --rows {rows}"
-    found += [ladder(f"random:{name}", "gradients", precision, shown) for precision in PRECISIONS]
-    for name, (size, rows) in scale.models.items():
-        for precision in ("bf16", "tf32"):
-            found += [throughput("eager", EAGER, name, size, rows, precision, "forward", scale)]
-    for name, (size, rows) in scale.models.items() if scale.compiles else ():
-        for precision in ("bf16", "tf32"):
-            for work in ("train", "forward"):
-                found += [throughput("compiled", COMPILED, name, size, rows, precision, work, scale)]
-    return found
+    judged = f"--size {size} --rows {rows}"
+    return [
+        Step("machine", "benchmarks/bandwidth.py --json {json}", 90),
+        *training_beside_pytorch(scale, first, "bf16"),
+        *(ladder("embedded", "all", precision) for precision in PRECISIONS),
+        Step("tests", "-m pytest tests/test_gpu.py", 150, {}, alone=False),
+        *(step for model in others for step in training_beside_pytorch(scale, model, "bf16")),
+        *(step for model in scale.models for step in training_beside_pytorch(scale, model, "tf32")),
+        *(ladder(f"random:{name}", "gradients", precision, judged) for precision in PRECISIONS),
+        *(throughput("eager", EAGER, scale, *work, "forward") for work in each(scale)),
+        *(convolutions(scale, *work) for work in each(scale)),
+        *(throughput("compiled", COMPILED, scale, *work, "train") for work in each(scale) if scale.compiles),
+        *(throughput("compiled", COMPILED, scale, *work, "forward") for work in each(scale) if scale.compiles),
+    ]
+
+
+def each(scale: Scale) -> Iterator[tuple[str, str]]:
+    """(architecture, precision)."""
+    return itertools.product(scale.models, ("bf16", "tf32"))
+
+
+def training_beside_pytorch(scale: Scale, model: str, precision: str) -> list[Step]:
+    return [training(scale, model, precision), throughput("eager", EAGER, scale, model, precision, "train")]
 
 
 def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
@@ -116,8 +124,9 @@ def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
     return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False, environment=threads)
 
 
-def training(model: str, size: int, rows: int, precision: str) -> Step:
+def training(scale: Scale, model: str, precision: str) -> Step:
     """Of images that need no resizing, and without CUDA graphs, in which a trace shows no instruction."""
+    size, rows = scale.models[model]
     command = (
         f"train.py hyperrule --model {model} --init random --dataset synthetic --resize-to 512 --crop {size} "
         f"--batch-per-device {rows} --precision {precision} --mixup 0.1 --steps 60 --warmup-steps 5 --decay-steps 50 "
@@ -128,15 +137,20 @@ def training(model: str, size: int, rows: int, precision: str) -> Step:
     return Step(f"train-{model}-{precision}", command, 300, results, environment={"XLA_FLAGS": flags})
 
 
-def throughput(
-    kind: str, arms: Sequence[str], model: str, size: int, rows: int, precision: str, work: str, scale: Scale
-) -> Step:
+def throughput(kind: str, arms: Sequence[str], scale: Scale, model: str, precision: str, work: str) -> Step:
+    size, rows = scale.models[model]
     command = (
         f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
         f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} --gate losses "
         f"--json {{json}} --arms {' '.join(arms)}"
     )
     return Step(f"{kind}-{work}-{model}-{precision}", command, 420)
+
+
+def convolutions(scale: Scale, model: str, precision: str) -> Step:
+    size, rows = scale.models[model]
+    shown = f"--weights random:{model} --size {size} --rows {rows} --precision {precision}"
+    return Step(f"convolutions-{model}-{precision}", f"-m parity convolutions {shown} --json {{json}}", 240)
 
 
 @dataclasses.dataclass

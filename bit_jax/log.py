@@ -26,6 +26,10 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, parse_json, replacing
 from input_pipeline.terminal import printable
 
+# tensorboardX would set it when it is imported, in a thread, while XLA computes. XLA's threads read the environment; it
+# is moved for every variable that is new, and a read in that moment ends the process with a segmentation fault.
+os.environ.setdefault("CRC32C_SW_MODE", "auto")
+
 WAITING = 1000  # reports that wait for a slow terminal or disk; more are dropped
 PATIENCE = 5.0  # seconds that the end of a run waits for them
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-import math
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeGuard
 
 import jax
@@ -28,7 +30,6 @@ from input_pipeline.files import replacing
 # waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
 INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
 BEFORE = "evaluation before training"  # an activity of the timeline
-LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are no matter of precision
 
 
 class Batches(Protocol):
@@ -45,6 +46,28 @@ class Split:
     name: str
     examples: int
     batches: Batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A step that the devices work on, or have finished.
+
+    Attributes:
+        number: of the step, from 1.
+        batch: that it takes.
+        said: what it says, on the devices.
+        end: once it has finished: what it says, and when that was by `time.perf_counter`.
+    """
+
+    number: int
+    batch: dict[str, jax.Array]
+    said: dict[str, jax.Array]
+    end: "Future[tuple[dict[str, np.ndarray], float]]"
+
+
+def _finished(said: dict[str, jax.Array]) -> tuple[dict[str, np.ndarray], float]:
+    values = jax.device_get(said)
+    return values, time.perf_counter()
 
 
 class _Asked(Exception):
@@ -96,32 +119,68 @@ class Loop:
             left=range(start + 1, steps + 1),
             wanted=run.profile if hosts.is_first() else 0,
         )
-        for index, batch in self.timeline.waiting("input", batches):
-            step = index + 1
-            recorder.before(step)
-            with self.timeline("steps"):
-                # the state before the step is let go while the devices work: that is hundreds of arrays, for each of
-                # which this thread stands in line with the input's for Python's lock
-                state, said = self.program.train_step(state, self.with_signal(batch))
-                said = jax.device_get(said)  # once the step has finished
-            if (table := recorder.after(step)) is not None:
-                self.log.note(profile.sentence(table, self.workdir.path))
-            self.check(said, step, state, batch)
-            self.replaced += int(said["replaced"])
-            self.log.advance(step)
-            if step % run.log_every == 0:
-                scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
-                self.log.write(step, loss=float(said["loss"]), **scale, **self.speed(step - start))
-                self.say_who_waits()
-            if number := int(said["signal"]):
-                self.end(number, state)
-            accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
-            if self.reached(accuracy):
-                self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
-                break
-            if step % run.checkpoint_every == 0 and step < steps:
-                self.checkpoints.save(state)
+        begun: deque[Begun] = deque()
+        waiting = ThreadPoolExecutor(1, thread_name_prefix="until a step has finished")
+        try:
+            for index, batch in self.arriving(batches, begun):
+                step = index + 1
+                if sentence := recorder.before(step):
+                    self.log.note(sentence)
+                with self.timeline("steps"):
+                    given = self.with_signal(batch) | {"stopped": begun[-1].said["failed"] if begun else self.going_on}
+                    # the state before the step is let go while the devices work: that is hundreds of arrays, for each
+                    # of which this thread stands in line with the input's for Python's lock
+                    state, said = self.program.train_step(state, given)
+                    begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
+                    shown = step == steps or self.evaluates_after(step) or step % run.checkpoint_every == 0
+                    self.finish(begun, state, start, leave=0 if shown or recorder.around(step) else 1)
+                if sentence := recorder.after(step):
+                    self.log.note(sentence)
+                accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
+                if self.reached(accuracy):
+                    self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
+                    break
+                if step % run.checkpoint_every == 0 and step < steps:
+                    self.checkpoints.save(state)
+        finally:
+            waiting.shutdown(wait=False)
         return state, accuracy
+
+    def arriving(self, batches: Iterator, begun: deque[Begun]) -> Iterator:
+        """The batches. While one is awaited and no step is under way, time counts as `input`: the devices have nothing
+        to do."""
+        while True:
+            asked = time.perf_counter()
+            with self.timeline("reading"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if not begun or begun[-1].end.done():
+                idle_since = max(asked, begun[-1].end.result()[1]) if begun else asked
+                self.timeline.add("input", time.perf_counter() - idle_since)
+            yield batch
+
+    def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> None:
+        """Waits for the steps begun but the last `leave`, and says and checks what they say. `state` is that after the
+        last.
+
+        One is left under way while the next batch is fetched and its step begun, so that the devices need not wait for
+        that; none where the state after a step is looked at.
+        """
+        signal = 0
+        while len(begun) > (0 if signal else leave):
+            one = begun.popleft()
+            said, _ = one.end.result()
+            self.check(said, one, state)
+            self.replaced += int(said["replaced"])
+            self.log.advance(one.number)
+            if one.number % self.cfg.run.log_every == 0:
+                scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
+                self.log.write(one.number, loss=float(said["loss"]), **scale, **self.speed(one.number - start))
+                self.say_who_waits()
+            signal = signal or int(said["signal"])
+        if signal:
+            self.end(signal, state)
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
         def check(sums: dict) -> None:
@@ -142,6 +201,11 @@ class Loop:
         """The batch and the signal that this host was asked to end by, for all hosts to see after the same step."""
         return batch | self._on_all_rows(signal_asked())
 
+    @functools.cached_property
+    def going_on(self) -> jax.Array:
+        """For the first step, that none before it failed."""
+        return jax.make_array_from_callback((), meshes.replicated(self.mesh), lambda _: np.asarray(False))
+
     @functools.cache  # noqa: B019 (a loop lives as long as its process)
     def _on_all_rows(self, signal: int) -> dict[str, jax.Array]:
         rows = self.global_batch // jax.process_count()
@@ -154,17 +218,17 @@ class Loop:
         self.checkpoints.close()
         raise Stopped(number, f"ended by a signal after step {step}, which is saved; the same command continues")
 
-    def check(self, said: dict, step: int, state: TrainState, batch: dict) -> None:
-        """Raises RunFailed where the step's loss is not finite: then it changed nothing, and `state` is that before."""
-        loss = float(said["loss"])
-        overflows = "scale" in said and float(said["scale"]) >= LEAST_SCALE
-        if math.isfinite(loss) or overflows:
+    def check(self, said: dict[str, np.ndarray], begun: Begun, state: TrainState) -> None:
+        """Raises RunFailed where the step failed: then neither it nor one begun after it changed anything, and `state`
+        is that before it."""
+        if not said["failed"]:
             return
+        step, loss = begun.number, float(said["loss"])
         if step > 1 and self.checkpoints.newest != step - 1:
             self.checkpoints.save(state)
         self.checkpoints.close()
         shown = self.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
-        arrays: dict[str, Any] = {name: meshes.own_rows(rows) for name, rows in batch.items()}
+        arrays: dict[str, Any] = {name: meshes.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
         with replacing(shown) as file:
             np.savez(file, **arrays)
         raise RunFailed(
@@ -195,14 +259,18 @@ class Loop:
 
     def speed(self, steps_done: int) -> dict[str, float]:
         """Since training began here: images/s over steps and input, and the share of that time that was input."""
-        training = self.timeline["steps"] + self.timeline["input"]
         return {
-            "images_per_s": steps_done * self.global_batch / training,
+            "images_per_s": steps_done * self.global_batch / self.training,
             "input_wait": self.input_wait(),
         }
 
     def input_wait(self) -> float:
-        return self.timeline["input"] / (self.timeline["steps"] + self.timeline["input"])
+        return self.timeline["input"] / self.training
+
+    @property
+    def training(self) -> float:
+        """Seconds of steps and of reading for them."""
+        return self.timeline["steps"] + self.timeline["reading"]
 
     def say_who_waits(self) -> None:
         """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""

@@ -53,7 +53,7 @@ def param_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     fsdp = mesh.shape[FSDP]
     divisible = [axis for axis, size in enumerate(shape) if fsdp > 1 and size and size % fsdp == 0]
     if not divisible:
-        return NamedSharding(mesh, PartitionSpec())
+        return replicated(mesh)
     split = divisible[-1]
     return NamedSharding(mesh, PartitionSpec(*(FSDP if axis == split else None for axis in range(split + 1))))
 
@@ -95,7 +95,7 @@ def gather(mesh: Mesh) -> Callable[[Array], Array] | None:
     @jax.custom_vjp
     def whole(kernel: Array) -> Array:
         split = jax.lax.with_sharding_constraint(kernel, param_sharding(mesh, kernel.shape))
-        return jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec()))
+        return jax.lax.with_sharding_constraint(split, replicated(mesh))
 
     def forward(kernel: Array) -> tuple[Array, None]:
         return whole(kernel), None
@@ -110,6 +110,11 @@ def gather(mesh: Mesh) -> Callable[[Array], Array] | None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the mesh, in device order."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import tyro
@@ -62,21 +62,38 @@ class Recorder:
         self._seconds: list[float] = []
         self._began = 0.0
 
-    def before(self, step: int) -> None:
+    def around(self, step: int) -> bool:
+        """Whether the step, or the one after it, is traced: no other may be under way then."""
+        return self.first - 1 <= step <= self.last
+
+    def before(self, step: int) -> str | None:
+        """Begins the trace; a sentence where that fails."""
+        sentence = None
         if step == self.first <= self.last:
             options = ProfileOptions()
             options.python_tracer_level = 0  # Python's own calls would be most of the trace
-            jax.profiler.start_trace(self.folder, profiler_options=options)
+            try:
+                jax.profiler.start_trace(self.folder, profiler_options=options)
+            except Exception as error:  # a profile that fails must not end the run
+                self.last = self.first - 1
+                sentence = f"no step is traced: {error}"
         self._began = time.perf_counter()
+        return sentence
 
-    def after(self, step: int) -> dict[str, Any] | None:
-        """The table, once the last traced step has finished."""
+    def after(self, step: int) -> str | None:
+        """A sentence for the log, once the last traced step has finished: what the table says, or why there is none."""
         if not self.first <= step <= self.last:
             return None
         self._seconds.append(time.perf_counter() - self._began)
         if step < self.last:
             return None
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+            return summary(self._table(), self.folder.parent)
+        except Exception as error:  # a profile that fails must not end the run
+            return f"the trace in {self.folder} has no table: {error}"
+
+    def _table(self) -> dict[str, Any]:
         text = self.program.as_text()
         with replacing(self.folder / PROGRAM) as file:
             file.write(text.encode())
@@ -287,8 +304,8 @@ def show(table: dict[str, Any], console: Console, instructions: int = 0) -> None
         )
 
 
-def sentence(table: dict[str, Any], workdir: Path) -> str:
-    """For the run's log."""
+def summary(table: dict[str, Any], workdir: Path) -> str:
+    """One sentence on what takes most of the step."""
     rows = sorted(table["kinds"].items(), key=lambda item: -item[1]["seconds"])
     parts = ", ".join(f"{name} {row['seconds'] / table['seconds']:.0%}" for name, row in rows[:4])
     return (
@@ -301,7 +318,7 @@ def _beside_roofline(seconds: float, roofline: float) -> list[str]:
     return [f"{roofline * 1e3:.2f}", f"{seconds / roofline:.2f}" if roofline else ""]
 
 
-def main(workdir: tyro.conf.Positional[UserPath], instructions: Annotated[int, tyro.conf.arg()] = 20) -> None:
+def main(workdir: tyro.conf.Positional[UserPath], instructions: int = 20) -> None:
     """Shows the profile of a run that was trained with --profile.
 
     Args:

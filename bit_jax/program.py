@@ -54,7 +54,7 @@ class Steps:
     Attributes:
         train_step, eval_step: functions of arrays that lie as `state` and `batch` say, in any layout.
         optimizer: of the training step.
-        state, batch: shapes, dtypes and shardings.
+        state, batch, stopped: shapes, dtypes and shardings; the training step's batch has "stopped" too.
     """
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
@@ -62,11 +62,16 @@ class Steps:
     optimizer: optax.GradientTransformationExtraArgs
     state: steps.TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    stopped: jax.ShapeDtypeStruct
+
+    @property
+    def training_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return self.batch | {"stopped": self.stopped}
 
     def lower_train_step(self) -> jax.stages.Lowered:
         free = meshes.any_layout(self.state)
         jitted = jax.jit(self.train_step, donate_argnums=0, in_shardings=(free, None), out_shardings=(free, None))
-        return jitted.lower(self.state, self.batch)
+        return jitted.lower(self.state, self.training_batch)
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         jitted = jax.jit(self.eval_step, in_shardings=(meshes.any_layout(self.state.params), None))
@@ -89,6 +94,7 @@ def make_steps(cfg: Config, recipe: Recipe, architecture: Architecture, *, globa
         optimizer=optimizer,
         state=abstract_state(architecture, dtype, optimizer, mesh, scales_loss=precision.scales_loss),
         batch=abstract_batch(global_batch, recipe.crop, mesh),
+        stopped=jax.ShapeDtypeStruct((), jnp.bool_, sharding=meshes.replicated(mesh)),
     )
 
 

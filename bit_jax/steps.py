@@ -16,6 +16,7 @@ NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeli
 
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of PyTorch's GradScaler
+LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are no matter of precision
 
 
 class LossScale(flax.struct.PyTreeNode):
@@ -155,13 +156,17 @@ def update(
 
 
 def update_if_finite(
-    state: TrainState, loss: Float[Array, ""], gradients: Any, optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState,
+    loss: Float[Array, ""],
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    stopped: Bool[Array, ""] | bool = False,
 ) -> TrainState:
     """`update`, but a loss that is not finite changes nothing, so that it can be looked at; with a `LossScale`, by its
-    rules."""
+    rules. Nothing is changed where `stopped`."""
     if state.loss_scale is not None:
-        return _update_by_scale(state, state.loss_scale, gradients, optimizer)
-    finite = jnp.isfinite(loss)
+        return _update_by_scale(state, state.loss_scale, gradients, optimizer, stopped)
+    finite = jnp.isfinite(loss) & ~jnp.asarray(stopped)
 
     def counted(new, old):
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.integer) else new
@@ -170,8 +175,13 @@ def update_if_finite(
 
 
 def _update_by_scale(
-    state: TrainState, old: LossScale, gradients: Any, optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState,
+    old: LossScale,
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    stopped: Bool[Array, ""] | bool,
 ) -> TrainState:
+    going_on = ~jnp.asarray(stopped)
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
     good = jnp.where(finite, old.good_steps + 1, 0)
     grows = good == GROWTH_INTERVAL
@@ -180,7 +190,15 @@ def _update_by_scale(
         good_steps=jnp.where(grows, 0, good),
         skipped=old.skipped + (~finite).astype(jnp.int32),
     )
-    return update(state, gradients, optimizer, finite).replace(loss_scale=loss_scale)
+    new = update(state, gradients, optimizer, finite & going_on).replace(loss_scale=loss_scale)
+    # parameters and momentum are as before already; the scalars are counts and the scale
+    return jax.tree.map(lambda new, old: new if new.ndim else jnp.where(going_on, new, old), new, state)
+
+
+def _failed(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Bool[Array, ""]:
+    """Whether training cannot go on: the loss is not finite, and that is no overflow which a smaller scale mends."""
+    failed = ~jnp.isfinite(loss)
+    return failed if scale is None else failed & ~(scale >= LEAST_SCALE)
 
 
 def make_train_step(
@@ -192,8 +210,12 @@ def make_train_step(
     microbatches: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
-    example than the one in order, because that one is damaged}); with a `LossScale` also its "scale", and "signal",
-    the largest of the batch's, if it has any."""
+    example than the one in order, because that one is damaged, "failed": whether training cannot go on}); with a
+    `LossScale` also its "scale", and "signal", the largest of the batch's, if it has any.
+
+    A batch may say "stopped", that the step before failed: then this one changes nothing, and has failed too. So a step
+    can be begun before anybody has looked at the one before it.
+    """
     dtype = param_dtype(model.dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -203,7 +225,9 @@ def make_train_step(
         scale = None if state.loss_scale is None else state.loss_scale.scale
         loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
         said |= {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
-        return update_if_finite(state, loss, gradients, optimizer), said
+        stopped = batch.get("stopped", False)
+        said |= {"failed": _failed(loss, scale) | stopped}
+        return update_if_finite(state, loss, gradients, optimizer, stopped), said
 
     return train_step
 

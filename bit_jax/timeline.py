@@ -24,7 +24,10 @@ class Timeline:
         try:
             yield
         finally:
-            self.seconds[activity] = self[activity] + time.perf_counter() - start
+            self.add(activity, time.perf_counter() - start)
+
+    def add(self, activity: str, seconds: float) -> None:
+        self.seconds[activity] = self[activity] + seconds
 
     def __getitem__(self, activity: str) -> float:
         return self.seconds.get(activity, 0.0)

@@ -19,7 +19,7 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
-from parity import report, rungs, throughput
+from parity import convolutions, report, rungs, throughput
 from parity.accuracy import compare_logits
 from parity.attestation import attest
 from parity.difference import difference
@@ -39,6 +39,7 @@ def main() -> int:
         **commands,
         "selftest": run_selftest,
         "throughput": run_throughput,
+        "convolutions": run_convolutions,
         "show": show,
         "diff": diff,
     }
@@ -116,6 +117,15 @@ def run_throughput(measurement: Measurement) -> bool:
     own, in turns with the others; only finished work is timed.
     """
     return throughput.run(measurement)
+
+
+def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf.OmitArgPrefixes]) -> bool:
+    """How long every convolution of an architecture takes in each framework, by shape and pass, worst first.
+
+    Forward, its gradient by the input and by the kernel, each by itself on random data: what a compiler team wants to
+    know. What a training step does beside its convolutions, and what it fuses with them, is not in these times.
+    """
+    return convolutions.run(measurement)
 
 
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:

@@ -2,59 +2,78 @@
 values between its layers."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from bit_jax.weights import Architecture
 
-Layer = tuple[int, int, int, tuple[int, int]]  # side of the kernel, channels in, channels out, (height, width) out
+
+class Convolution(NamedTuple):
+    """One of the architecture's convolutions, on images of one size.
+
+    Attributes:
+        size: side of the kernel.
+        cin, cout: channels.
+        stride: 1 or 2.
+        given, out: (height, width) of what it reads and writes.
+    """
+
+    size: int
+    cin: int
+    cout: int
+    stride: int
+    given: tuple[int, int]
+    out: tuple[int, int]
+
+    @property
+    def flops(self) -> float:
+        """Operations for one image, forward; its gradients by the input and by the kernel take as many each."""
+        return 2.0 * self.size**2 * self.cin * self.cout * self.out[0] * self.out[1]
 
 
 def forward(architecture: Architecture, height: int, width: int) -> float:
     """Operations of the convolutions and the head, for one image. What multiplies padding counts, what is no product
     does not."""
-    *_, (_, _, features, _) = layers = list(_convolutions(architecture, height, width))
-    return sum(map(_operations, layers)) + _operations((1, features, architecture.num_classes, (1, 1)))
+    layers = list(convolutions(architecture, height, width))
+    return sum(layer.flops for layer in layers) + 2.0 * layers[-1].cout * architecture.num_classes
 
 
 def training_step(architecture: Architecture, height: int, width: int) -> float:
     """Operations of forward pass and gradients, for one image: three times the forward pass, but for the root, whose
     input needs no gradient."""
-    root = next(_convolutions(architecture, height, width))
-    return 3 * forward(architecture, height, width) - _operations(root)
+    root = next(convolutions(architecture, height, width))
+    return 3 * forward(architecture, height, width) - root.flops
 
 
 def convolved(architecture: Architecture, height: int, width: int) -> int:
     """Values that the convolutions of one image put out."""
-    return sum(cout * out[0] * out[1] for _, _, cout, out in _convolutions(architecture, height, width))
+    return sum(each.cout * each.out[0] * each.out[1] for each in convolutions(architecture, height, width))
 
 
 def parameters(architecture: Architecture) -> int:
     """Weights of the convolutions and the head."""
-    *_, (_, _, features, _) = layers = list(_convolutions(architecture, 1, 1))
-    return sum(side * side * cin * cout for side, cin, cout, _ in layers) + features * architecture.num_classes
+    layers = list(convolutions(architecture, 1, 1))
+    return sum(each.size**2 * each.cin * each.cout for each in layers) + layers[-1].cout * architecture.num_classes
 
 
-def _convolutions(architecture: Architecture, height: int, width: int) -> Iterator[Layer]:
+def convolutions(architecture: Architecture, height: int, width: int) -> Iterator[Convolution]:
     """All but the head, the root first; of a unit, its last convolution last."""
-    out = _halved((height, width))
+    given = height, width
+    out = _halved(given)
     cin = round(64 * architecture.width)
-    yield 7, 3, cin, out
-    out, root = _halved(out), cin  # past the pool
+    yield Convolution(7, 3, cin, 2, given, out)
+    given, root = _halved(out), cin  # past the pool
     for stage, units in enumerate(architecture.units):
         mid = root * 2**stage
         for unit in range(units):
-            before, out = out, _halved(out) if stage > 0 and unit == 0 else out
+            stride = 2 if stage > 0 and unit == 0 else 1
+            out = _halved(given) if stride == 2 else given
             if unit == 0:
-                yield 1, cin, 4 * mid, out
-            yield 1, cin, mid, before
-            yield 3, mid, mid, out
-            yield 1, mid, 4 * mid, out
-            cin = 4 * mid
+                yield Convolution(1, cin, 4 * mid, stride, given, out)
+            yield Convolution(1, cin, mid, 1, given, given)
+            yield Convolution(3, mid, mid, stride, given, out)
+            yield Convolution(1, mid, 4 * mid, 1, out, out)
+            cin, given = 4 * mid, out
 
 
 def _halved(size: tuple[int, int]) -> tuple[int, int]:
     return (size[0] + 1) // 2, (size[1] + 1) // 2
-
-
-def _operations(layer: Layer) -> float:
-    side, cin, cout, out = layer
-    return 2.0 * side * side * cin * cout * out[0] * out[1]

@@ -1,22 +1,25 @@
 """The tasks that time JAX; the counterpart of `torch_timing.py`."""
 
+import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 import input_pipeline
 from bit_jax import mesh as meshes
-from bit_jax import metrics, optimizer, program
+from bit_jax import metrics, ops, optimizer, program
 from bit_jax import steps as bit_steps
 from bit_jax.evaluate import evaluate as evaluated
 from bit_jax.hyperrule import Schedule
 from bit_jax.precision import products
 from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
-from parity import timing
+from parity import flops, timing
 from parity.jax_side import JaxSide, Result
 
 
@@ -63,7 +66,7 @@ class TimedJax(JaxSide):
     _call: Callable[[int], None]  # what `again` repeats
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
+        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -81,7 +84,7 @@ class TimedJax(JaxSide):
         return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
+        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd = optimizer.sgd(Schedule(**timing.SCHEDULE), timing.MOMENTUM)
@@ -97,8 +100,48 @@ class TimedJax(JaxSide):
         return timing.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """What was timed last, for so many seconds more."""
+        """Times what was timed last, for so many seconds more."""
         return {"calls": timing.repeated(self._call, seconds)} | self._used(), None
+
+    def convolution_time(
+        self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float
+    ) -> Result:
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        one = flops.Convolution(*convolution)
+        x, kernel, gradient = timing.convolution_arrays(one, rows, sets)
+
+        def convolve(x: Any, kernel: Any) -> Any:
+            products = self.side.tuned and program.on_cpu(self.mesh)
+            return ops.convolve(x, kernel, one.stride, self.precision.product, products=products)
+
+        def passed(x: Any, kernel: Any, gradient: Any) -> Any:
+            if which == "forward":
+                return convolve(x, kernel)
+            if which == "by input":
+                return jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)[0]
+            return jax.vjp(lambda kernel: convolve(x, kernel), kernel)[1](gradient)[0]
+
+        def all_sets(x: Any, kernel: Any, gradient: Any) -> Any:
+            return [passed(*given) for given in zip(x, [kernel] * sets, gradient, strict=True)]
+
+        options = program.compiler_options(self.mesh) if self.side.tuned else {}
+        given = jax.tree.map(lambda array: jnp.asarray(array, self.precision.dtype), (list(x), kernel, list(gradient)))
+        free = jax.tree.map(lambda _: Format(Layout.AUTO), given)
+        jitted = jax.jit(all_sets, in_shardings=free, out_shardings=Format(Layout.AUTO), compiler_options=options)
+        like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), given)
+        start = time.perf_counter()
+        compiled = jitted.lower(*like).compile()
+        seconds_of_compilation = time.perf_counter() - start
+        placed = jax.device_put(given, compiled.input_formats[0])
+
+        def call(_: int) -> None:
+            for _ in range(repeat):
+                last = compiled(*placed)
+            jax.block_until_ready(last)
+
+        self._call = call
+        rms = float(jnp.sqrt(jnp.square(compiled(*placed)[0].astype(jnp.float32)).mean()))
+        return timing.timed(call, seconds) | {"first": seconds_of_compilation, "rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first, with train.py's loader and steps: see
@@ -142,4 +185,8 @@ class TimedJax(JaxSide):
 
     def _used(self) -> dict[str, Any]:
         memory, of = metrics.peak_memory()
-        return {"memory": memory, "memory of": of, "products": products(self.precision)}
+        return {"memory": memory, "memory of": of, "products": self._multiplied}
+
+    @functools.cached_property
+    def _multiplied(self) -> tuple[str, str]:
+        return products(self.precision)

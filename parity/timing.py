@@ -5,11 +5,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bit_jax.timeline import Timeline, rates
+from parity.flops import Convolution
 
 WARM_UP = 2  # calls after the first, in which allocators and caches settle
 STARTS = 1 + WARM_UP
@@ -18,6 +19,7 @@ CEILING = {"cpu": 2048, "gpu": 8192}  # side of the matrices that show what prod
 CEILING_SECONDS = 1.0  # that they are multiplied
 MOMENTUM, MIXUP = 0.9, 0.1
 EVALUATED = 8  # batches
+Pass = Literal["forward", "by input", "by kernel"]
 SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": (), "steps": 10**6}
 
 
@@ -97,6 +99,19 @@ def matrices(platform: str) -> np.ndarray:
     """Two square matrices of normally distributed values, float32; not of one value, which a GPU multiplies faster."""
     side = CEILING["cpu" if platform == "cpu" else "gpu"]
     return np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+
+
+def convolution_arrays(one: Convolution, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normally distributed float32: inputs [sets, rows, height, width, cin], a kernel [size, size, cin, cout], and
+    gradients of outputs [sets, rows, height out, width out, cout]."""
+    rng = np.random.default_rng(0)
+    shapes = (
+        (sets, rows, *one.given, one.cin),
+        (one.size, one.size, one.cin, one.cout),
+        (sets, rows, *one.out, one.cout),
+    )
+    inputs, kernel, gradients = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return inputs, kernel, gradients
 
 
 def rate(times: dict[str, Any], side: int) -> float:

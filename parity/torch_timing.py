@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bit_jax.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
-from parity import timing, torch_input, torch_pipeline
+from parity import flops, timing, torch_input, torch_pipeline
 from parity.torch_side import AUTOCAST, DTYPES, Result, TorchSide, update
 
 
@@ -26,7 +26,7 @@ class TimedTorch(TorchSide):
         torch.backends.cudnn.benchmark = True
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of the forward pass on `count` batches in turn: see `timing.timed`; and the loss of the first."""
+        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -43,7 +43,7 @@ class TimedTorch(TorchSide):
         return timing.timed(apply, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Of a step of training on `count` batches in turn: see `timing.timed`; and the losses of its first steps."""
+        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd, scaler, losses = self._sgd(model), self._scaler(), []
@@ -60,8 +60,46 @@ class TimedTorch(TorchSide):
         return timing.timed(step, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """What was timed last, for so many seconds more."""
+        """Times what was timed last, for so many seconds more."""
         return {"calls": timing.repeated(self._call, seconds, self.devices.first)} | self._used(), None
+
+    def convolution_time(
+        self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float
+    ) -> Result:
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        one = flops.Convolution(*convolution)
+        layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
+        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
+
+        def placed(array: np.ndarray, *axes: int) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(axes)))
+            return tensor.to(self.device, dtype, memory_format=layout)
+
+        images, kernel, gradients = timing.convolution_arrays(one, rows, sets)
+        given = [
+            (placed(x, 0, 3, 1, 2), placed(gradient, 0, 3, 1, 2)) for x, gradient in zip(images, gradients, strict=True)
+        ]
+        weight, stride, pad = placed(kernel, 3, 2, 0, 1), [one.stride] * 2, [(one.size - 1) // 2] * 2
+
+        def passed(x: Tensor, gradient: Tensor) -> Tensor:
+            if which == "forward":
+                return F.conv2d(x, weight, stride=stride, padding=pad)
+            wanted = [which == "by input", which == "by kernel", False]
+            results = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, stride, pad, [1, 1], False, [0, 0], 1, wanted
+            )
+            return results[wanted.index(True)]
+
+        def call(_: int) -> None:
+            with torch.no_grad():
+                for _ in range(repeat):
+                    for x, gradient in given:
+                        passed(x, gradient)
+            self.devices.wait()
+
+        self._call = call
+        rms = float(passed(*given[0]).float().square().mean().sqrt())
+        return timing.timed(call, seconds, self.devices.first) | {"rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first: see `timing.whole_loop`.

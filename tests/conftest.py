@@ -5,12 +5,14 @@ they are told to compile in less time into programs that run more slowly.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # for PyTorch, which would take a GPU that is here; test_gpu.py's processes see what the user lets them see
@@ -47,6 +49,17 @@ def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that no process is left with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def benchmark(name: str) -> ModuleType:
+    """The module benchmarks/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their own
+    spec.loader.exec_module(module)
+    return module
 
 
 def last_step(workdir: Path) -> int:

@@ -1,12 +1,12 @@
 """`benchmarks/cost_growth.py`: the exponents beside theory's, and that a point is measured as train.py trains."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import benchmark
 
 from input_pipeline.errors import RequestError
 
@@ -16,12 +16,7 @@ SMALL = {"batch": 2, "size": 32, "width": 0.5, "depth": 14}
 
 @pytest.fixture(scope="module")
 def growth():
-    spec = importlib.util.spec_from_file_location("cost_growth", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("cost_growth")
 
 
 def test_exponents_of_known_laws(growth):

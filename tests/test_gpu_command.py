@@ -1,26 +1,19 @@
 """`benchmarks/gpu.py`: steps in order, each within its time, and the same command goes on with what is missing."""
 
-import importlib.util
 import json
 import time
 from pathlib import Path
 
 import pytest
+from conftest import benchmark
 from rich.console import Console
 
 from input_pipeline.errors import RequestError, RunFailed
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("gpu")
 
 
 def python(code: str) -> str:

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from bit_jax import hlo, profile
@@ -99,6 +100,19 @@ def test_a_trace_of_something_else_is_refused():
     line = SimpleNamespace(name="Stream #1", events=[event("elsewhere", 0, 1)])
     with pytest.raises(profile.RunFailed, match="shows no instruction of the training step"):
         profile.tabulate(trace(line), module(named("add", "jit(train_step)/add")), [1.0], "cpu", "fp32")
+
+
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
+def test_a_profile_that_fails_is_a_sentence_and_ends_no_run(broken, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("CUPTI is not there")
+
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, refuse if name == broken else lambda *_, **__: None)
+    recorder = profile.Recorder(tmp_path / "profile", None, "fp32", left=range(1, 3), wanted=1)
+    said = [each for step in (1, 2) for each in (recorder.before(step), recorder.after(step)) if each]
+    assert len(said) == 1
+    assert said[0].endswith("CUPTI is not there")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bit_jax
-from bit_jax import mesh, steps
+from bit_jax import mesh, resnetv2, steps
 from bit_jax.evaluate import evaluate
 from bit_jax.hyperrule import Schedule
 from bit_jax.optimizer import sgd
@@ -155,6 +155,29 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     np.testing.assert_allclose(moved.params["kernel"], 1 - 0.1 * 2.9 * np.arange(3), rtol=1e-6)
     for loss in (jnp.inf, jnp.nan):
         jax.tree.map(np.testing.assert_array_equal, step(moved, jnp.float32(loss)), moved)
+
+
+@pytest.mark.parametrize("scales_loss", [False, True])
+def test_a_step_after_one_that_failed_changes_nothing_and_has_failed(scales_loss):
+    """It was begun before anybody could look at the one before it."""
+    model = resnetv2.ResNetV2((1, 1, 1, 1), 0.5, 3)
+    optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9)
+    train_step = jax.jit(steps.make_train_step(model, optimizer, mixup=0.0, seed=0))
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.integers(0, 256, (2, 32, 32, 3), np.uint8), "label": np.array([0, 2]), "index": np.arange(2)}
+    state = steps.init_state(model.init_params(0), optimizer, scales_loss=scales_loss)
+    if scales_loss:  # so low that an overflow is none that a smaller one would mend
+        state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(0.5)))
+    moved, said = train_step(state, batch | {"stopped": np.bool_(False)})
+    assert (int(moved.step), bool(said["failed"])) == (1, False)
+    for given in (
+        batch | {"stopped": said["failed"] | True},
+        batch | {"label": np.array([0, 7]), "stopped": np.bool_(False)},
+    ):
+        after, said = train_step(moved, given)  # class 7 of 3 makes the loss NaN
+        assert bool(said["failed"])
+        if given["stopped"] or not scales_loss:
+            jax.tree.map(np.testing.assert_array_equal, after, moved)
 
 
 def test_float16s_loss_scale_follows_gradscalers_rules():

@@ -17,16 +17,18 @@ from command_line import parity
 from PIL import Image
 from rich.console import Console
 
-from bit_jax import resnetv2
+from bit_jax import ops, resnetv2
 from bit_jax.weights import Architecture
 from input_pipeline.errors import RequestError
-from parity import flops, throughput, throughput_report, timing
+from parity import convolutions, flops, throughput, throughput_report, timing
 from parity.jax_side import JaxSide
+from parity.jax_timing import TimedJax
 from parity.oracle import Look
 from parity.side import Side
 from parity.throughput import Throughput
 from parity.torch_devices import Devices
 from parity.torch_side import TorchSide
+from parity.torch_timing import TimedTorch
 
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
 
@@ -240,6 +242,71 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
         found = np.load(result)
         apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
         assert (apart < 1e-12) == averaging, apart
+
+
+def test_the_convolutions_of_r50():
+    """As torchvision's ResNet-50 has them: 53, of 16 units with one 3x3 each, and four projections."""
+    found = list(flops.convolutions(Architecture((3, 4, 6, 3), 1, 1000), 224, 224))
+    assert len(found) == 53
+    assert sum(each.size == 3 for each in found) == 16
+    assert found[0] == flops.Convolution(7, 3, 64, 2, (224, 224), (112, 112))
+    assert flops.Convolution(3, 128, 128, 2, (56, 56), (28, 28)) in found
+    assert flops.Convolution(1, 1024, 2048, 2, (14, 14), (7, 7)) in found
+    assert found[-1] == flops.Convolution(1, 512, 2048, 1, (7, 7), (7, 7))
+
+
+@pytest.mark.parametrize("which", convolutions.PASSES)
+@pytest.mark.parametrize(
+    "one", [flops.Convolution(3, 4, 6, 2, (9, 11), (5, 6)), flops.Convolution(1, 3, 5, 1, (4, 4), (4, 4))]
+)
+def test_both_frameworks_time_the_same_pass_of_a_convolution(one, which, tmp_path):
+    work = {"convolution": list(one), "rows": 2, "which": which, "sets": 2, "repeat": 1, "seconds": 0}
+    torch_side = TimedTorch(Side("torch", channels_last=True), "fp32", "", lambda *_: None, rank=0, meeting=tmp_path)
+    jax_side = TimedJax(Side("jax", tuned=True), "fp32", "", lambda *_: None)
+    (torch_found, _), (jax_found, _) = torch_side.convolution_time(**work), jax_side.convolution_time(**work)
+    assert jax_found["rms"] == pytest.approx(torch_found["rms"], rel=1e-5)
+    x, kernel, gradient = (array.astype(np.float64) for array in timing.convolution_arrays(one, 2, 2))
+
+    def convolve(x, kernel):
+        return ops.convolve(x, kernel, one.stride, jax.lax.Precision.HIGHEST, products=False)
+
+    passes = {
+        "forward": lambda: convolve(x[0], kernel),
+        "by input": lambda: jax.vjp(convolve, x[0], kernel)[1](gradient[0])[0],
+        "by kernel": lambda: jax.vjp(convolve, x[0], kernel)[1](gradient[0])[1],
+    }
+    with jax.enable_x64(True):
+        assert jax_found["rms"] == pytest.approx(np.sqrt(np.square(passes[which]()).mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_convolutions_are_compared_worst_first(tmp_path):
+    path = tmp_path / "convolutions.json"
+    quick = "--weights random:R14x0.5 --size 32 --rows 2 --sets 1 --repeat 1 --rounds 1 --seconds 0.001".split()
+    done = parity("convolutions", *quick, "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["convolutions"]
+    assert sum(row["count"] for row in rows if row["pass"] == "forward") == 17
+    assert (
+        len([row for row in rows if row["pass"] == "by input"])
+        == len([row for row in rows if row["pass"] == "forward"]) - 1
+    )
+    lost = [row["count"] * (row["jax"] - row["torch"]) for row in rows]
+    assert lost == sorted(lost, reverse=True)
+    assert "times as fast" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rows", "0"], "--rows 0 must be greater than 0"),
+        (["--torch", "jax"], "--torch jax is not of that framework"),
+        (["--jax", "jax:quick"], "side 'jax:quick' is neither"),
+    ],
+)
+def test_wrong_requests_for_convolutions(flags, said):
+    done = parity("convolutions", *flags)
+    assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
 
 
 def test_fewer_devices_than_an_arm_names_are_refused(tmp_path):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from PIL import Image
 
 import train
 from bit_jax import config, profile, resources
-from bit_jax.loop import Loop
+from bit_jax.loop import Begun, Loop
 from bit_jax.mesh import make_mesh
 from bit_jax.timeline import Timeline
 from input_pipeline import claims
@@ -234,11 +236,72 @@ def test_the_log_says_which_side_waits():
     timeline = Timeline()
     loop = Loop(*(unused,) * 9, timeline, log)
     for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
-        timeline.seconds.update(input=waited, steps=stepped)
+        timeline.seconds.update(input=waited, reading=waited, steps=stepped)
         loop.say_who_waits()
         assert len(said) == notes, said
     assert "the devices wait for input, 2% of the time so far" in said[0]
     assert "input keeps up" in said[1]
+
+
+# XLA's threads read the environment without Python's lock. A variable that is new moves all of them in memory.
+SAYS_WHAT_THE_ENVIRONMENT_IS_GIVEN = """
+import os
+import sys
+import threading
+import train
+from bit_jax import finetune
+from input_pipeline.exits import exit_code
+compiled = []
+def heard(event, arguments):
+    if event in ("os.putenv", "os.unsetenv") and compiled and arguments[0].decode() not in os.environ:
+        print("NEW", event, arguments[0].decode(), "in", threading.current_thread().name, flush=True)
+sys.addaudithook(heard)
+compile_program = finetune.compile_program
+def compile_and_listen(*arguments, **more):
+    compiled.append(True)
+    return compile_program(*arguments, **more)
+finetune.compile_program = compile_and_listen
+os.environ["BEFORE"] = "not heard"
+code = exit_code(train.main)
+os.environ["AFTER"] = "heard"
+sys.exit(code)
+"""
+
+
+def test_nobody_gives_the_environment_a_variable_while_the_devices_compute(command, tmp_path):
+    given = command("--workdir", tmp_path / "run", "--profile", 1)
+    python, _, *arguments = given["args"]
+    given["args"] = [python, "-c", SAYS_WHAT_THE_ENVIRONMENT_IS_GIVEN, *arguments]
+    given["env"] = given["env"] | {"PYTHONPATH": str(REPOSITORY)}
+    given["env"].pop("CRC32C_SW_MODE", None)  # this process has imported what sets it
+    heard = [line for line in finish(given).stdout.splitlines() if line.startswith("NEW")]
+    assert heard == ["NEW os.putenv AFTER in MainThread"]
+
+
+def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("bit_jax.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    unused: Any = None
+    loop = Loop(*(unused,) * 9, Timeline(), unused)
+    begun: deque[Begun] = deque()
+    ends = [None, 3.0, 14.0, 20.0]  # of the step under way while each batch is read; the second one's comes too late
+
+    def read():
+        for end in ends:
+            clock[0] += 5
+            if end is not None:
+                begun[-1].end.set_result(({}, end))
+            yield {}
+
+    waited = []
+    for _ in loop.arriving(read(), begun):
+        waited.append(loop.timeline["input"] - sum(waited))
+        begun.append(Begun(0, {}, {}, Future()))
+    # no step yet; it ended before the wait began; it ended 1 s before the batch came; it ended when the batch came
+    assert waited == [5.0, 5.0, 1.0, 0.0]
+    clock[0] = 0.0
+    assert len(list(loop.arriving(iter([{}]), begun))) == 1  # the last step is still under way
+    assert loop.timeline["input"] == sum(waited)
 
 
 def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
@@ -261,7 +324,9 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
             return np.asarray(0.5, dtype)
 
     def begin(state, batch):
-        said = {"loss": Loss(weakref.ref(state)), "replaced": np.int32(0), "signal": np.int32(0)}
+        assert not batch["stopped"]
+        quiet = {"replaced": np.int32(0), "signal": np.int32(0), "failed": np.bool_(False)}
+        said = quiet | {"loss": Loss(weakref.ref(state))}
         return State(step=state.step + 1), said
 
     states_before: list[object] = []

@@ -89,9 +89,11 @@ def small_npz(tmp_path_factory):
 
 @pytest.fixture
 def x64():
-    """64-bit mode for one test."""
+    """64-bit mode for one test, also where it turns the mode on for its whole process, as `precision.choose` does."""
+    before = jax.config.read("jax_enable_x64")
     with jax.enable_x64(True):
         yield
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ EXPERIMENTAL = {
     "bit_jax/mesh.py": {"jax.experimental.layout"},
     "bit_jax/plan.py": {"jax.experimental"},  # topologies
     "bit_jax/program.py": {"jax.experimental.compilation_cache"},
-    "parity/jax_timing.py": {"jax.experimental.layout"},
     "tests/test_program.py": {"jax.experimental.layout"},
 }
 

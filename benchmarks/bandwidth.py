@@ -16,6 +16,7 @@ from bit_jax import metrics
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath
+from parity import report
 from parity.throughput import machine
 
 VALUES = {"cpu": 2**24, "gpu": 2**30}  # float32 values that are read, and written negated
@@ -23,6 +24,8 @@ COPIES = 20
 
 
 def main(json: UserPath | None = None) -> None:
+    if json is not None:
+        report.writable(json)
     device = jax.devices()[0]
     values = jax.random.normal(jax.random.key(0), (VALUES["cpu" if device.platform == "cpu" else "gpu"],), jnp.float32)
     negate = jax.jit(lambda values: -values)
@@ -43,6 +46,7 @@ def main(json: UserPath | None = None) -> None:
         found["nvidia_smi"] = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     print(f"{found['device']}: {found['bytes_a_second'] / 1e9:.0f} GB/s, reading and writing")
     if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
         write_json(json, found)
 
 

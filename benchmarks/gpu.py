@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --out DIR --minutes 9 [--only STEP ...]
 
-Are the tests for GPUs passed, are logits and gradients the reference's in every precision, how fast is a training step
-beside PyTorch's, where does its time go, how far is the plan's estimate from it. Each step leaves its JSON and its log
-in DIR at once; one that fails or takes too long is named, and the next begins. Called again with the same DIR it goes
+It asks how fast a training step is beside PyTorch's and where its time goes, whether logits and gradients are the
+reference's in every precision, and whether the tests for GPUs pass. Each step leaves its JSON and its log in DIR at
+once; one that fails or takes too long is named, and the next begins. Called again with the same DIR, the command goes
 on with what is missing. On a machine without a GPU the steps run with a small model, to try the command itself.
 """
 
@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ class Step:
 
 
 def steps(scale: Scale) -> list[Step]:
-    """In order of worth."""
+    """All steps, the most worth knowing first."""
     first, *others = scale.models
     name, size, rows = scale.judged
     judged = f"--size {size} --rows {rows}"
@@ -125,7 +126,7 @@ def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
 
 
 def training(scale: Scale, model: str, precision: str) -> Step:
-    """Of images that need no resizing, and without CUDA graphs, in which a trace shows no instruction."""
+    """A traced run on images that need no resizing, and without CUDA graphs, in which a trace shows no instruction."""
     size, rows = scale.models[model]
     command = (
         f"train.py hyperrule --model {model} --init random --dataset synthetic --resize-to 512 --crop {size} "
@@ -165,6 +166,8 @@ class Running:
 
     @classmethod
     def start(cls, step: Step, out: Path, limit: float) -> "Running":
+        shutil.rmtree(out / step.name, ignore_errors=True)  # what an attempt that failed has left
+        (out / f"{step.name}.json").unlink(missing_ok=True)
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
             paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -185,9 +188,12 @@ class Running:
             self.asked = True
         if late < GRACE:
             return None
+        self.kill()
+        return "late"
+
+    def kill(self) -> None:
         self._signal(signal.SIGKILL)
         self.process.wait()
-        return "late"
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -202,6 +208,8 @@ class Record:
         out.mkdir(parents=True, exist_ok=True)
         fresh: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "steps": {}}
         self.content = read_json(self.path, dict, "name another --out") if self.path.exists() else fresh
+        if not isinstance(self.content.get("steps"), dict):
+            raise RequestError(f"{self.path} is not what this command writes; name another --out")
 
     def missing(self, wanted: Sequence[Step]) -> list[Step]:
         return [step for step in wanted if self.content["steps"].get(step.name, {}).get("outcome") != "done"]
@@ -235,13 +243,18 @@ def run(wanted: list[Step], record: Record, until: float, console: Console) -> N
             console.print(f"no time is left for {names}; the same command goes on there")
             return
         running = [Running.start(step, record.out, min(step.seconds, left - GRACE)) for step in together]
-        while running:
-            time.sleep(0.2)
-            for one in list(running):
-                if outcome := one.outcome():
-                    running.remove(one)
-                    record.add(one, outcome)
-                    console.print(printable(f"{one.step.name}: {outcome} after {time.monotonic() - one.began:.0f} s"))
+        try:
+            while running:
+                time.sleep(0.2)
+                for one in list(running):
+                    if outcome := one.outcome():
+                        running.remove(one)
+                        record.add(one, outcome)
+                        seconds = time.monotonic() - one.began
+                        console.print(printable(f"{one.step.name}: {outcome} after {seconds:.0f} s"))
+        finally:  # this command may have been asked to end
+            for one in running:
+                one.kill()
 
 
 def show(record: Record, console: Console) -> None:
@@ -284,6 +297,8 @@ def main(
         only: steps whose name begins so.
         scale: of the work; auto: large where there is an NVIDIA GPU.
     """
+    if minutes <= 0:
+        raise RequestError(f"--minutes {minutes} must be greater than 0")
     large = os.path.exists("/dev/nvidia0") if scale == "auto" else scale == "large"
     wanted = steps(LARGE if large else SMALL)
     if only:

@@ -61,8 +61,11 @@ class Convolutions:
             if getattr(self, flag) <= 0:
                 raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
         for framework in ("torch", "jax"):
-            if parse_side(given := getattr(self, framework)).framework != framework:
+            side = parse_side(given := getattr(self, framework))
+            if side.framework != framework:
                 raise RequestError(f"--{framework} {given} is not of that framework")
+            if side.devices != 1:
+                raise RequestError(f"--{framework} {given} has {side.devices} devices; a convolution is timed on one")
         if self.json is not None:
             report.writable(self.json)
 
@@ -179,5 +182,6 @@ def run(options: Convolutions) -> bool:
     found = measure(options, terminal.console(stderr=True))
     show(found, terminal.console())
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, found)
     return not found["failed"]

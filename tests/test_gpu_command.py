@@ -78,6 +78,26 @@ def test_a_step_that_will_not_end_is_killed(gpu, tmp_path):
     assert running.process.returncode == -9
 
 
+def test_what_an_interrupted_command_started_ends_with_it(gpu, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(gpu.Record, "add", lambda self, one, outcome: (_ for _ in ()).throw(KeyboardInterrupt))
+    start = gpu.Running.start
+    monkeypatch.setattr(gpu.Running, "start", lambda *given: started.append(start(*given)) or started[-1])
+    endless = gpu.Step("endless", python("import time; time.sleep(1000)"), 900, alone=False)
+    short = gpu.Step("short", python("pass"), 900, alone=False)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run([endless, short], gpu.Record(tmp_path), time.monotonic() + 900, Console())
+    assert [one.process.returncode for one in started] == [-9, 0]
+
+
+def test_wrong_requests(gpu, tmp_path):
+    with pytest.raises(RequestError, match="--minutes 0 must be greater than 0"):
+        gpu.main(tmp_path, minutes=0)
+    (tmp_path / "gpu.json").write_text("{}")
+    with pytest.raises(RequestError, match="is not what this command writes; name another --out"):
+        gpu.main(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_command_works_without_a_gpu(gpu, tmp_path, capsys):
     gpu.main(

@@ -301,6 +301,7 @@ def test_convolutions_are_compared_worst_first(tmp_path):
     [
         (["--rows", "0"], "--rows 0 must be greater than 0"),
         (["--torch", "jax"], "--torch jax is not of that framework"),
+        (["--torch", "torch:devices=2"], "--torch torch:devices=2 has 2 devices; a convolution is timed on one"),
         (["--jax", "jax:quick"], "side 'jax:quick' is neither"),
     ],
 )

@@ -166,8 +166,6 @@ class Running:
 
     @classmethod
     def start(cls, step: Step, out: Path, limit: float) -> "Running":
-        shutil.rmtree(out / step.name, ignore_errors=True)  # what an attempt that failed has left
-        (out / f"{step.name}.json").unlink(missing_ok=True)
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
             paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -214,6 +212,15 @@ class Record:
     def missing(self, wanted: Sequence[Step]) -> list[Step]:
         return [step for step in wanted if self.content["steps"].get(step.name, {}).get("outcome") != "done"]
 
+    def clear(self, step: Step) -> None:
+        """Removes what an attempt that this record knows of has left, and nothing else: DIR may hold other things."""
+        if step.name not in self.content["steps"]:
+            return
+        if "{dir}" in step.command:
+            shutil.rmtree(self.out / step.name, ignore_errors=True)
+        if "{json}" in step.command:
+            (self.out / f"{step.name}.json").unlink(missing_ok=True)
+
     def add(self, running: Running, outcome: str) -> None:
         step = running.step
         found: dict[str, Any] = {}
@@ -242,6 +249,8 @@ def run(wanted: list[Step], record: Record, until: float, console: Console) -> N
             names = ", ".join(step.name for step in (*together, *wanted))
             console.print(f"no time is left for {names}; the same command goes on there")
             return
+        for step in together:
+            record.clear(step)
         running = [Running.start(step, record.out, min(step.seconds, left - GRACE)) for step in together]
         try:
             while running:

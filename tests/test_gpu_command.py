@@ -90,6 +90,22 @@ def test_what_an_interrupted_command_started_ends_with_it(gpu, tmp_path, monkeyp
     assert [one.process.returncode for one in started] == [-9, 0]
 
 
+def test_only_what_an_earlier_attempt_left_is_removed(gpu, tmp_path):
+    record = gpu.Record(tmp_path)
+    known = gpu.Step("train", "train.py --workdir {dir} --json {json}", 1)
+    other = gpu.Step("tests", "-m pytest tests/test_gpu.py", 1, {})
+    for name in ("train", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").touch()
+    left = {"train", "train.json", "tests", "tests.json"}
+    record.clear(known)  # it has not been tried yet: this is somebody else's
+    assert {path.name for path in tmp_path.iterdir()} == left
+    record.content["steps"] = {"train": {}, "tests": {}}
+    for step in (known, other):
+        record.clear(step)
+    assert {path.name for path in tmp_path.iterdir()} == left - {"train", "train.json"}
+
+
 def test_wrong_requests(gpu, tmp_path):
     with pytest.raises(RequestError, match="--minutes 0 must be greater than 0"):
         gpu.main(tmp_path, minutes=0)

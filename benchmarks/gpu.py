@@ -61,7 +61,7 @@ class Scale:
 LARGE = Scale({"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 8), 2.0, compiles=True)
 SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, compiles=False)
 LAUNCHES = "flags=xla_gpu_enable_command_buffer="  # every kernel by itself, not in CUDA graphs
-EAGER = ("torch", "torch:channels_last", "jax", "jax:tuned", f"jax:tuned,{LAUNCHES}")
+EAGER = ("torch", "torch:channels_last", "jax", "jax:tuned")
 COMPILED = ("torch:channels_last", "torch:compile", "torch:compile,channels_last", "jax:tuned", f"jax:tuned,{LAUNCHES}")
 
 

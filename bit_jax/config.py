@@ -58,7 +58,7 @@ class DataConfig:
     skip_damaged: bool = False
     """Show the next example in place of a training image that cannot be decoded, instead of ending the run."""
     input_threads: int | None = None
-    """That read, decode and resize. None: one a core."""
+    """That read, decode and resize. None: one a core, and two where nothing has to be decoded."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,17 +124,20 @@ class Loop:
         try:
             for index, batch in self.arriving(batches, begun):
                 step = index + 1
-                if sentence := recorder.before(step):
+                if sentence := recorder.before(step, self.training):
                     self.log.note(sentence)
                 with self.timeline("steps"):
                     given = self.with_signal(batch) | {"stopped": begun[-1].said["failed"] if begun else self.going_on}
-                    # the state before the step is let go while the devices work: that is hundreds of arrays, for each
-                    # of which this thread stands in line with the input's for Python's lock
+                    before = [state]
                     state, said = self.program.train_step(state, given)
+                    # the state before the step is let go while the devices work, and not by this thread, which has to
+                    # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
+                    # input's for Python's lock
+                    waiting.submit(before.clear)
                     begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
                     shown = step == steps or self.evaluates_after(step) or step % run.checkpoint_every == 0
-                    self.finish(begun, state, start, leave=0 if shown or recorder.around(step) else 1)
-                if sentence := recorder.after(step):
+                    self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
+                if sentence := recorder.after(step, self.training):
                     self.log.note(sentence)
                 accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
                 if self.reached(accuracy):

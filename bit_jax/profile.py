@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,15 +58,14 @@ class Recorder:
         steps = min(wanted, len(left))
         self.first = left.start + min(SETTLED, len(left) - steps)
         self.last = self.first + steps - 1
-        self._seconds: list[float] = []
         self._began = 0.0
 
-    def around(self, step: int) -> bool:
-        """Whether the step, or the one after it, is traced: no other may be under way then."""
-        return self.first - 1 <= step <= self.last
+    def waits_for(self, step: int) -> bool:
+        """Whether the step must have finished before anything else begins, because the trace begins or ends with it."""
+        return self.first <= self.last and step in (self.first - 1, self.last)
 
-    def before(self, step: int) -> str | None:
-        """Begins the trace; a sentence where that fails."""
+    def before(self, step: int, trained: float) -> str | None:
+        """Begins the trace, after so many seconds of steps and of reading for them; a sentence where that fails."""
         sentence = None
         if step == self.first <= self.last:
             options = ProfileOptions()
@@ -77,28 +75,26 @@ class Recorder:
             except Exception as error:  # a profile that fails must not end the run
                 self.last = self.first - 1
                 sentence = f"no step is traced: {error}"
-        self._began = time.perf_counter()
+            self._began = trained
         return sentence
 
-    def after(self, step: int) -> str | None:
+    def after(self, step: int, trained: float) -> str | None:
         """A sentence for the log, once the last traced step has finished: what the table says, or why there is none."""
-        if not self.first <= step <= self.last:
-            return None
-        self._seconds.append(time.perf_counter() - self._began)
-        if step < self.last:
+        if not step == self.last >= self.first:
             return None
         try:
             jax.profiler.stop_trace()
-            return summary(self._table(), self.folder.parent)
+            return summary(self._table(trained - self._began), self.folder.parent)
         except Exception as error:  # a profile that fails must not end the run
             return f"the trace in {self.folder} has no table: {error}"
 
-    def _table(self) -> dict[str, Any]:
+    def _table(self, seconds: float) -> dict[str, Any]:
         text = self.program.as_text()
         with replacing(self.folder / PROGRAM) as file:
             file.write(text.encode())
         device = jax.devices()[0].device_kind
-        table = tabulate(newest_trace(self.folder), hlo.Module(text), self._seconds, device, self.precision)
+        steps = self.last - self.first + 1
+        table = tabulate(newest_trace(self.folder), hlo.Module(text), steps, seconds, device, self.precision)
         write_json(self.folder / TABLE, table)
         return table
 
@@ -139,12 +135,13 @@ def events(trace: Any, program: str) -> Iterator[tuple[str, Event]]:
                     yield plane.name, Event(str(stats["hlo_op"]), event.start_ns, event.end_ns)
 
 
-def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, precision: str) -> dict[str, Any]:
+def tabulate(trace: Any, module: hlo.Module, steps: int, seconds: float, device: str, precision: str) -> dict[str, Any]:
     """Seconds of a step by kind of work, of one device: the mean over traced steps and devices.
 
     Args:
         module: of the program that was traced.
-        seconds: that each traced step took.
+        steps: how many were traced.
+        seconds: that they took together, with reading for them.
         device: its kind; of those that `accelerators` knows, each row has its roofline.
         precision: whose peak the products' roofline is made of.
 
@@ -154,7 +151,7 @@ def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, 
     by_device: dict[str, list[Event]] = collections.defaultdict(list)
     for name, event in events(trace, module.name):
         by_device[name].append(event)
-    runs = len(seconds) * len(by_device)
+    runs = steps * len(by_device)
     spent: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
     for event in (event for of_device in by_device.values() for event in of_device):
@@ -168,12 +165,11 @@ def tabulate(trace: Any, module: hlo.Module, seconds: list[float], device: str, 
         {"name": name, "seconds": took, "calls": calls[name] / runs, **_described(module, name, peaks)}
         for name, took in sorted(spent.items(), key=lambda item: -item[1])
     ]
-    step = sum(seconds) / len(seconds)
+    step = seconds / steps
     busy = sum(map(_covered, by_device.values())) / runs
     return {
         "device": device,
-        "steps": len(seconds),
-        "seconds_of_steps": seconds,
+        "steps": steps,
         "seconds": step,
         "busy": busy,
         "kinds": _by_kind(instructions) | {IDLE: {"seconds": max(step - busy, 0.0)}},

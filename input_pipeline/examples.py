@@ -72,7 +72,8 @@ class Source(Protocol):
         class_names: a name for each label, in the order of the labels.
         labels: int32 [len(source)], known without decoding an image.
 
-    A source that keeps files open has an attribute `descriptors` too; see the function of that name.
+    A source that keeps files open has an attribute `descriptors` too, and one whose images are arrays `decoded`: see
+    the functions of those names.
     """
 
     @property
@@ -93,8 +94,15 @@ def descriptors(source: Source) -> int:
     return getattr(source, "descriptors", 0)
 
 
+def decoded(source: Source) -> bool:
+    """Whether its images are arrays and not encoded files."""
+    return getattr(source, "decoded", False)
+
+
 class ArraySource:
     """Images held in memory."""
+
+    decoded = True
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]):
         """images: uint8 [n, height, width] or [n, height, width, 3]; labels: [n]."""
@@ -122,6 +130,10 @@ class Subset:
     @property
     def descriptors(self) -> int:
         return descriptors(self._source)
+
+    @property
+    def decoded(self) -> bool:
+        return decoded(self._source)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -165,6 +177,10 @@ class Relabelled:
     @property
     def descriptors(self) -> int:
         return descriptors(self._source)
+
+    @property
+    def decoded(self) -> bool:
+        return decoded(self._source)
 
     def __len__(self) -> int:
         return len(self._source)

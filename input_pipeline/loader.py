@@ -15,11 +15,14 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from input_pipeline.examples import DamagedImage, DatasetError, Source, first_undamaged, label_of
+from input_pipeline.examples import DamagedImage, DatasetError, Source, decoded, first_undamaged, label_of
 from input_pipeline.preprocess import Views
 from input_pipeline.terminal import printable
 
 READ_AHEAD = 3  # batches made, placed or waiting while one is in use
+# An array costs little more than the Python around it, which holds Python's lock; more threads would only stand in line
+# for it, and the thread that begins training steps stands there too.
+THREADS_FOR_ARRAYS = 2
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +45,8 @@ class Loader:
         seed: of order and augmentation; both depend on (seed, epoch, example) only.
         place: what becomes of a host's batch ahead of its use, such as moving it to the devices.
         host, hosts: the host whose rows these are, starting at 0, and the number of hosts.
-        threads: threads that read, decode and resize, which all release the GIL; by default one for each core.
+        threads: threads that read, decode and resize, which all release the GIL; by default one for each core, and two
+            where the source's images are arrays.
         skip_damaged: whether training shows the next example in place of a damaged one; each is logged once.
         said: numbers of the examples that were logged.
     """
@@ -117,7 +121,10 @@ class Loader:
         import grain
 
         rows, side = self.global_batch // self.hosts, self.views.crop
-        pool = ThreadPoolExecutor(self.threads or len(os.sched_getaffinity(0)), thread_name_prefix="input")
+        cores = len(os.sched_getaffinity(0))
+        threads = self.threads or (min(cores, THREADS_FOR_ARRAYS) if decoded(self.source) else cores)
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="input")
+        part = math.ceil(rows / threads)  # few hand-overs of Python's lock, at which threads stand in line for it
 
         def make(number: int) -> Any:
             batch: Batch = {
@@ -127,7 +134,12 @@ class Loader:
                 "index": np.empty(rows, np.int32),
             }
             first = number * self.global_batch + self.host * rows
-            for _ in pool.map(lambda row: fill(batch, row, first + row), range(rows)):
+
+            def fill_part(start: int) -> None:
+                for row in range(start, min(start + part, rows)):
+                    fill(batch, row, first + row)
+
+            for _ in pool.map(fill_part, range(0, rows, part)):
                 pass
             return self.place(batch)
 

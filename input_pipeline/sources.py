@@ -69,6 +69,8 @@ class SyntheticSource:
     """As many examples as ImageNet-1k, of a few images of noise as large as its recipe resizes to: nothing to read, to
     decode or to resize, so that a run measures the devices."""
 
+    decoded = True
+
     def __init__(self, split: str):
         if split not in SYNTHETIC_SPLITS:
             raise DatasetError(f"synthetic has no split {split!r}; it has {', '.join(SYNTHETIC_SPLITS)}")

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import own_dataset
@@ -39,7 +40,7 @@ from input_pipeline import (
 )
 from input_pipeline.check import SHOWN, check
 from input_pipeline.errors import RequestError
-from input_pipeline.examples import ArraySource, Subset
+from input_pipeline.examples import ArraySource, Relabelled, Subset
 from input_pipeline.loader import READ_AHEAD
 from input_pipeline.preprocess import decode
 from input_pipeline.sources import split_names
@@ -378,6 +379,26 @@ def test_threads_end_with_the_batches():
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not left
+
+
+def test_arrays_are_shown_by_two_threads_and_files_by_one_a_core(monkeypatch):
+    """Threads that need not decode would mostly wait for Python's lock, which training's thread needs too."""
+    pools = []
+
+    def pool(threads, **settings):
+        pools.append(threads)
+        return ThreadPoolExecutor(threads, **settings)
+
+    monkeypatch.setattr("input_pipeline.loader.ThreadPoolExecutor", pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(5))
+    arrays = numbered(40)
+    files = ArraySource(arrays.name, arrays._images, arrays.labels, arrays.class_names)
+    monkeypatch.setattr(files, "decoded", False, raising=False)
+    for source in (arrays, files):
+        for shown in (source, Subset(source, np.arange(20), "half"), Relabelled(source, ["a"], np.zeros(1, np.int32))):
+            Loader(shown, VIEWS, 8).evaluation().close()
+    Loader(arrays, VIEWS, 8, threads=3).evaluation().close()
+    assert pools == [2, 2, 2, 5, 5, 5, 3]
 
 
 FORGET_OFTEN = """

@@ -84,7 +84,7 @@ def test_times_are_of_one_step_and_what_overlaps_is_busy_once():
     ]
     others = [SimpleNamespace(stats=[], start_ns=0, end_ns=1e9), event("conv", 0, 1e9, "jit_eval_step")]
     copies = SimpleNamespace(name="Stream #3", events=others)
-    table = profile.tabulate(trace(*streams, copies), program, [0.010, 0.020], "NVIDIA H100 80GB HBM3", "bf16")
+    table = profile.tabulate(trace(*streams, copies), program, 2, 0.030, "NVIDIA H100 80GB HBM3", "bf16")
     assert table["seconds"] == pytest.approx(0.015)
     assert table["busy"] == pytest.approx(0.007)  # 0 to 6 and 10 to 18 ms, of two steps
     seconds = {kind: row["seconds"] for kind, row in table["kinds"].items()}
@@ -99,7 +99,7 @@ def test_times_are_of_one_step_and_what_overlaps_is_busy_once():
 def test_a_trace_of_something_else_is_refused():
     line = SimpleNamespace(name="Stream #1", events=[event("elsewhere", 0, 1)])
     with pytest.raises(profile.RunFailed, match="shows no instruction of the training step"):
-        profile.tabulate(trace(line), module(named("add", "jit(train_step)/add")), [1.0], "cpu", "fp32")
+        profile.tabulate(trace(line), module(named("add", "jit(train_step)/add")), 1, 1.0, "cpu", "fp32")
 
 
 @pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
@@ -110,7 +110,7 @@ def test_a_profile_that_fails_is_a_sentence_and_ends_no_run(broken, monkeypatch,
     for name in ("start_trace", "stop_trace"):
         monkeypatch.setattr(jax.profiler, name, refuse if name == broken else lambda *_, **__: None)
     recorder = profile.Recorder(tmp_path / "profile", None, "fp32", left=range(1, 3), wanted=1)
-    said = [each for step in (1, 2) for each in (recorder.before(step), recorder.after(step)) if each]
+    said = [each for step in (1, 2) for each in (recorder.before(step, 0.0), recorder.after(step, 1.0)) if each]
     assert len(said) == 1
     assert said[0].endswith("CUPTI is not there")
 
@@ -127,3 +127,5 @@ def test_a_profile_that_fails_is_a_sentence_and_ends_no_run(broken, monkeypatch,
 def test_which_steps_are_traced(tmp_path, left, wanted, traced):
     recorder = profile.Recorder(tmp_path, None, "fp32", left=left, wanted=wanted)
     assert [step for step in left if recorder.first <= step <= recorder.last] == list(traced)
+    ends = {traced.start - 1, traced.stop - 1} if traced else set()
+    assert [step for step in left if recorder.waits_for(step)] == [step for step in left if step in ends]

@@ -100,7 +100,7 @@ class TimedJax(JaxSide):
 
     def again(self, seconds: float) -> Result:
         """Times what was timed last, for so many seconds more."""
-        return {"calls": timing.repeated(self._call, seconds)} | self._used(), None
+        return {"calls": timing.again(self._call, seconds)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float

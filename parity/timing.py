@@ -51,6 +51,12 @@ def repeated(
     return calls
 
 
+def again(call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own) -> list[float]:
+    """As `repeated`, after another process has had the device: a first call is not timed."""
+    call(STARTS)
+    return repeated(call, seconds, agreed)
+
+
 def whole_loop(
     timeline: Timeline,
     batches: Iterator[Any],

@@ -61,7 +61,7 @@ class TimedTorch(TorchSide):
 
     def again(self, seconds: float) -> Result:
         """Times what was timed last, for so many seconds more."""
-        return {"calls": timing.repeated(self._call, seconds, self.devices.first)} | self._used(), None
+        return {"calls": timing.again(self._call, seconds, self.devices.first)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: timing.Pass, sets: int, repeat: int, seconds: float
@@ -155,7 +155,10 @@ class TimedTorch(TorchSide):
         )
 
     def _used(self) -> dict[str, Any]:
+        """How much memory was in use at most, and in which type products are. What is kept of a GPU's memory for later
+        is given back, for other processes' turns."""
         on_gpu = self.device.type == "cuda"
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
         used = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.devices.total(timing.process_memory())
         of = "device" if on_gpu else "process" if self.devices.count == 1 else f"{self.devices.count} processes"
         return {"memory": used / 2**30, "memory of": of, "products": self._products()}

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
-from bit_jax import hugepages
+from bit_jax.model.architecture import Architecture
+from bit_jax.process import hugepages
 
 if __name__ == "__main__":
     hugepages.restart()
@@ -16,10 +17,15 @@ import jax
 import tyro
 
 import input_pipeline
-from bit_jax import config, doctor, finetune, hosts, hyperrule, loop, mesh, metrics, profile, resources, weights, zoo
-from bit_jax.precision import choose
-from bit_jax.resnetv2 import is_architecture_name, param_dtype, parse_architecture
-from bit_jax.workdir import Workdir
+from bit_jax import config, doctor, zoo
+from bit_jax.compiled import profile
+from bit_jax.model import weights
+from bit_jax.model.precision import choose
+from bit_jax.model.resnetv2 import param_dtype
+from bit_jax.scale import hosts, sharding
+from bit_jax.training import figures, hyperrule, loop, resources
+from bit_jax.training import run as finetune
+from bit_jax.training.workdir import Workdir
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -37,7 +43,7 @@ def main() -> None:
         first = hosts.is_first()
     if first:
         with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
-            terminal.console(width=120).print(metrics.flagperf_row(result))
+            terminal.console(width=120).print(figures.flagperf_row(result))
             if cfg.run.profile:
                 with contextlib.suppress(RequestError):  # the log says why there is no table
                     profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
@@ -54,8 +60,8 @@ def keep_compiled_programs() -> None:
 def run(cfg: config.Config) -> dict:
     """One whole run, from configuration to the content of result.json."""
     choose(cfg.model.precision)  # before any array is made
-    devices = mesh.make_mesh(fsdp=mesh.parse_mesh(cfg.scale.mesh, jax.device_count()))
-    global_batch = mesh.global_batch_size(
+    devices = sharding.make_mesh(fsdp=sharding.parse_mesh(cfg.scale.mesh, jax.device_count()))
+    global_batch = sharding.global_batch_size(
         devices,
         global_batch=cfg.data.global_batch,
         batch_per_device=cfg.data.batch_per_device,
@@ -89,7 +95,7 @@ def run(cfg: config.Config) -> dict:
             views,
             global_batch,
             cfg.run.seed,
-            place=lambda batch: mesh.shard_batch(batch, devices),
+            place=lambda batch: sharding.shard_batch(batch, devices),
             host=jax.process_index(),
             hosts=jax.process_count(),
             threads=cfg.data.input_threads,
@@ -136,7 +142,7 @@ def open_sources(cfg: config.Config) -> tuple[input_pipeline.Source, input_pipel
 
 def needs(
     cfg: config.Config,
-    architecture: weights.Architecture,
+    architecture: Architecture,
     workdir: Workdir,
     sources: Sequence[input_pipeline.Source],
 ) -> list[resources.Need]:
@@ -148,27 +154,27 @@ def needs(
 
 def starts_from_nothing(model: config.ModelConfig) -> bool:
     """Whether there is no weight file, not even for its architecture."""
-    return model.init == "random" and is_architecture_name(model.model)
+    return model.init == "random" and Architecture.is_name(model.model)
 
 
 def initial_model(
     cfg: config.Config, *, num_classes: int
-) -> tuple[weights.Architecture, Callable[[weights.Params], weights.Params]]:
+) -> tuple[Architecture, Callable[[weights.Params], weights.Params]]:
     """The architecture with a head for `num_classes`, and what makes the parameters to start from: given their shapes,
     dtypes, shardings and layouts, it makes each device's part there."""
     name, seed = cfg.model.model, cfg.run.seed
     if starts_from_nothing(cfg.model):
-        architecture = weights.Architecture(*parse_architecture(name), num_classes)
+        architecture = Architecture.parse(name, num_classes)
     else:
         architecture, arrays = weights.read(zoo.find(name), num_classes=num_classes)
 
     def read(like: weights.Params) -> weights.Params:
         shapes = weights.flatten(like)
-        return weights.unflatten({key: mesh.place(array, shapes[key]) for key, array in arrays})
+        return weights.unflatten({key: sharding.place(array, shapes[key]) for key, array in arrays})
 
     def draw(like: weights.Params) -> weights.Params:
         model = architecture.model(jax.tree.leaves(like)[0].dtype)
-        return jax.jit(lambda: model.init_params(seed), out_shardings=mesh.formats(like))()
+        return jax.jit(lambda: model.init_params(seed), out_shardings=sharding.formats(like))()
 
     return architecture, draw if cfg.model.init == "random" else read
 

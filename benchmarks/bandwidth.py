@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from bit_jax import metrics
+from bit_jax.training import figures
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath
-from parity import report
-from parity.throughput import machine
+from parity.report import saved
+from parity.throughput.measure import machine
 
 VALUES = {"cpu": 2**24, "gpu": 2**30}  # float32 values that are read, and written negated
 COPIES = 20
@@ -25,7 +25,7 @@ COPIES = 20
 
 def main(json: UserPath | None = None) -> None:
     if json is not None:
-        report.writable(json)
+        saved.writable(json)
     device = jax.devices()[0]
     values = jax.random.normal(jax.random.key(0), (VALUES["cpu" if device.platform == "cpu" else "gpu"],), jnp.float32)
     negate = jax.jit(lambda values: -values)
@@ -39,7 +39,7 @@ def main(json: UserPath | None = None) -> None:
         "device": device.device_kind,
         "platform": device.platform,
         "bytes_a_second": 2 * values.nbytes / statistics.median(seconds),
-        "versions": metrics.versions(),
+        "versions": figures.versions(),
         "machine": machine(),
     }
     if device.platform == "gpu":

@@ -22,8 +22,9 @@ RESULTS = Path(__file__).parent / "results" / "compile_time.json"
 
 def once(device: str, remat: str) -> dict[str, float]:
     """Seconds of each phase, in this process."""
-    from bit_jax import hyperrule, plan, program
-    from bit_jax.mesh import make_mesh
+    from bit_jax import plan
+    from bit_jax.scale.sharding import make_mesh
+    from bit_jax.training import hyperrule, program
 
     request = plan.Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
     if device == "cpu":

@@ -21,7 +21,7 @@ import tyro
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
-from parity.throughput import machine
+from parity.throughput.measure import machine
 
 SWEEPS: dict[str, list[Any]] = {
     "batch": [2, 4, 8, 16],
@@ -40,8 +40,9 @@ def once(point: dict[str, Any]) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from bit_jax import hyperrule, plan, program
-    from bit_jax.mesh import make_mesh
+    from bit_jax import plan
+    from bit_jax.scale.sharding import make_mesh
+    from bit_jax.training import hyperrule, program
 
     request = plan.Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
@@ -68,11 +69,10 @@ def once(point: dict[str, Any]) -> dict[str, float]:
 
 def theory(point: dict[str, Any]) -> dict[str, float]:
     """{seconds: operations of a step, in no unit of time; gib: of what has to be kept}."""
-    from bit_jax.resnetv2 import parse_architecture
-    from bit_jax.weights import Architecture
-    from parity import flops
+    from bit_jax.model.architecture import Architecture
+    from parity.sides import flops
 
-    architecture = Architecture(*parse_architecture(f"R{point['depth']}x{point['width']:g}"), 1000)
+    architecture = Architecture.parse(f"R{point['depth']}x{point['width']:g}", 1000)
     side, batch = point["size"], point["batch"]
     kept = 2 * batch * flops.convolved(architecture, side, side) + 2 * flops.parameters(architecture)
     return {"seconds": batch * flops.training_step(architecture, side, side), "gib": 4 * kept / 2**30}
@@ -84,7 +84,7 @@ def slope(values: list[Any], costs: list[float]) -> float:
 
 
 def in_a_process(point: dict[str, Any]) -> dict[str, float]:
-    from bit_jax import hugepages
+    from bit_jax.process import hugepages
 
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | hugepages.environment()
     done = subprocess.run(

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from input_pipeline import terminal
 from input_pipeline.files import read_json, write_json
-from parity import oracle, rungs
-from parity.ladder import Ladder, working_folder
+from parity.ladder import rungs, verdict
+from parity.ladder.ladder import Ladder, working_folder
 from parity.options import Options
 
 RESULTS = Path(__file__).parent / "results" / "false_alarms.json"
@@ -69,10 +69,10 @@ def failing(case: Case, lines: int, rng: np.random.Generator, *, fault: float = 
     for start in range(0, lines, size):
         doubtful = min(size, lines - start)
         looks: list[tuple[np.ndarray, ...]] = []
-        for number in range(oracle.LOOKS):
-            draws = max(case.draws, oracle.LEAST_DRAWS if number else 1)
+        for number in range(verdict.LOOKS):
+            draws = max(case.draws, verdict.LEAST_DRAWS if number else 1)
             looks.append(_errors_of_all(rng, doubtful, dataclasses.replace(case, draws=draws), fault))
-            judged = oracle.errors_and_limits(*(np.stack(part) for part in zip(*looks, strict=True)))
+            judged = verdict.errors_and_limits(*(np.stack(part) for part in zip(*looks, strict=True)))
             beyond = np.any([(error > limit).any(axis=-1) for error, limit in judged.values()], axis=0)
             doubtful = int(beyond.sum())
             first += doubtful if number == 0 else 0
@@ -87,8 +87,8 @@ def _errors_of_all(rng: np.random.Generator, lines: int, case: Case, fault: floa
     """(reference, candidate, what disturbances explain), each [lines, 2], in one look."""
     reference = _errors(rng, lines, case, 1.0, case.flips)
     candidate = _errors(rng, lines, case, case.apart * fault, case.flips)
-    more = min(oracle.MULTIPLE * case.flips, 1.0)
-    disturbed = [_errors(rng, lines, case, oracle.MULTIPLE, more) for _ in range(case.draws)]
+    more = min(verdict.MULTIPLE * case.flips, 1.0)
+    disturbed = [_errors(rng, lines, case, verdict.MULTIPLE, more) for _ in range(case.draws)]
     return reference, candidate, np.max(disturbed, axis=0)
 
 
@@ -96,7 +96,7 @@ def _errors(rng: np.random.Generator, lines: int, case: Case, scale: float, flip
     """[RMSE, high percentile] of each line, the smaller of its batches each: [lines, 2]."""
     errors = scale * np.abs(rng.standard_normal((lines, case.batches, case.values)))
     errors *= np.where(rng.random((lines, case.batches, 1)) < flips, FLIPPED, 1.0)
-    both = np.sqrt(np.mean(errors**2, axis=-1)), np.quantile(errors, oracle.HIGH, axis=-1)
+    both = np.sqrt(np.mean(errors**2, axis=-1)), np.quantile(errors, verdict.HIGH, axis=-1)
     return np.min(np.stack(both, axis=-1), axis=1)
 
 
@@ -202,7 +202,7 @@ def show(output: Path = RESULTS) -> None:
         "sides apart",
         "flips",
         "one look",
-        f"{oracle.LOOKS} looks",
+        f"{verdict.LOOKS} looks",
     ):
         table.add_column(column, justify="right")
     for row in saved.get("simulated", []):

@@ -17,8 +17,9 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from bit_jax import weights, zoo
-from bit_jax.resnetv2 import parse_architecture
+from bit_jax import zoo
+from bit_jax.model import weights
+from bit_jax.model.architecture import Architecture
 from input_pipeline import terminal
 from input_pipeline.files import write_json
 
@@ -71,8 +72,8 @@ def main(architectures: tuple[str, ...] = zoo.ARCHITECTURES, rounds: int = 5, js
 
 def write(path: Path, name: str) -> None:
     rng = np.random.default_rng(0)
-    architecture = weights.Architecture(*parse_architecture(name), 1000)
-    flat = {key: rng.standard_normal(shape, np.float32) for key, shape in weights.layout(architecture).items()}
+    architecture = Architecture.parse(name, 1000)
+    flat = {key: rng.standard_normal(shape, np.float32) for key, shape in architecture.layout.items()}
     weights.save(path, weights.unflatten(flat))
 
 

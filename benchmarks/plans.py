@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from bit_jax.accelerators import GIB
+from bit_jax.compiled.gpus import GIB
 from bit_jax.plan import HOSTS, Request, demands
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code

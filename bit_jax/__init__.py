@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bit_jax.resnetv2 import ResNetV2
-    from bit_jax.weights import load, save
+    from bit_jax.model.resnetv2 import ResNetV2
+    from bit_jax.model.weights import load, save
 
 __all__ = ["ResNetV2", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports JAX when one of the names is first used: `bit_jax.errors` serves processes that do without it."""
+    """Imports JAX when one of the names is first used, because PyTorch's side of a comparison does without it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bit_jax import resnetv2, weights
+    from bit_jax.model import resnetv2, weights
 
     return getattr(resnetv2 if name == "ResNetV2" else weights, name)

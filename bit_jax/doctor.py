@@ -16,14 +16,16 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
-from bit_jax import hosts, mesh, metrics, resources
 from bit_jax.config import Config, identity
-from bit_jax.precision import PRECISIONS, products
+from bit_jax.model.precision import PRECISIONS, products
+from bit_jax.scale import hosts
+from bit_jax.scale import sharding as mesh
+from bit_jax.training import figures, resources
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = ("train.py", "bit_jax/*.py", "input_pipeline/*.py")  # relative to ROOT, where all of it is
+PROGRAM = ("train.py", "bit_jax/**/*.py", "input_pipeline/**/*.py")  # relative to ROOT, where all of it is
 ELEMENTS = 2**24  # float32 numbers that every device ends with, 64 MiB: enough for the full rate of NVLink
 REPETITIONS = 5
 MISSING = "missing"
@@ -66,7 +68,7 @@ def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> 
     local, flags = jax.local_devices(), identity(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
     alike = {
-        **metrics.versions(),
+        **figures.versions(),
         "program": _digest(path.read_bytes() for pattern in PROGRAM for path in sorted(ROOT.glob(pattern))),
         "configuration": _digest([json.dumps(flags, sort_keys=True).encode()]),
         **inputs,

@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from bit_jax import hlo, hyperrule, metrics
-from bit_jax import mesh as meshes
-from bit_jax.accelerators import GIB, Accelerator, accelerator
+from bit_jax.compiled import hlo
+from bit_jax.compiled.gpus import GIB, Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
-from bit_jax.program import Steps, compiler_options, make_steps
-from bit_jax.resnetv2 import Remat, is_architecture_name, parse_architecture
-from bit_jax.weights import Architecture
+from bit_jax.model.architecture import Architecture
+from bit_jax.model.resnetv2 import Remat
+from bit_jax.scale import sharding
+from bit_jax.training import figures, hyperrule
+from bit_jax.training.program import Steps, compiler_options, make_steps
 from bit_jax.zoo import published
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
@@ -84,9 +85,9 @@ class Request:
 
     def architecture(self) -> Architecture:
         name = known.architecture if (known := published(self.model)) else self.model
-        if not is_architecture_name(name):
+        if not Architecture.is_name(name):
             raise RequestError(f"unknown --model {self.model!r}; write a published name or R<depth>x<width>")
-        return Architecture(*parse_architecture(name), self.classes)
+        return Architecture.parse(name, self.classes)
 
     def config(self) -> Config:
         return dataclasses.replace(
@@ -107,9 +108,9 @@ class Request:
                 f"XLA's compiler for NVIDIA GPUs cannot be used ({str(error).splitlines()[0]}); "
                 "pip install 'bit-jax[plan]'"
             ) from None
-        fsdp = meshes.parse_mesh(self.mesh, len(topology.devices))
-        mesh, cfg = meshes.make_mesh(topology.devices, fsdp=fsdp), self.config()
-        global_batch = meshes.global_batch_size(
+        fsdp = sharding.parse_mesh(self.mesh, len(topology.devices))
+        mesh, cfg = sharding.make_mesh(topology.devices, fsdp=fsdp), self.config()
+        global_batch = sharding.global_batch_size(
             mesh, global_batch=0, batch_per_device=self.batch_per_device, microbatches=self.microbatches
         )
         recipe = hyperrule.recipe(cfg, train_examples=IMAGENET_EXAMPLES, native_area=IMAGENET_AREA)
@@ -192,7 +193,7 @@ def demands(request: Request) -> dict[str, Any]:
         "estimate": estimate(request, module),
         "model_of_hosts": [{"hosts": count, **estimate(request, module, count)} for count in hosts],
         "compile_seconds": plain.seconds,
-        "versions": metrics.versions(),
+        "versions": figures.versions(),
     }
 
 
@@ -250,7 +251,7 @@ def _ring(one: hlo.Collective, request: Request, hosts: int) -> float:
 def _span(one: hlo.Collective, request: Request, hosts: int) -> tuple[int, int]:
     """(devices of each host that take part together, hosts). Devices are numbered host by host, `fsdp` innermost."""
     devices = request.devices
-    fsdp = meshes.parse_mesh(request.mesh, request.hosts * devices)
+    fsdp = sharding.parse_mesh(request.mesh, request.hosts * devices)
     if one.group == request.hosts * devices:
         return devices, hosts
     if one.kind == "all-reduce":  # over `data`: one device of each group of fsdp

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from bit_jax import hyperrule, steps, weights, zoo
-from bit_jax.class_names import imagenet1k, in_words
-from bit_jax.fine_tuned import described
+from bit_jax import zoo
+from bit_jax.model import weights
+from bit_jax.model.class_names import imagenet1k, in_words
+from bit_jax.model.fine_tuned import described
+from bit_jax.training import hyperrule, steps
 from input_pipeline import DatasetError, Views, read_image_file
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code

@@ -26,10 +26,10 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bit_jax import formats, weights
 from bit_jax.config import EMBEDDED
-from bit_jax.resnetv2 import parse_architecture
-from bit_jax.weights import Architecture, WeightsError
+from bit_jax.model import formats, weights
+from bit_jax.model.architecture import Architecture
+from bit_jax.model.weights import WeightsError
 from input_pipeline.claims import CLAIM, claimed
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -92,12 +92,12 @@ class Published:
     @property
     def promised(self) -> Architecture:
         """The architecture and number of classes that the name stands for."""
-        return Architecture(*parse_architecture(self.architecture), self.num_classes)
+        return Architecture.parse(self.architecture, self.num_classes)
 
     @property
     def limit(self) -> int:
         """Bytes that no file of this architecture exceeds."""
-        return SLACK * sum(4 * math.prod(shape) for shape in weights.layout(self.promised).values())
+        return SLACK * sum(4 * math.prod(shape) for shape in self.promised.layout.values())
 
 
 def _published() -> Iterator[Published]:

@@ -57,7 +57,7 @@ ARMS = {
     "pillow": Arm("this loader, --resize pillow", ""),
     "tf": Arm("this loader, --resize tf", ""),
     "tf.data": Arm("tf.data as BiT's TensorFlow code, float32", "tensorflow", "input_pipeline.tf_data"),
-    "torch": Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.torch_input"),
+    "torch": Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.in_torch.loader"),
 }
 
 

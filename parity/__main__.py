@@ -19,17 +19,19 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
-from parity import convolutions, report, rungs, throughput
-from parity.accuracy import compare_logits
-from parity.attestation import attest
-from parity.difference import difference
-from parity.ladder import Ladder, timed, working_folder
+from parity.ladder import rungs
+from parity.ladder.accuracy import compare_logits
+from parity.ladder.attestation import attest
+from parity.ladder.ladder import Ladder, timed, working_folder
+from parity.ladder.selftest import selftest
 from parity.options import Options
-from parity.selftest import selftest
+from parity.report import saved as report
+from parity.report.difference import difference
+from parity.throughput import convolutions, measure
 
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
-Measurement = Annotated[throughput.Throughput, tyro.conf.OmitArgPrefixes]
+Measurement = Annotated[measure.Throughput, tyro.conf.OmitArgPrefixes]
 
 
 def main() -> int:
@@ -116,7 +118,7 @@ def run_throughput(measurement: Measurement) -> bool:
     Each arm's loss is first held against float64; one that is wrong is not timed. Every arm runs in processes of its
     own, in turns with the others; only finished work is timed.
     """
-    return throughput.run(measurement)
+    return measure.run(measurement)
 
 
 def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf.OmitArgPrefixes]) -> bool:
@@ -136,7 +138,7 @@ def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, marg
         html: write its page here.
         margin: judge accuracy anew, from the saved logits, at this margin in percentage points.
     """
-    from parity import page  # here, because matplotlib takes its time
+    from parity.report import page
 
     saved = report.load(run)
     if margin is not None:
@@ -178,7 +180,7 @@ def _rejudged(saved: report.Report, logits: dict[str, np.ndarray], margin: float
 
 
 def _write_forms(built: report.Report, folder: Path, json: Path | None, html: Path | None, junit: Path | None) -> None:
-    from parity import page
+    from parity.report import page
 
     logits = report.load_logits(folder) if (folder / "logits.npz").exists() else None
     for path in (folder / "report.html", html):

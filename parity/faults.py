@@ -74,54 +74,54 @@ def injected(name: str | None) -> Iterator[None]:
 
 @fault("GroupNorm eps 1e-6", "forward", "block1/unit01", attested="group norm eps")
 def norm_eps() -> Any:
-    return mock.patch("bit_jax.resnetv2.NORM_EPS", 1e-6)
+    return mock.patch("bit_jax.model.resnetv2.NORM_EPS", 1e-6)
 
 
 @fault("GroupNorm eps 1e-6, in PyTorch", "forward", "block1/unit01", framework="torch", attested="group norm eps")
 def torch_norm_eps() -> Any:
-    return mock.patch("parity.torch_reference.NORM_EPS", 1e-6)
+    return mock.patch("parity.in_torch.resnetv2.NORM_EPS", 1e-6)
 
 
 @fault("weight standardization eps 1e-8", "forward", "root_block", attested="standardization eps")
 def standardize_eps() -> Any:
-    return mock.patch("bit_jax.resnetv2.STANDARDIZE_EPS", 1e-8)
+    return mock.patch("bit_jax.model.resnetv2.STANDARDIZE_EPS", 1e-8)
 
 
 @fault("16 groups instead of 32", "forward", "block1/unit01", attested="groups")
 def groups() -> Any:
-    return mock.patch("bit_jax.resnetv2.GROUPS", 16)
+    return mock.patch("bit_jax.model.resnetv2.GROUPS", 16)
 
 
 @fault("sample instead of population variance", "forward", "root_block")
 def sample_variance() -> Any:
     import jax.numpy as jnp
 
-    from bit_jax.resnetv2 import STANDARDIZE_EPS
+    from bit_jax.model.resnetv2 import STANDARDIZE_EPS
 
     def standardize(kernel):
         centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
         return centred / jnp.sqrt(kernel.var(axis=(0, 1, 2), keepdims=True, ddof=1) + STANDARDIZE_EPS)
 
-    return mock.patch("bit_jax.resnetv2.standardize", standardize)
+    return mock.patch("bit_jax.model.resnetv2.standardize", standardize)
 
 
 @fault("max-pool padded with -inf", "forward", "root_block")
 def pool_padding() -> Any:
     import jax.numpy as jnp
 
-    from bit_jax import resnetv2
+    from bit_jax.model import resnetv2
 
     pool, outside = resnetv2.max_pool, ((0, 0), (1, 1), (1, 1), (0, 0))
 
     def padded(x):
         return pool(jnp.pad(x[:, 1:-1, 1:-1], outside, constant_values=-jnp.inf))
 
-    return mock.patch("bit_jax.resnetv2.max_pool", padded)
+    return mock.patch("bit_jax.model.resnetv2.max_pool", padded)
 
 
 @fault("stride on the first 1x1 convolution", "forward", "block2/unit01")
 def stride() -> Any:
-    from bit_jax import resnetv2
+    from bit_jax.model import resnetv2
 
     whole = resnetv2.PreActivationConv
     stride = 1
@@ -134,7 +134,7 @@ def stride() -> Any:
             settings["stride"] = settings["stride"] // stride
         return whole(features, size, *args, name=name, **settings)
 
-    return mock.patch("bit_jax.resnetv2.PreActivationConv", swapped)
+    return mock.patch("bit_jax.model.resnetv2.PreActivationConv", swapped)
 
 
 @fault("projection of the input, not the pre-activation", "forward", "block1/unit01")
@@ -142,7 +142,7 @@ def projection() -> Any:
     """The shortcut projects the unit's input instead of its pre-activation."""
     import flax.linen as nn
 
-    from bit_jax import resnetv2
+    from bit_jax.model import resnetv2
 
     @contextlib.contextmanager
     def intercepted():
@@ -187,7 +187,7 @@ def skipped_weight() -> Any:
 def _loading(change: Callable[[str, Any], Any]) -> Any:
     import numpy as np
 
-    from bit_jax import weights
+    from bit_jax.model import weights
 
     read = weights.read
 
@@ -195,7 +195,7 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
         architecture, arrays = read(path, **settings)
         return architecture, ((key, np.ascontiguousarray(change(key, array))) for key, array in arrays)
 
-    return mock.patch("bit_jax.weights.read", changed)
+    return mock.patch("bit_jax.model.weights.read", changed)
 
 
 @fault("BGR instead of RGB", "pixels", "evaluation: ")
@@ -262,30 +262,32 @@ def crop() -> Any:
 
 @fault("mixup on images but not labels", "loss", "targets/")
 def mixup_labels() -> Any:
-    from bit_jax import steps
+    from bit_jax.training import steps
 
     mix = steps.mix_pairs
-    return mock.patch("bit_jax.steps.mix_pairs", lambda rows, weight: mix(rows, weight) if rows.ndim == 4 else rows)
+    return mock.patch(
+        "bit_jax.training.steps.mix_pairs", lambda rows, weight: mix(rows, weight) if rows.ndim == 4 else rows
+    )
 
 
 @fault("labels mixed with the other share", "loss", "targets/")
 def mixup_share() -> Any:
-    from bit_jax import steps
+    from bit_jax.training import steps
 
     mix = steps.mix_pairs
     return mock.patch(
-        "bit_jax.steps.mix_pairs", lambda rows, weight: mix(rows, 1 - weight if rows.ndim == 2 else weight)
+        "bit_jax.training.steps.mix_pairs", lambda rows, weight: mix(rows, 1 - weight if rows.ndim == 2 else weight)
     )
 
 
 @fault("pixels divided by 255", "pixels", "evaluation: ")
 def normalize() -> Any:
-    return mock.patch("bit_jax.steps.normalize", lambda images, dtype: images.astype(dtype) / 255)
+    return mock.patch("bit_jax.training.steps.normalize", lambda images, dtype: images.astype(dtype) / 255)
 
 
 @fault("loss summed instead of averaged", "loss", "mean loss")
 def summed_loss() -> Any:
-    from bit_jax import steps
+    from bit_jax.training import steps
 
     mean = steps.loss_and_gradients
 
@@ -294,7 +296,7 @@ def summed_loss() -> Any:
 
         return jax.tree.map(lambda leaf: leaf * images.shape[0], mean(model, params, images, *rest))
 
-    return mock.patch("bit_jax.steps.loss_and_gradients", summed)
+    return mock.patch("bit_jax.training.steps.loss_and_gradients", summed)
 
 
 @fault("standardization's statistics without gradient", "gradients", "resnet/root_block")
@@ -303,20 +305,20 @@ def detached() -> Any:
     import jax
     import jax.numpy as jnp
 
-    from bit_jax.resnetv2 import STANDARDIZE_EPS
+    from bit_jax.model.resnetv2 import STANDARDIZE_EPS
 
     def standardize(kernel):
         fixed = jax.lax.stop_gradient(kernel)
         centred = kernel - fixed.mean(axis=(0, 1, 2), keepdims=True)
         return centred / jnp.sqrt(fixed.var(axis=(0, 1, 2), keepdims=True) + STANDARDIZE_EPS)
 
-    return mock.patch("bit_jax.resnetv2.standardize", standardize)
+    return mock.patch("bit_jax.model.resnetv2.standardize", standardize)
 
 
 def _optimizer(**settings: Any) -> Any:
     import optax
 
-    from bit_jax.optimizer import learning_rate
+    from bit_jax.training.optimizer import learning_rate
 
     decay = settings.pop("weight_decay", 0.0)
     shift = settings.pop("shift", 0)
@@ -336,7 +338,7 @@ def _optimizer(**settings: Any) -> Any:
 
         return optax.GradientTransformationExtraArgs(chain.init, update)
 
-    return mock.patch("bit_jax.optimizer.sgd", sgd)
+    return mock.patch("bit_jax.training.optimizer.sgd", sgd)
 
 
 @fault("Nesterov momentum", "optimizer", "params/")
@@ -364,7 +366,7 @@ def decay() -> Any:
     """A decay step counts when it is reached, not when it is passed."""
     import dataclasses
 
-    from bit_jax import optimizer
+    from bit_jax.training import optimizer
 
     sgd = optimizer.sgd
 
@@ -372,7 +374,7 @@ def decay() -> Any:
         decays = tuple(step - 1 for step in schedule.decay_steps)
         return sgd(dataclasses.replace(schedule, decay_steps=decays), momentum)
 
-    return mock.patch("bit_jax.optimizer.sgd", early)
+    return mock.patch("bit_jax.training.optimizer.sgd", early)
 
 
 @fault("evaluation drops the last partial batch", "accuracy", "candidate: every", precision="fp32")
@@ -473,14 +475,14 @@ def bfloat16_in_float16() -> Any:
 
 def _scaling(change: Callable[[Any], Any]) -> Any:
     """Gradients of the loss at another scale than was asked for; what they are divided by follows."""
-    from bit_jax import steps
+    from bit_jax.training import steps
 
     whole = steps.loss_and_gradients
 
     def changed(model, params, images, targets, microbatches=1, scale=None):
         return whole(model, params, images, targets, microbatches, None if scale is None else change(scale))
 
-    return mock.patch("bit_jax.steps.loss_and_gradients", changed)
+    return mock.patch("bit_jax.training.steps.loss_and_gradients", changed)
 
 
 @fault("the loss divided by its scale in float16", "gradients", "resnet/", precision="fp16")
@@ -497,7 +499,7 @@ def squared_scale() -> Any:
 
 @fault("gradients not divided by the loss scale in float16", "gradients", "resnet/", precision="fp16")
 def undivided() -> Any:
-    from bit_jax import steps
+    from bit_jax.training import steps
 
     whole = steps.loss_and_gradients
 
@@ -507,4 +509,4 @@ def undivided() -> Any:
         loss, gradients = whole(model, params, images, targets, microbatches, scale)
         return loss, gradients if scale is None else jax.tree.map(lambda leaf: leaf * scale, gradients)
 
-    return mock.patch("bit_jax.steps.loss_and_gradients", multiplied)
+    return mock.patch("bit_jax.training.steps.loss_and_gradients", multiplied)

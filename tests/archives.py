@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from input_pipeline import imagenet
-from parity.inputs import pictures
+from parity.sides.inputs import pictures
 
 SYNSETS = {"n01440764": 3, "n01443537": 5, "n15075141": 4}  # labels 0, 1 and 999
 VALIDATION = 5

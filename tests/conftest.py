@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import pytest
 
-from bit_jax import weights
+from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -39,7 +39,7 @@ if jax.__version_info__ < (0, 11):  # later versions do not know this flag, and 
 os.environ["XLA_FLAGS"] = COMPILES_FAST
 
 ROOT = Path(__file__).parent.parent
-SMALL = weights.Architecture((1, 1, 1, 1), 0.5, 10)
+SMALL = Architecture((1, 1, 1, 1), 0.5, 10)
 
 
 LONGEST_FIRST = ("test_hosts", "test_parity", "test_throughput", "test_train", "test_kills")  # minutes each
@@ -69,11 +69,11 @@ def last_step(workdir: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def random_weights(architecture: weights.Architecture, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, np.ndarray]:
     """{official key: float32 array} with plausible values."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for key, shape in weights.layout(architecture).items():
+    for key, shape in architecture.layout.items():
         scale = 0.1 if key.endswith(("beta", "bias")) else 0.02 if "head" in key else 1 / np.sqrt(np.prod(shape[:-1]))
         flat[key] = (rng.standard_normal(shape) * scale + key.endswith("gamma")).astype(np.float32)
     return flat

@@ -23,7 +23,9 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from bit_jax import checkpoint, fine_tuned, log, weights
+from bit_jax.model import fine_tuned, weights
+from bit_jax.model.architecture import Architecture
+from bit_jax.training import checkpoint, log
 from input_pipeline import Views, claims, typical_area
 from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json
@@ -32,7 +34,7 @@ from input_pipeline.preprocess import decode, native_area
 
 SECONDS = 60.0  # for one file; an image of as many pixels as are allowed is read four times
 MEMORY = 6 * 2**30  # bytes of address space beside what the imports took
-SMALL = weights.Architecture((1, 1, 1, 1), 0.5, 3)
+SMALL = Architecture((1, 1, 1, 1), 0.5, 3)
 ROOT = Path(__file__).parent.parent
 
 
@@ -133,7 +135,7 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 def weight_doors(folder: Path) -> list[Door]:
     rng = np.random.default_rng(0)
-    arrays = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in weights.layout(SMALL).items()}
+    arrays = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in SMALL.layout.items()}
     good = []
     for save in (np.savez, np.savez_compressed):
         held = io.BytesIO()

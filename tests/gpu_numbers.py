@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import bit_jax
-from bit_jax import steps, weights
-from bit_jax.resnetv2 import param_dtype
+from bit_jax.model import weights
+from bit_jax.model.resnetv2 import param_dtype
+from bit_jax.training import steps
 
 
 def logits_and_gradients(model: bit_jax.ResNetV2) -> Callable[..., dict[str, np.ndarray]]:

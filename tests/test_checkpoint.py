@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from bit_jax import checkpoint, mesh
-from bit_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
-from bit_jax.steps import TrainState
+from bit_jax.scale import sharding
+from bit_jax.training import checkpoint
+from bit_jax.training.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from bit_jax.training.steps import TrainState
 
 
 def state_on(devices, step=3) -> TrainState:
@@ -20,7 +21,7 @@ def state_on(devices, step=3) -> TrainState:
         {"kernel": rng.standard_normal((64, 32)).astype(np.float32)},
         ({"kernel": rng.standard_normal((64, 32)).astype(np.float32)}, ()),
     )
-    return jax.device_put(state, mesh.param_sharding(mesh.make_mesh(devices), ()))
+    return jax.device_put(state, sharding.param_sharding(sharding.make_mesh(devices), ()))
 
 
 def shape_of(state):
@@ -107,7 +108,7 @@ def test_the_one_before_takes_a_damaged_ones_place(saved, caplog):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads
 def test_another_models_checkpoint(saved):
     other = state_on(jax.devices()).replace(params={"other": np.zeros(3, np.float32)})
-    other = jax.device_put(other, mesh.param_sharding(mesh.make_mesh(), ()))
+    other = jax.device_put(other, sharding.param_sharding(sharding.make_mesh(), ()))
     with pytest.raises(CheckpointError, match="does not fit"):
         restored(saved, 2, other)
 

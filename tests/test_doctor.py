@@ -9,7 +9,7 @@ import pytest
 
 from bit_jax import doctor
 from bit_jax.launch import free_port
-from bit_jax.mesh import make_mesh
+from bit_jax.scale.sharding import make_mesh
 from input_pipeline import fingerprint
 from input_pipeline.errors import RunFailed
 from input_pipeline.examples import ArraySource
@@ -94,6 +94,6 @@ def test_data_that_differ_have_another_fingerprint():
 
 
 def test_what_takes_too_long_ends_with_its_sentence():
-    program = "import time; from bit_jax import hosts\nwith hosts.within(0.2, 'late', 1): time.sleep(10**6)"
+    program = "import time; from bit_jax.scale import hosts\nwith hosts.within(0.2, 'late', 1): time.sleep(10**6)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "error: late\n")

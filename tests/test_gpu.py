@@ -19,7 +19,7 @@ from conftest import ROOT, last_step
 from gpu_numbers import logits_and_gradients
 
 import bit_jax
-from bit_jax import hugepages
+from bit_jax.process import hugepages
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ import os
 import signal
 import sys
 import train
-from bit_jax.log import Log
+from bit_jax.training.log import Log
 from input_pipeline.exits import exit_code
 advance = Log.advance
 def advance_and_end(log, step):

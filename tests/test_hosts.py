@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, last_step
 
-from bit_jax import coordinator, schedulers
+from bit_jax.scale import coordinator, schedulers
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from bit_jax import hugepages
+from bit_jax.process import hugepages
 
 ALLOCATES = """
 import ctypes, os, re
-from bit_jax import hugepages
+from bit_jax.process import hugepages
 hugepages.restart()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from bit_jax import config
-from bit_jax.hyperrule import Schedule, recipe
-from bit_jax.optimizer import learning_rate, sgd
+from bit_jax.training.hyperrule import Schedule, recipe
+from bit_jax.training.optimizer import learning_rate, sgd
 from input_pipeline.errors import RequestError
 
 HYPERRULE = dataclasses.replace(config.HYPERRULE, run=config.RunConfig(workdir=Path("unused")))

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 
 from bit_jax.launch import free_port
-from bit_jax.program import compiler_options
+from bit_jax.training.program import compiler_options
 
 ROOT = Path(__file__).parent.parent
-PRIVATE = {"bit_jax/jax_internals.py": {"jax._src"}}
+PRIVATE = {"bit_jax/scale/jax_internals.py": {"jax._src"}}
 EXPERIMENTAL = {
-    "bit_jax/hosts.py": {"jax.experimental"},  # multihost_utils
-    "bit_jax/mesh.py": {"jax.experimental.layout"},
+    "bit_jax/scale/hosts.py": {"jax.experimental"},  # multihost_utils
+    "bit_jax/scale/sharding.py": {"jax.experimental.layout"},
     "bit_jax/plan.py": {"jax.experimental"},  # topologies
-    "bit_jax/program.py": {"jax.experimental.compilation_cache"},
+    "bit_jax/training/program.py": {"jax.experimental.compilation_cache"},
     "tests/test_program.py": {"jax.experimental.layout"},
 }
 
@@ -54,7 +54,7 @@ def test_what_is_experimental_is_known():
 MEETS_ITSELF = """
 import sys
 import jax
-from bit_jax import coordinator, jax_internals
+from bit_jax.scale import coordinator, jax_internals
 
 started = []
 

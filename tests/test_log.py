@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from bit_jax import log as logs
-from bit_jax.log import Log, Reporter
+from bit_jax.training import log as logs
+from bit_jax.training.log import Log, Reporter
 from input_pipeline.errors import RequestError
 
 

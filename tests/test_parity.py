@@ -21,10 +21,12 @@ from PIL import Image
 from rich.console import Console
 
 from input_pipeline.errors import RequestError, RunFailed
-from parity import faults, report, selftest
-from parity.ladder import Ladder
+from parity import faults
+from parity.ladder import selftest
+from parity.ladder.ladder import Ladder
+from parity.ladder.selftest import climb, first_bug, inject
 from parity.options import Options
-from parity.selftest import climb, first_bug, inject
+from parity.report import saved as report
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "2", "--disturbances", "3", "--steps", "6", "--warmup-steps", "2"]
@@ -220,9 +222,9 @@ def test_another_pytorch_model_with_timms_eps_is_caught_and_explained(small_npz,
 def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
     import torch
 
-    from parity import torch_reference
+    from parity.in_torch import resnetv2
 
-    state = torch_reference.load(str(small_npz)).state_dict()
+    state = resnetv2.load(str(small_npz)).state_dict()
     state["block2.unit01.b.group_norm.gamma"] *= 1.01
     torch.save(state, tmp_path / "other.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pt")
@@ -295,7 +297,7 @@ def test_accuracy_counts_classes_by_their_names(small_npz, tmp_path):
     assert saved["rungs"][0]["details"]["size"] == 24
     (dataset / "test" / "z").mkdir()
     Image.new("RGB", (8, 8)).save(dataset / "test" / "z" / "0.png")
-    with unittest.mock.patch("parity.ladder.Worker") as started:
+    with unittest.mock.patch("parity.ladder.ladder.Worker") as started:
         refused = parity("accuracy", *flags, "--run", tmp_path / "refused")
     assert refused.returncode == 2
     assert "has 1 classes that the head of" in refused.stderr
@@ -330,8 +332,8 @@ KILLED = """
 import sys, threading, time
 from pathlib import Path
 import numpy as np
-from parity.side import parse_side
-from parity.worker import Worker
+from parity.sides.side import parse_side
+from parity.sides.worker import Worker
 
 side, weights, folder = sys.argv[1:]
 batches = Path(folder, "batches.npz")
@@ -384,7 +386,7 @@ def test_fail_fast_ends_a_rung_at_its_first_bug(faulty):
 
 @pytest.mark.parametrize(("side", "other"), [("jax", "torch"), ("torch", "jax")])
 def test_each_side_is_free_of_the_other_framework(side, other):
-    look = f"import sys, parity.{side}_side; sys.exit({other!r} in sys.modules)"
+    look = f"import sys, parity.in_{side}.timing; sys.exit({other!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look], cwd=ROOT).returncode == 0
 
 

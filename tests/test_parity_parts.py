@@ -16,37 +16,28 @@ import torch
 from PIL import Image
 from test_torch_reference import original_name
 
-from bit_jax import probe
-from bit_jax.class_names import imagenet1k
-from bit_jax.fine_tuned import described
-from bit_jax.precision import PRECISIONS
-from bit_jax.steps import FIRST_SCALE
+from bit_jax.model import probe
+from bit_jax.model.class_names import imagenet1k
+from bit_jax.model.fine_tuned import described
+from bit_jax.model.precision import PRECISIONS
+from bit_jax.training.steps import FIRST_SCALE
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
 from input_pipeline.image_file import read_image_file
-from parity import (
-    classes,
-    images,
-    inputs,
-    ladder,
-    oracle,
-    report,
-    rungs,
-    statistics,
-    throughput_report,
-    torch_models,
-    torch_names,
-    torch_pipeline,
-    torch_reference,
-    torch_side,
-)
-from parity.jax_side import JaxSide
-from parity.ladder import RungResult
+from parity.in_jax.tasks import JaxSide
+from parity.in_torch import models, pipeline, resnetv2, tasks
+from parity.in_torch import names as torch_names
+from parity.ladder import ladder, rungs, statistics
+from parity.ladder import verdict as oracle
+from parity.ladder.ladder import RungResult
+from parity.ladder.statistics import Paired
 from parity.options import Options
-from parity.side import Side, parse_side
-from parity.statistics import Paired
-from parity.throughput import Throughput
+from parity.report import saved as report
+from parity.sides import classes, images, inputs
+from parity.sides.side import Side, parse_side
+from parity.throughput import report as throughput_report
+from parity.throughput.measure import Throughput
 
 RNG = np.random.default_rng(0)
 
@@ -190,7 +181,7 @@ def test_rank_is_the_pipelines_own():
     logits = np.array([[1.0, 3.0, 3.0, 0.0], [np.nan, 1, 2, 3]])
     labels = np.array([2, 3])
     assert statistics.rank(logits, labels).tolist() == [1, statistics.LAST]
-    ranks = torch_pipeline.label_rank(torch.from_numpy(logits[:1]), torch.from_numpy(labels[:1]))
+    ranks = pipeline.label_rank(torch.from_numpy(logits[:1]), torch.from_numpy(labels[:1]))
     assert ranks.tolist() == [1]
 
 
@@ -231,7 +222,7 @@ def arrays_of(path):
 
 def test_parameters_are_told_by_the_original_codes_names():
     for key in golden_inputs.weights(50, 1, 10, 0):
-        ours = torch_reference.official(key)
+        ours = resnetv2.official(key)
         assert torch_names.by_name(ours) == key
         assert torch_names.by_name(original_name(ours)) == key
 
@@ -300,10 +291,10 @@ def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ul
 def test_every_precision_of_a_comparison_is_known_to_both_sides():
     for precision in get_args(get_type_hints(Options)["precision"]):
         assert precision in ladder.ULP
-        assert precision in torch_side.DTYPES
-        narrow = torch_side.AUTOCAST.get(precision, torch_side.DTYPES[precision])
+        assert precision in tasks.DTYPES
+        narrow = tasks.AUTOCAST.get(precision, tasks.DTYPES[precision])
         assert str(narrow) == f"torch.{PRECISIONS[precision].dtype}"
-    assert torch_side.FIRST_SCALE == FIRST_SCALE
+    assert tasks.FIRST_SCALE == FIRST_SCALE
     offered = set(get_args(get_type_hints(Options)["precision"])) - {"fp64"}
     assert set(get_args(get_type_hints(Throughput)["precision"])) == offered
 
@@ -360,7 +351,7 @@ def test_a_step_whose_gradient_overflows_in_float16_is_skipped(framework, small_
     given: Any = {"mixed": str(mixed), "count": 1, "momentum": 0.9}
     given["schedule"] = {"base_lr": 0.1, "warmup_steps": 0, "decay_steps": [], "steps": 10}
     asked = Side(framework), "fp16", str(small_npz), lambda *_: None
-    side: Any = JaxSide(*asked) if framework == "jax" else torch_side.TorchSide(*asked, rank=0, meeting=tmp_path)
+    side: Any = JaxSide(*asked) if framework == "jax" else tasks.TorchSide(*asked, rank=0, meeting=tmp_path)
     before = arrays_of(small_npz)
     kernel = "resnet/block4/unit01/b/standardized_conv2d/kernel"
     for scale, overflows in ((2.0**10, 0), (2.0**60, 1)):
@@ -377,10 +368,10 @@ def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_
     keys = torch_names.official_keys(model, arrays_of(file))
     images = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
-        whole = torch_side.record_units(model, keys, images, None)
+        whole = tasks.record_units(model, keys, images, None)
         seen = {site: output for site, output in whole.items() if site != "block2/unit01"}
         marked = {site: output + 1 for site, output in seen.items()}
-        forced = torch_side.record_units(model, keys, images, marked)
+        forced = tasks.record_units(model, keys, images, marked)
     free = model.middle[3](whole["block2/unit01"])
     own = model.middle[3](forced["block2/unit01"])
     assert not torch.equal(forced["block1/unit02"], whole["block1/unit02"])  # fed root_block's marked output
@@ -521,7 +512,7 @@ def test_a_label_that_is_no_class_is_last_everywhere():
     ranks = statistics.rank(logits, labels)
     assert ranks[0] == 0
     assert (ranks[1:] >= 5).all(), "with three classes the last is among the first five"
-    assert torch_pipeline.label_rank(torch.from_numpy(logits), torch.from_numpy(labels)).tolist() == ranks.tolist()
+    assert pipeline.label_rank(torch.from_numpy(logits), torch.from_numpy(labels)).tolist() == ranks.tolist()
 
 
 def test_training_batches_need_labels():
@@ -551,27 +542,27 @@ def prefixed(state, prefix):
     ],
 )
 def test_checkpoints_are_unwrapped_by_what_they_hold(wrap, file, tmp_path):
-    model = torch_reference.load(str(file))
+    model = resnetv2.load(str(file))
     wanted = state_of(model)
     torch.save(wrap(wanted), tmp_path / "c.pt")
-    torch_models.fill(model, tmp_path / "c.pt")
+    models.fill(model, tmp_path / "c.pt")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_checkpoint_of_another_model_says_what_it_has_and_lacks(file, tmp_path):
-    model = torch_reference.load(str(file))
+    model = resnetv2.load(str(file))
     state = state_of(model)
     for name in list(state)[:6]:
         del state[name]
     torch.save({"model": prefixed(state, "module.") | {"module.extra": torch.ones(1)}}, tmp_path / "c.pt")
     with pytest.raises(RequestError) as refused:
-        torch_models.fill(model, tmp_path / "c.pt")
+        models.fill(model, tmp_path / "c.pt")
     assert "missing 6 (" in str(refused.value)
     assert "unexpected 1 (extra)" in str(refused.value)
     state = state_of(model)
     torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, tmp_path / "two.pt")
     with pytest.raises(RequestError, match="2 state dicts of this model that differ"):
-        torch_models.fill(model, tmp_path / "two.pt")
+        models.fill(model, tmp_path / "two.pt")
 
 
 def npz(**arrays):
@@ -600,7 +591,7 @@ class Foreign:
 def test_a_file_that_is_no_checkpoint_says_what_it_is(write, said, file, tmp_path):
     write(tmp_path / "c.pt")
     with pytest.raises(RequestError) as refused:
-        torch_models.fill(torch_reference.load(str(file)), tmp_path / "c.pt")
+        models.fill(resnetv2.load(str(file)), tmp_path / "c.pt")
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -610,23 +601,23 @@ LOGITS = torch.ones(2, 3)
 
 @pytest.mark.parametrize("output", [LOGITS, SimpleNamespace(logits=LOGITS), {"logits": LOGITS}, (LOGITS, None)])
 def test_logits_are_taken_from_what_models_return(output):
-    assert torch_models.logits_of(output) is LOGITS
+    assert models.logits_of(output) is LOGITS
 
 
 @pytest.mark.parametrize("output", [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), (None, LOGITS)])
 def test_what_has_no_logits_is_refused(output):
     with pytest.raises(RequestError, match="in which there are no logits"):
-        torch_models.logits_of(output)
+        models.logits_of(output)
 
 
 def test_a_models_logits_must_be_a_row_an_image_and_a_column_a_class():
     images = torch.zeros(2, 3, 8, 8)
     shaped = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-    torch_models.check(shaped, "m:f", images, 4)
+    models.check(shaped, "m:f", images, 4)
     with pytest.raises(RequestError, match=r"shape \[2, 4\] for images \[2, 3, 8, 8\]; \[2, 5\] is wanted"):
-        torch_models.check(shaped, "m:f", images, 5)
+        models.check(shaped, "m:f", images, 5)
     with pytest.raises(RequestError, match=r"--torch-model m:f fails on images \[2, 3, 8, 8\]: RuntimeError"):
-        torch_models.check(torch.nn.Linear(3, 3), "m:f", images, 4)
+        models.check(torch.nn.Linear(3, 3), "m:f", images, 4)
 
 
 def test_pytorchs_images_are_files_of_the_known_formats(tmp_path):

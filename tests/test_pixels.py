@@ -18,9 +18,10 @@ from input_pipeline import DamagedImage, Views, image_file
 from input_pipeline import resample as resampling
 from input_pipeline.preprocess import decode, native_area
 from input_pipeline.resample import Window, resample
-from parity import images, torch_pipeline
-from parity import images as pillow
-from parity.inputs import pictures
+from parity.in_torch import pipeline
+from parity.sides import images
+from parity.sides import images as pillow
+from parity.sides.inputs import pictures
 
 PHOTO = pictures(1, 97, 131, 0)[0]
 
@@ -195,10 +196,10 @@ def test_unusual_files_are_seen_as_torchvision_sees_them(name):
     assert native_area(data) == 97 * 131
     views = Views(64, 48, flip=True)
     image = pillow.decode(data)
-    np.testing.assert_array_equal(views.evaluation(data), torch_pipeline.evaluation(image, 48))
+    np.testing.assert_array_equal(views.evaluation(data), pipeline.evaluation(image, 48))
     for seed in range(4):
         top, left, _, mirrored = views.draw(np.random.default_rng(seed))
-        seen = torch_pipeline.train(image, 64, 48, top, left, mirrored)
+        seen = pipeline.train(image, 64, 48, top, left, mirrored)
         np.testing.assert_array_equal(views.train(data, np.random.default_rng(seed)), seen)
 
 

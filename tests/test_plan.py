@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bit_jax import hlo, plan
-from bit_jax.accelerators import ACCELERATORS
-from bit_jax.program import compiler_options
+from bit_jax import plan
+from bit_jax.compiled import hlo
+from bit_jax.compiled.gpus import ACCELERATORS
+from bit_jax.training.program import compiler_options
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent

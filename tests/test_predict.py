@@ -11,8 +11,10 @@ import pytest
 from conftest import random_weights
 from PIL import Image
 
-from bit_jax import predict, weights, zoo
-from bit_jax.fine_tuned import Description, described
+from bit_jax import predict, zoo
+from bit_jax.model import weights
+from bit_jax.model.architecture import Architecture
+from bit_jax.model.fine_tuned import Description, described
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 
@@ -26,7 +28,7 @@ def image(tmp_path):
 
 def npz(tmp_path, num_classes):
     path = tmp_path / "w.npz"
-    np.savez(path, **random_weights(weights.Architecture((1, 1, 1, 1), 0.5, num_classes)))
+    np.savez(path, **random_weights(Architecture((1, 1, 1, 1), 0.5, num_classes)))
     return path
 
 

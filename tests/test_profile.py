@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from bit_jax import hlo, profile
+from bit_jax.compiled import hlo, profile
 
 STEP = "jit(train_step)/jvp(ResNetV2)"
 BACK = "jit(train_step)/transpose(jvp(ResNetV2))"

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
 
-from bit_jax import hyperrule, weights
-from bit_jax import mesh as meshes
-from bit_jax.checkpoint import Checkpoints
 from bit_jax.config import FLAGPERF
-from bit_jax.program import compile_program, compiler_options
+from bit_jax.model import weights
+from bit_jax.scale import sharding
+from bit_jax.training import hyperrule
+from bit_jax.training.checkpoint import Checkpoints
+from bit_jax.training.program import compile_program, compiler_options
 
 ROWS, SIDE = 4, 16
 OUTPUTS_FIRST = (3, 0, 1, 2)
@@ -28,7 +29,7 @@ def outputs_first(monkeypatch):
         return jax.tree.map(one, tree)
 
     def choose():
-        monkeypatch.setattr(meshes, "any_layout", chosen)
+        monkeypatch.setattr(sharding, "any_layout", chosen)
 
     return choose
 
@@ -52,14 +53,14 @@ def batch_on(mesh, seed):
         "index": np.arange(ROWS, dtype=np.int32),
         "signal": np.zeros(ROWS, np.int32),
     }
-    return meshes.shard_batch(batch, mesh)
+    return sharding.shard_batch(batch, mesh)
 
 
 def started(program, path):
     """Step 0 with the parameters of the file."""
     shapes = weights.flatten(program.state_shape.params)
     _, arrays = weights.read(path)
-    return program.initial_state(weights.unflatten({key: meshes.place(array, shapes[key]) for key, array in arrays}))
+    return program.initial_state(weights.unflatten({key: sharding.place(array, shapes[key]) for key, array in arrays}))
 
 
 def kernel_of(params):
@@ -68,7 +69,7 @@ def kernel_of(params):
 
 @pytest.mark.slow
 def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, tmp_path):
-    mesh = meshes.make_mesh(jax.devices()[:2], fsdp=2)
+    mesh = sharding.make_mesh(jax.devices()[:2], fsdp=2)
     architecture, _ = weights.read(small_npz)
     plain = program_of(architecture, mesh)
     outputs_first()
@@ -83,7 +84,7 @@ def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, 
             states[1] = checkpoints.restore(2, other.state_shape)
             checkpoints.close()
             jax.tree.map(np.testing.assert_array_equal, states[1], before)
-        batch = batch_on(mesh, step) | {"stopped": jax.device_put(False, meshes.replicated(mesh))}
+        batch = batch_on(mesh, step) | {"stopped": jax.device_put(False, sharding.replicated(mesh))}
         states = [program.train_step(state, batch)[0] for program, state in zip((plain, other), states, strict=True)]
     assert kernel_of(states[0].params).format.layout.major_to_minor == (0, 1, 2, 3)
     assert kernel_of(states[1].params).format.layout.major_to_minor == OUTPUTS_FIRST
@@ -99,5 +100,5 @@ def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, 
 
 
 def test_deterministic_changes_nothing_on_cpus():
-    mesh = meshes.make_mesh()
+    mesh = sharding.make_mesh()
     assert compiler_options(mesh, deterministic=True) == compiler_options(mesh)

@@ -12,7 +12,9 @@ import torch
 from jax import lax
 
 import bit_jax
-from bit_jax import ops, resnetv2, steps, weights
+from bit_jax.model import ops, resnetv2, weights
+from bit_jax.model.architecture import Architecture
+from bit_jax.training import steps
 from input_pipeline.errors import RequestError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
@@ -273,9 +275,9 @@ def test_checking_images_adds_nothing_to_the_program(small_npz, monkeypatch, dty
 
 
 def test_architecture_names():
-    assert resnetv2.parse_architecture("R152x4") == ((3, 8, 36, 3), 4)
-    assert resnetv2.architecture_name((1, 1, 1, 1), 0.5) == "R14x0.5"
-    assert resnetv2.architecture_name((1, 2, 3, 1), 1.0) == "R(1,2,3,1)x1"
+    assert Architecture.parse("R152x4", 10) == Architecture((3, 8, 36, 3), 4, 10)
+    assert str(Architecture((1, 1, 1, 1), 0.5, 1000)) == "R14x0.5 with 1,000 classes"
+    assert Architecture((1, 2, 3, 1), 1.0, 10).name == "R(1,2,3,1)x1"
     for wrong in ("R51x1", "50x1", "R50x0.3", "R50x0"):
         with pytest.raises(RequestError):
-            resnetv2.parse_architecture(wrong)
+            Architecture.parse(wrong, 10)

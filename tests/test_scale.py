@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bit_jax import mesh as meshes
-from bit_jax import steps, weights
-from bit_jax.hyperrule import Schedule
-from bit_jax.optimizer import sgd
-from bit_jax.program import abstract_state
+from bit_jax.model import weights
+from bit_jax.scale import sharding
+from bit_jax.training import steps
+from bit_jax.training.hyperrule import Schedule
+from bit_jax.training.optimizer import sgd
+from bit_jax.training.program import abstract_state
 from input_pipeline.errors import RequestError
 
 ROWS, SIDE, STEPS = 32, 16, 3
@@ -27,9 +28,9 @@ def batches():
 
 def run(small_npz, *, devices=1, fsdp=1, microbatches=1, remat="none", paced=False):
     """Parameters, momentum and losses after a few steps."""
-    mesh = meshes.make_mesh(jax.devices()[:devices], fsdp=fsdp)
+    mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=fsdp)
     architecture, arrays = weights.read(small_npz)
-    model = architecture.model(jnp.float64).clone(remat=remat, gather=meshes.gather(mesh), paced=paced)
+    model = architecture.model(jnp.float64).clone(remat=remat, gather=sharding.gather(mesh), paced=paced)
     optimizer = sgd(Schedule(0.05, 1, (2,), STEPS), 0.9)
     like = abstract_state(architecture, jnp.dtype(jnp.float64), optimizer, mesh)
     params = weights.unflatten({key: jnp.asarray(array, jnp.float64) for key, array in arrays})
@@ -37,7 +38,7 @@ def run(small_npz, *, devices=1, fsdp=1, microbatches=1, remat="none", paced=Fal
     step = jax.jit(steps.make_train_step(model, optimizer, mixup=0.3, seed=1, microbatches=microbatches))
     losses = []
     for batch in batches():
-        state, said = step(state, meshes.shard_batch(batch, mesh))
+        state, said = step(state, sharding.shard_batch(batch, mesh))
         losses.append(float(said["loss"]))
     if fsdp > 1:  # the state stays where it belongs
         kept = jax.tree.map(
@@ -73,7 +74,7 @@ def test_however_it_is_spread_the_run_is_the_same(x64, small_npz, alone, how):
 
 
 def test_a_meshs_flag():
-    assert [meshes.parse_mesh(text, 8) for text in ("", "data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=2")] == [
+    assert [sharding.parse_mesh(text, 8) for text in ("", "data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=2")] == [
         1,
         1,
         8,
@@ -89,6 +90,6 @@ def test_a_meshs_flag():
         ("fsdp=0", "not of the form"),
     ):
         with pytest.raises(RequestError, match=said):
-            meshes.parse_mesh(wrong, 8)
+            sharding.parse_mesh(wrong, 8)
     with pytest.raises(RequestError, match="--microbatches 4 does not divide the 2 rows of a device"):
-        meshes.global_batch_size(meshes.make_mesh(), global_batch=16, batch_per_device=None, microbatches=4)
+        sharding.global_batch_size(sharding.make_mesh(), global_batch=16, batch_per_device=None, microbatches=4)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import bit_jax
-from bit_jax import mesh, resnetv2, steps
-from bit_jax.evaluate import evaluate
-from bit_jax.hyperrule import Schedule
-from bit_jax.optimizer import sgd
+from bit_jax.model import resnetv2
+from bit_jax.scale import sharding as mesh
+from bit_jax.training import steps
+from bit_jax.training.evaluation import evaluate
+from bit_jax.training.hyperrule import Schedule
+from bit_jax.training.optimizer import sgd
 from input_pipeline.errors import RequestError
 
 

@@ -17,18 +17,20 @@ from command_line import parity
 from PIL import Image
 from rich.console import Console
 
-from bit_jax import ops, resnetv2
-from bit_jax.weights import Architecture
+from bit_jax.model import ops
+from bit_jax.model.architecture import Architecture
 from input_pipeline.errors import RequestError
-from parity import convolutions, flops, throughput, throughput_report, timing
-from parity.jax_side import JaxSide
-from parity.jax_timing import TimedJax
-from parity.oracle import Look
-from parity.side import Side
-from parity.throughput import Throughput
-from parity.torch_devices import Devices
-from parity.torch_side import TorchSide
-from parity.torch_timing import TimedTorch
+from parity.in_jax.tasks import JaxSide
+from parity.in_jax.timing import TimedJax
+from parity.in_torch.devices import Devices
+from parity.in_torch.tasks import TorchSide
+from parity.in_torch.timing import TimedTorch
+from parity.ladder.verdict import Look
+from parity.sides import clock, flops
+from parity.sides.side import Side
+from parity.throughput import convolutions, measure
+from parity.throughput import report as throughput_report
+from parity.throughput.measure import Throughput
 
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
 
@@ -122,7 +124,7 @@ def test_a_loop_whose_folder_has_more_classes_than_the_model_is_refused(small_np
             Image.new("RGB", (8, 8)).save(tmp_path / "train" / f"{number:02d}" / f"{copy}.jpg")
     asked = Throughput(str(small_npz), work="loop", folder=tmp_path, rows=4, arms=("torch",))
     with pytest.raises(RequestError, match="has 11 classes, more than the 10 of --weights"):
-        throughput.run(asked)
+        measure.run(asked)
 
 
 @pytest.mark.slow
@@ -133,7 +135,7 @@ def test_slower_than_before_is_told(measured, capsys):
     assert throughput_report.slower(now, now, Console()) == []
     assert throughput_report.slower(now, before, Console()) == ["jax"]
     with pytest.raises(RequestError, match="measured other work: --size 32"):
-        throughput.run(Throughput("random:R14x0.5", size=64, compare=measured[0]))
+        measure.run(Throughput("random:R14x0.5", size=64, compare=measured[0]))
 
 
 @pytest.mark.slow
@@ -141,7 +143,7 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     path = tmp_path / "report.json"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "gate_rows": 2, "seconds": 0.2, "processes": 1}
     asked = Throughput(work="forward", arms=("torch", "jax"), fault="sample-variance", json=path, **quick)
-    assert not throughput.run(asked)
+    assert not measure.run(asked)
     assert "jax was not timed: its loss is wrong" in capsys.readouterr().out
     report = json.loads(path.read_text())
     assert set(report["arms"]) == {"torch"}
@@ -165,7 +167,7 @@ def test_only_finished_work_is_timed():
     def call(number):
         time.sleep(0.05 if number == 0 else 0.01)
 
-    times = timing.timed(call, 0.1)
+    times = clock.timed(call, 0.1)
     assert len(times["calls"]) >= 3
     assert all(0.01 <= seconds < 0.05 for seconds in times["calls"])
     assert times["first"] == pytest.approx(0.04, abs=0.02)
@@ -174,13 +176,13 @@ def test_only_finished_work_is_timed():
 def test_the_first_call_of_a_turn_is_not_timed():
     """Another process had the device before."""
     numbers = []
-    assert len(timing.again(numbers.append, 0.0)) == timing.LEAST == len(numbers) - 1
+    assert len(clock.again(numbers.append, 0.0)) == clock.LEAST == len(numbers) - 1
 
 
 @pytest.mark.parametrize(("name", "height", "width"), [("R14x0.5", 32, 32), ("R50x1", 97, 131)])
 def test_operations_are_those_of_the_models_own_convolutions(name, height, width):
-    units, factor = resnetv2.parse_architecture(name)
-    model = Architecture(units, factor, 10).model()
+    architecture = Architecture.parse(name, 10)
+    model = architecture.model()
     image = jax.ShapeDtypeStruct((1, height, width, 3), "float32")
     params = jax.eval_shape(lambda: model.init_params(0))
 
@@ -199,7 +201,7 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
         return total
 
     jaxpr = jax.make_jaxpr(lambda params, image: model.apply({"params": params}, image))(params, image)
-    assert flops.forward(Architecture(units, factor, 10), height, width) == counted(jaxpr.jaxpr)
+    assert flops.forward(architecture, height, width) == counted(jaxpr.jaxpr)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def _steps(rank, averaging, weights, batches, meeting, result):
     """A process of PyTorch's two."""
     with contextlib.nullcontext() if averaging else mock.patch.object(Devices, "replica", lambda self, model: model):
         tasks = TorchSide(Side("torch", 2), "fp64", weights, lambda *_: None, rank=rank, meeting=meeting)
-        _, saved = tasks.curve(batches, len(BATCHES), timing.SCHEDULE, timing.MOMENTUM)
+        _, saved = tasks.curve(batches, len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
     if rank == 0:
         np.savez(result, **saved)
 
@@ -240,7 +242,7 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
     images = {f"images/{number}": rng.normal(size=(4, 32, 32, 3)) for number in BATCHES}
     np.savez(batches, **images, **{f"targets/{number}": rng.dirichlet(np.ones(10), 4) for number in BATCHES})
     one = TorchSide(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
-    _, expected = one.curve(str(batches), len(BATCHES), timing.SCHEDULE, timing.MOMENTUM)
+    _, expected = one.curve(str(batches), len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
     for averaging in (True, False):
         result = tmp_path / f"{averaging}.npz"
         given = (averaging, str(small_npz), str(batches), tmp_path / f"meeting {averaging}", result)
@@ -271,7 +273,7 @@ def test_both_frameworks_time_the_same_pass_of_a_convolution(one, which, tmp_pat
     jax_side = TimedJax(Side("jax", tuned=True), "fp32", "", lambda *_: None)
     (torch_found, _), (jax_found, _) = torch_side.convolution_time(**work), jax_side.convolution_time(**work)
     assert jax_found["rms"] == pytest.approx(torch_found["rms"], rel=1e-5)
-    x, kernel, gradient = (array.astype(np.float64) for array in timing.convolution_arrays(one, 2, 2))
+    x, kernel, gradient = (array.astype(np.float64) for array in clock.convolution_arrays(one, 2, 2))
 
     def convolve(x, kernel):
         return ops.convolve(x, kernel, one.stride, jax.lax.Precision.HIGHEST, products=False)
@@ -327,7 +329,7 @@ def test_fewer_devices_than_an_arm_names_are_refused(tmp_path):
 
 
 def test_every_arm_starts_once_a_turn():
-    assert [list(throughput._in_turn("abc", turn)) for turn in range(2)] == [["a", "b", "c"], ["b", "c", "a"]]
+    assert [list(measure._in_turn("abc", turn)) for turn in range(2)] == [["a", "b", "c"], ["b", "c", "a"]]
 
 
 def test_an_arm_in_doubt_is_looked_at_again_beside_one_that_is_not():
@@ -340,6 +342,6 @@ def test_an_arm_in_doubt_is_looked_at_again_beside_one_that_is_not():
 
     bench: Any = SimpleNamespace(sides=dict.fromkeys(("torch", "jax", "jax:tuned")), failed={}, _look=look)
     bench._float64, bench.options = contextlib.nullcontext(), Throughput()
-    gate = throughput._Bench.gate(bench, Console(quiet=True))
+    gate = measure._Bench.gate(bench, Console(quiet=True))
     assert [gate[arm].verdict for arm in bench.sides] == ["rounding", "rounding", "bug"]
     assert asked == [["torch", "jax", "jax:tuned"], ["jax", "jax:tuned", "torch"], *2 * [["jax:tuned", "torch"]]]

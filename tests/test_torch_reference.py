@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from parity import torch_reference
+from parity.in_torch import resnetv2
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
 TOLERANCE = 1e-9  # float64 rounding is seen at 1e-13; a wrong epsilon moves a logit by 1e-6
@@ -18,7 +18,7 @@ LABELS = torch.tensor([3, 141, 592, 653])
 def load(directory, depth, classes, seed):
     path = directory / "golden.npz"
     np.savez(path, **golden_inputs.weights(depth, 1, classes, seed))
-    return torch_reference.load(str(path)).double()
+    return resnetv2.load(str(path)).double()
 
 
 def logits_of(model, images):
@@ -74,7 +74,7 @@ def original_name(name):
 
 @pytest.mark.parametrize(("fault", "wrong"), [("NORM_EPS", 1e-6), ("STANDARDIZE_EPS", 1e-8), ("GROUPS", 16)])
 def test_golden_logits_notice_a_wrong_constant(r50x1, monkeypatch, fault, wrong):
-    monkeypatch.setattr(torch_reference, fault, wrong)
+    monkeypatch.setattr(resnetv2, fault, wrong)
     difference = np.abs(logits_of(r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
     assert difference > 100 * TOLERANCE
 
@@ -83,4 +83,4 @@ def test_a_file_with_an_unknown_array_is_refused(tmp_path, small_npz):
     path = tmp_path / "extra.npz"
     np.savez(path, **np.load(small_npz), **{"resnet/block1/unit01/d/kernel": np.zeros(1)})
     with pytest.raises(RuntimeError, match=r"block1\.unit01\.d\.kernel"):
-        torch_reference.load(str(path))
+        resnetv2.load(str(path))

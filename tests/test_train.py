@@ -26,13 +26,15 @@ from conftest import COMPILES_FAST
 from PIL import Image
 
 import train
-from bit_jax import config, profile, resources
-from bit_jax.loop import Begun, Loop
-from bit_jax.mesh import make_mesh
-from bit_jax.timeline import Timeline
+from bit_jax import config
+from bit_jax.compiled import profile
+from bit_jax.scale.sharding import make_mesh
+from bit_jax.training import resources
+from bit_jax.training.loop import Begun, Loop
+from bit_jax.training.timeline import Timeline
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
-from parity.inputs import pictures
+from parity.sides.inputs import pictures
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = (
@@ -144,7 +146,7 @@ def test_a_profile_says_where_a_steps_time_goes(finished, capsys):
 def test_final_weights_give_the_reported_accuracy(finished):
     """The accuracy in result.json again, from final.npz alone, an image at a time through another route."""
     import bit_jax
-    from bit_jax import steps
+    from bit_jax.training import steps
     from input_pipeline import Views, open_source
 
     model, params = bit_jax.load(finished / "final.npz")
@@ -250,18 +252,18 @@ import os
 import sys
 import threading
 import train
-from bit_jax import finetune
+from bit_jax.training import run
 from input_pipeline.exits import exit_code
 compiled = []
 def heard(event, arguments):
     if event in ("os.putenv", "os.unsetenv") and compiled and arguments[0].decode() not in os.environ:
         print("NEW", event, arguments[0].decode(), "in", threading.current_thread().name, flush=True)
 sys.addaudithook(heard)
-compile_program = finetune.compile_program
+compile_program = run.compile_program
 def compile_and_listen(*arguments, **more):
     compiled.append(True)
     return compile_program(*arguments, **more)
-finetune.compile_program = compile_and_listen
+run.compile_program = compile_and_listen
 os.environ["BEFORE"] = "not heard"
 code = exit_code(train.main)
 os.environ["AFTER"] = "heard"
@@ -281,7 +283,7 @@ def test_nobody_gives_the_environment_a_variable_while_the_devices_compute(comma
 
 def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("bit_jax.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("bit_jax.training.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     unused: Any = None
     loop = Loop(*(unused,) * 9, Timeline(), unused)
     begun: deque[Begun] = deque()

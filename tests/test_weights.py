@@ -18,32 +18,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bit_jax
-from bit_jax import weights, zoo
-from bit_jax.resnetv2 import parse_architecture
-from bit_jax.weights import WeightsError
+from bit_jax import zoo
+from bit_jax.model import weights
+from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
+from bit_jax.model.weights import WeightsError
 from input_pipeline.errors import RequestError
 
 
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_layout_is_the_models_own_tree(name):
-    architecture = weights.Architecture(*parse_architecture(name), 1000)
+    architecture = Architecture.parse(name, 1000)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(architecture.model().init, jax.random.key(0), image)["params"]
-    assert {key: leaf.shape for key, leaf in weights.flatten(shapes).items()} == weights.layout(architecture)
+    assert {key: leaf.shape for key, leaf in weights.flatten(shapes).items()} == architecture.layout
 
 
 def test_parameters_of_r152x2_take_945_megabytes():
-    architecture = weights.Architecture(*parse_architecture("R152x2"), 1000)
-    assert sum(4 * np.prod(shape) for shape in weights.layout(architecture).values()) == pytest.approx(945e6, rel=2e-3)
+    architecture = Architecture.parse("R152x2", 1000)
+    assert sum(4 * np.prod(shape) for shape in architecture.layout.values()) == pytest.approx(945e6, rel=2e-3)
 
 
 @pytest.mark.parametrize(("units", "width"), [((1, 1, 1, 1), 0.5), ((2, 1, 3, 1), 1.5), ((3, 4, 6, 3), 1)])
 def test_architecture_is_read_off_the_file(tmp_path, units, width):
-    architecture = weights.Architecture(units, width, 7)
+    architecture = Architecture(units, width, 7)
     np.savez(tmp_path / "w.npz", **random_weights(architecture))
     model, params = bit_jax.load(tmp_path / "w.npz")
     assert (model.units, model.width, model.num_classes) == (units, width, 7)
-    assert {key: leaf.shape for key, leaf in weights.flatten(params).items()} == weights.layout(architecture)
+    assert {key: leaf.shape for key, leaf in weights.flatten(params).items()} == architecture.layout
 
 
 def test_load_save_load_is_bit_equal_and_saves_the_same_bytes(tmp_path, small_npz):
@@ -129,7 +130,7 @@ def test_compressed_and_column_major_files_are_read_too(tmp_path, small_npz):
 
 
 def test_reading_holds_one_array_at_a_time(tmp_path):
-    architecture = weights.Architecture((1, 1, 1, 1), 2, 10)
+    architecture = Architecture((1, 1, 1, 1), 2, 10)
     arrays = random_weights(architecture)
     np.savez(tmp_path / "w.npz", **arrays)
     largest, total = (f(array.nbytes for array in arrays.values()) for f in (max, sum))
@@ -143,7 +144,7 @@ def test_reading_holds_one_array_at_a_time(tmp_path):
 
 # What `save` writes, `load` reads.
 
-KEYS = sorted(weights.layout(SMALL))
+KEYS = sorted(SMALL.layout)
 WRITTEN = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32", ">f4", "float64", ">f8")
 REFUSED = ("int32", "uint8", "bool", "complex64", "longdouble", "O")
 SPECIAL = (0.0, -0.0, 1e-45, 2.0**-24, 448.0, 3.4e38, 1e300, -1e39, np.nan, np.inf, -np.inf)
@@ -194,7 +195,7 @@ def test_narrow_floats_are_written_as_float32_and_float64_stays(tmp_path, small_
     bit_jax.save(tmp_path / "w.npz", narrow)
     with np.load(tmp_path / "w.npz") as saved:
         assert {saved[key].dtype for key in saved.files} == {np.dtype(np.float32), np.dtype(np.float64)}
-        assert saved[weights.HEAD_BIAS].dtype == np.float64
+        assert saved[HEAD_BIAS].dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_save_refuses_what_load_refuses_and_leaves_the_old_file(tmp_path, small_
     (tmp_path / "w.npz").write_bytes(b"old")
     with pytest.raises(WeightsError, match=said) as caught:
         bit_jax.save(tmp_path / "w.npz", params)
-    assert weights.HEAD_BIAS in str(caught.value)
+    assert HEAD_BIAS in str(caught.value)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
@@ -387,7 +388,7 @@ def changed_archive(path: Path, members: dict[str, bytes], compression: int = zi
             archive.writestr(name, content)
 
 
-BIAS = f"{weights.HEAD_BIAS}.npy"
+BIAS = f"{HEAD_BIAS}.npy"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_numbers_in_a_file_are_not_believed(tmp_path, members, said):
 
 def test_a_head_without_classes(tmp_path):
     kernel = npy((1, 1, 1024, 0))
-    changed_archive(tmp_path / "w.npz", {f"{weights.HEAD_KERNEL}.npy": kernel, BIAS: npy((0,))})
+    changed_archive(tmp_path / "w.npz", {f"{HEAD_KERNEL}.npy": kernel, BIAS: npy((0,))})
     with pytest.raises(WeightsError, match="0 classes"):
         weights.read(tmp_path / "w.npz")
 

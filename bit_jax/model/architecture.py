@@ -1,0 +1,123 @@
+"""Which BiT it is: `R50x1` stands for units a stage and a width; with the number of classes they decide every array.
+
+Imports no framework, because a comparison's PyTorch side asks for it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from input_pipeline.errors import RequestError
+
+if TYPE_CHECKING:
+    from bit_jax.model.resnetv2 import ResNetV2
+
+GROUPS = 32  # of GroupNorm
+STAGES = 4
+# bottleneck units in each stage, by depth: the number of layers in He et al., arXiv:1512.03385, table 1
+UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+NAME = r"R(\d+)x(\d+(?:\.\d+)?)"
+
+PREFIX = "resnet/"  # every key of an official file begins so
+STANDARDIZED = "standardized_conv2d"  # the checkpoint's name of every convolution but the head
+ROOT_KERNEL = f"resnet/root_block/{STANDARDIZED}/kernel"
+HEAD_KERNEL = "resnet/head/conv2d/kernel"
+HEAD_BIAS = "resnet/head/conv2d/bias"
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A ResNetV2 as BiT has it.
+
+    Attributes:
+        units: bottleneck units in each of the four stages.
+        width: channels as a multiple of ResNet's 64.
+        num_classes: size of the head.
+    """
+
+    units: tuple[int, ...]
+    width: float
+    num_classes: int
+
+    @classmethod
+    def parse(cls, name: str, num_classes: int) -> Architecture:
+        """The architecture of a name such as `R50x1`, `R152x4` or `R14x0.5`.
+
+        Raises:
+            RequestError: the name is of another form, the depth unknown, or the channels do not divide into 32 groups.
+        """
+        match = re.fullmatch(NAME, name)
+        if match is None or int(match[1]) not in UNITS:
+            raise RequestError(f"unknown architecture {name!r}; write R<depth>x<width> with a depth of {sorted(UNITS)}")
+        width = float(match[2])
+        if width <= 0 or 64 * width % GROUPS:
+            raise RequestError(
+                f"width {match[2]} gives {64 * width:g} root channels; GroupNorm needs a multiple of {GROUPS}"
+            )
+        return cls(UNITS[int(match[1])], width, num_classes)
+
+    @classmethod
+    def of(cls, path: Path) -> Architecture:
+        """The architecture of a weight file, read off the names and shapes of its arrays.
+
+        Raises:
+            WeightsError: the file is not a BiT in the official layout.
+        """
+        from bit_jax.model import weights
+
+        return weights.read(path)[0]
+
+    @staticmethod
+    def is_name(text: str) -> bool:
+        """Whether the text has the form R<depth>x<width>, as no file or published model's name has."""
+        return re.fullmatch(NAME, text) is not None
+
+    @property
+    def name(self) -> str:
+        """`R50x1` for a known depth, `R(3,4,5,3)x1` for any other number of units."""
+        depth = next((depth for depth, known in UNITS.items() if known == self.units), None)
+        return f"R{depth or '(' + ','.join(map(str, self.units)) + ')'}x{self.width:g}"
+
+    def __str__(self) -> str:
+        return f"{self.name} with {self.num_classes:,} classes"
+
+    def model(self, dtype: Any = None, precision: Any = None) -> ResNetV2:
+        """The Flax model, without parameters.
+
+        Args:
+            dtype: of convolutions and the activations between them; float32 unless given.
+            precision: of products, a `jax.lax.Precision`; HIGHEST unless given.
+        """
+        from bit_jax.model.resnetv2 import ResNetV2
+
+        given = {"dtype": dtype, "precision": precision}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return ResNetV2(self.units, self.width, self.num_classes, **chosen)
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Every key of the official file and the shape of its array, kernels as HWIO."""
+        root = round(64 * self.width)
+        shapes: dict[str, tuple[int, ...]] = {ROOT_KERNEL: (7, 7, 3, root)}
+
+        def norm(key: str, channels: int) -> None:
+            shapes[f"{key}/gamma"] = shapes[f"{key}/beta"] = (channels,)
+
+        cin = root
+        for stage, units in enumerate(self.units, start=1):
+            mid = root * 2 ** (stage - 1)
+            for unit in range(1, units + 1):
+                key = f"resnet/block{stage}/unit{unit:02d}"
+                for part, size, fan_in, fan_out in (("a", 1, cin, mid), ("b", 3, mid, mid), ("c", 1, mid, 4 * mid)):
+                    norm(f"{key}/{part}/group_norm", fan_in)
+                    shapes[f"{key}/{part}/{STANDARDIZED}/kernel"] = (size, size, fan_in, fan_out)
+                if unit == 1:
+                    shapes[f"{key}/a/proj/{STANDARDIZED}/kernel"] = (1, 1, cin, 4 * mid)
+                cin = 4 * mid
+        norm("resnet/group_norm", cin)
+        shapes[HEAD_KERNEL] = (1, 1, cin, self.num_classes)
+        shapes[HEAD_BIAS] = (self.num_classes,)
+        return shapes

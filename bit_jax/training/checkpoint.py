@@ -1,0 +1,228 @@
+"""Save and restore the training state, atomically and in the background. The only file that knows Orbax."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as orbax
+
+from bit_jax.scale import hosts, sharding
+from input_pipeline.errors import RequestError
+from input_pipeline.files import DamagedFile, is_unfinished, read_json, write_json
+from input_pipeline.terminal import printable
+
+MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
+ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state"}  # what it writes into a checkpoint
+HALF = ".orbax-checkpoint-tmp"  # behind a step in the name of a directory that Orbax is writing
+LEAVING = ".removing"  # behind the step of a checkpoint that is being deleted
+
+# Where one write fails Orbax logs pages about each of the others before it raises. What it raises says all of it, and
+# CheckpointError says that in a sentence.
+log = logging.getLogger(__name__)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class CheckpointError(RequestError):
+    """A checkpoint cannot be written or read, or is not what was written."""
+
+
+class Checkpoints:
+    """The newest few training states of a run, by step.
+
+    Attributes:
+        newest: step of the newest one, None where there is none. Damaged ones are set aside before, which the log says.
+
+    Saving copies the state off the devices and returns; writing goes on behind. A run killed at any moment finds its
+    last whole checkpoint; what it was writing is cleared away. Several hosts share the directory: each writes its part,
+    the first what says that it is whole. Directories that this program did not write are never touched.
+    """
+
+    def __init__(self, directory: Path, *, keep: int):
+        self._directory, self._keep = directory.absolute(), keep
+        self._first = hosts.is_first()
+        self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        found = 0
+        if self._first:
+            with self._reading(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                self._clear()
+                found = self._find()
+        self.newest = hosts.agree(found) or None
+
+    def save(self, state: Any) -> None:
+        """Starts saving `state` under `state.step`; waits for the save before, and raises if that one failed."""
+        self.wait()
+        step = int(state.step)
+        with self._writing():
+            response = orbax.save_async(str(self._directory / str(step)), state)
+        self._pending = self._behind.submit(self._finish, step, response)
+        self.newest = step
+
+    def wait(self) -> None:
+        """Returns once everything is written; raises CheckpointError if it was not."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._writing():
+                pending.result()
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state of that step, lying as `abstract_state` says (shapes, dtypes, shardings and layouts).
+
+        Raises:
+            CheckpointError: it is of another model or step, or cannot be read.
+        """
+        path = self._directory / str(step)
+        try:
+            state = orbax.load(str(path), abstract_state)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this run ({_cause(error)}); its files are as they were written, so "
+                "give the flags that it was written with, or another --workdir"
+            ) from None
+        if int(state.step) != step:
+            raise CheckpointError(
+                f"checkpoint {path} is of step {int(state.step)}, as where a folder was copied under another name; "
+                "move it out of there"
+            )
+        return jax.device_put(state, sharding.formats(abstract_state), donate=True)  # Orbax knows no layouts
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._behind.shutdown()
+
+    def _clear(self) -> None:
+        """Removes what this program was writing or deleting when it was killed; names whatever else is there.
+
+        Raises:
+            CheckpointError: a name that a checkpoint will need is taken by something else.
+        """
+        foreign = []
+        for path in sorted(self._directory.iterdir()):
+            if _is_left_over(path):
+                shutil.rmtree(path)
+            elif not (path / MANIFEST).exists() or not path.name.isdecimal():
+                foreign.append(path.name)
+        for name in foreign:
+            if name.isdecimal():
+                raise CheckpointError(
+                    f"{self._directory / name} is no checkpoint of this program, and step {name} would need its name; "
+                    "move it out of there"
+                )
+        if foreign:
+            log.warning("%s: left alone, as not this run's: %s", self._directory, printable(", ".join(foreign)))
+
+    def _steps(self) -> list[int]:
+        """Steps of the whole checkpoints, the newest first."""
+        found = (path.parent.name for path in self._directory.glob(f"*/{MANIFEST}"))
+        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
+
+    def _find(self) -> int:
+        """Step of the newest whose files are as they were written; newer ones are set aside. 0 where there is none."""
+        for step in self._steps():
+            path = self._directory / str(step)
+            with self._reading(path):
+                damage = _damage(path)
+            if damage is None:
+                return step
+            aside = self._directory.with_name("damaged") / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+            log.warning(
+                "checkpoint %s is damaged: %s; it is now %s, and the one before it is used", path, damage, aside
+            )
+        return 0
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        path = self._directory / str(step)
+        if self._first:
+            write_json(path / MANIFEST, _digests(path))
+            for old in self._steps()[self._keep :]:
+                leaving = self._directory / f"{old}{LEAVING}"
+                (self._directory / str(old)).rename(leaving)  # a kill from here on leaves nothing that looks whole
+                shutil.rmtree(leaving)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever Orbax and TensorStore raise while writing into a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self._directory}: {_cause(error)}; free space or mend the folder, "
+                "then start again to continue from the last whole one"
+            ) from None
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Turns an error of the operating system into a CheckpointError: what cannot be used is not damaged."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot use {error.filename or path} ({error.strerror}); nothing was moved or deleted: mend that and "
+                "start again"
+            ) from None
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed run of this program was writing or deleting it."""
+    if re.fullmatch(rf"\d+({re.escape(LEAVING)}|{re.escape(HALF)}.*)", path.name):
+        return path.is_dir()
+    if not path.name.isdecimal() or not path.is_dir():
+        return False
+    # the manifest itself may be half written, under the name that it has until it is whole
+    return {inner.name for inner in path.iterdir() if not is_unfinished(inner, MANIFEST)} <= ORBAX
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What was read of it and is not as it was written.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    manifest = checkpoint / MANIFEST
+    manifest.read_bytes()  # an error of the operating system is none of the content
+    try:
+        written = read_json(manifest, dict, "")
+    except DamagedFile as error:
+        return str(error).rstrip("; ")
+    found = _digests(checkpoint)
+    differing = sorted(name for name in written | found if written.get(name) != found.get(name))
+    return f"{differing[0]} is not as written" if differing else None
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """{relative path: SHA-256} of every file but the manifest."""
+    digests = {}
+    for directory, _, names in os.walk(checkpoint, onerror=_raise):
+        for path in (Path(directory, name) for name in names if name != MANIFEST):
+            with open(path, "rb") as file:
+                digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _raise(error: OSError) -> None:
+    """For `os.walk`, which would pass over a directory that cannot be listed."""
+    raise error
+
+
+def _cause(error: Exception) -> str:
+    """What the innermost error says, without TensorStore's chain of wrappers and its specification in brackets."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    clauses = lines[0].split(" [")[0].split(": ")
+    return ": ".join(clauses if len(clauses) <= 3 else [clauses[0], *clauses[-2:]])

@@ -1,0 +1,289 @@
+"""The training loop: steps, evaluations, checkpoints, and an end in good order when a signal or a NaN asks for one."""
+
+import dataclasses
+import functools
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeGuard
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bit_jax.compiled import profile
+from bit_jax.config import Config
+from bit_jax.scale import hosts, sharding
+from bit_jax.training.checkpoint import Checkpoints
+from bit_jax.training.evaluation import Accuracy, evaluate
+from bit_jax.training.hyperrule import Recipe
+from bit_jax.training.log import Log
+from bit_jax.training.program import Program
+from bit_jax.training.steps import TrainState
+from bit_jax.training.timeline import Timeline
+from bit_jax.training.workdir import Workdir
+from input_pipeline.errors import RunFailed, Stopped
+from input_pipeline.exits import signal_asked
+from input_pipeline.files import replacing
+
+# waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
+INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
+BEFORE = "evaluation before training"  # an activity of the timeline
+
+
+class Batches(Protocol):
+    """What is asked of a loader: (number, batch) pairs whose rows lie on the mesh."""
+
+    def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]: ...
+    def evaluation(self) -> Iterator[tuple[int, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A loader and what is said of it in the result."""
+
+    name: str
+    examples: int
+    batches: Batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A step that the devices work on, or have finished.
+
+    Attributes:
+        number: of the step, from 1.
+        batch: that it takes.
+        said: what it says, on the devices.
+        end: once it has finished: what it says, and when that was by `time.perf_counter`.
+    """
+
+    number: int
+    batch: dict[str, jax.Array]
+    said: dict[str, jax.Array]
+    end: "Future[tuple[dict[str, np.ndarray], float]]"
+
+
+def _finished(said: dict[str, jax.Array]) -> tuple[dict[str, np.ndarray], float]:
+    values = jax.device_get(said)
+    return values, time.perf_counter()
+
+
+class _Asked(Exception):
+    """Some host was asked to end, by the signal of that number; all hosts see it after the same step."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@dataclasses.dataclass(eq=False)
+class Loop:
+    cfg: Config
+    recipe: Recipe
+    program: Program
+    mesh: Mesh
+    train: Split
+    validation: Split
+    global_batch: int
+    workdir: Workdir
+    checkpoints: Checkpoints
+    timeline: Timeline
+    log: Log
+    replaced: int = 0  # rows so far that showed another example because their own is damaged
+    input_is_slow: bool = False
+
+    def run(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
+        """From step `start` to the end: the last state and its accuracy.
+
+        Raises:
+            Stopped: by a signal; the state of the last finished step is saved.
+            RunFailed: a loss is not finite; the state before that step is saved, and the step's batch.
+        """
+        accuracy = self.evaluate(state, start, BEFORE) if self.evaluates_before(start) else None
+        if self.reached(accuracy):
+            return state, accuracy
+        with self.timeline("whole"):  # FlagPerf's clock starts after the evaluation before training
+            state, accuracy = self.train_from(state, start, batches, accuracy)
+            return state, accuracy or self.evaluate(state, int(state.step))
+
+    def train_from(
+        self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
+    ) -> tuple[TrainState, Accuracy | None]:
+        """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
+        run, steps = self.cfg.run, self.recipe.schedule.steps
+        recorder = profile.Recorder(
+            self.workdir.profile,
+            self.program.train_step,
+            self.cfg.model.precision,
+            left=range(start + 1, steps + 1),
+            wanted=run.profile if hosts.is_first() else 0,
+        )
+        begun: deque[Begun] = deque()
+        waiting = ThreadPoolExecutor(1, thread_name_prefix="until a step has finished")
+        try:
+            for index, batch in self.arriving(batches, begun):
+                step = index + 1
+                if sentence := recorder.before(step, self.training):
+                    self.log.note(sentence)
+                with self.timeline("steps"):
+                    given = self.with_signal(batch) | {"stopped": begun[-1].said["failed"] if begun else self.going_on}
+                    before = [state]
+                    state, said = self.program.train_step(state, given)
+                    # the state before the step is let go while the devices work, and not by this thread, which has to
+                    # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
+                    # input's for Python's lock
+                    waiting.submit(before.clear)
+                    begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
+                    shown = step == steps or self.evaluates_after(step) or step % run.checkpoint_every == 0
+                    self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
+                if sentence := recorder.after(step, self.training):
+                    self.log.note(sentence)
+                accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
+                if self.reached(accuracy):
+                    self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
+                    break
+                if step % run.checkpoint_every == 0 and step < steps:
+                    self.checkpoints.save(state)
+        finally:
+            waiting.shutdown(wait=False)
+        return state, accuracy
+
+    def arriving(self, batches: Iterator, begun: deque[Begun]) -> Iterator:
+        """The batches. While one is awaited and no step is under way, time counts as `input`: the devices have nothing
+        to do."""
+        while True:
+            asked = time.perf_counter()
+            with self.timeline("reading"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if not begun or begun[-1].end.done():
+                idle_since = max(asked, begun[-1].end.result()[1]) if begun else asked
+                self.timeline.add("input", time.perf_counter() - idle_since)
+            yield batch
+
+    def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> None:
+        """Waits for the steps begun but the last `leave`, and says and checks what they say. `state` is that after the
+        last.
+
+        One is left under way while the next batch is fetched and its step begun, so that the devices need not wait for
+        that; none where the state after a step is looked at.
+        """
+        signal = 0
+        while len(begun) > (0 if signal else leave):
+            one = begun.popleft()
+            said, _ = one.end.result()
+            self.check(said, one, state)
+            self.replaced += int(said["replaced"])
+            self.log.advance(one.number)
+            if one.number % self.cfg.run.log_every == 0:
+                scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
+                self.log.write(one.number, loss=float(said["loss"]), **scale, **self.speed(one.number - start))
+                self.say_who_waits()
+            signal = signal or int(said["signal"])
+        if signal:
+            self.end(signal, state)
+
+    def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
+        def check(sums: dict) -> None:
+            if number := int(sums["signal"]):
+                raise _Asked(number)
+
+        with self.timeline(activity):
+            batches = (self.with_signal(batch) for _, batch in self.validation.batches.evaluation())
+            try:
+                params = self.program.for_evaluation(state.params)
+                accuracy = evaluate(self.program.eval_step, params, batches, self.validation.examples, check)
+            except _Asked as asked:
+                self.end(asked.number, state)
+        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
+        return accuracy
+
+    def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch and the signal that this host was asked to end by, for all hosts to see after the same step."""
+        return batch | self._on_all_rows(signal_asked())
+
+    @functools.cached_property
+    def going_on(self) -> jax.Array:
+        """For the first step, that none before it failed."""
+        return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.asarray(False))
+
+    @functools.cache  # noqa: B019 (a loop lives as long as its process)
+    def _on_all_rows(self, signal: int) -> dict[str, jax.Array]:
+        rows = self.global_batch // jax.process_count()
+        return sharding.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.mesh)
+
+    def end(self, number: int, state: TrainState) -> None:
+        step = int(state.step)
+        if step and step != self.checkpoints.newest:
+            self.checkpoints.save(state)
+        self.checkpoints.close()
+        raise Stopped(number, f"ended by a signal after step {step}, which is saved; the same command continues")
+
+    def check(self, said: dict[str, np.ndarray], begun: Begun, state: TrainState) -> None:
+        """Raises RunFailed where the step failed: then neither it nor one begun after it changed anything, and `state`
+        is that before it."""
+        if not said["failed"]:
+            return
+        step, loss = begun.number, float(said["loss"])
+        if step > 1 and self.checkpoints.newest != step - 1:
+            self.checkpoints.save(state)
+        self.checkpoints.close()
+        shown = self.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
+        arrays: dict[str, Any] = {name: sharding.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
+        with replacing(shown) as file:
+            np.savez(file, **arrays)
+        raise RunFailed(
+            f"the loss of step {step} is {loss}; {shown} holds its batch, the state before it is kept, and the same "
+            f"command repeats the step. Lower --base-lr {self.cfg.optimizer.base_lr} in a new --workdir, or use a "
+            f"wider precision than {self.cfg.model.precision}"
+        )
+
+    def evaluates_before(self, start: int) -> bool:
+        # a run that ended within an evaluation, or between reaching its target and saying so
+        return (self.evaluates_after(start) and not self.log.evaluated(start)) or (
+            start == 0 and self.cfg.run.eval_at_start
+        )
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after that many steps; "epoch" means whenever one has just been completed."""
+        every = self.cfg.run.eval_every
+        if every is None or step == 0:
+            return False
+        if every == "epoch":
+            epochs, before = (s * self.global_batch // self.train.examples for s in (step, step - 1))
+            return epochs > before
+        return step % every == 0
+
+    def reached(self, accuracy: Accuracy | None) -> TypeGuard[Accuracy]:
+        target = self.cfg.run.target_acc1
+        return target is not None and accuracy is not None and accuracy.acc1 >= target
+
+    def speed(self, steps_done: int) -> dict[str, float]:
+        """Since training began here: images/s over steps and input, and the share of that time that was input."""
+        return {
+            "images_per_s": steps_done * self.global_batch / self.training,
+            "input_wait": self.input_wait(),
+        }
+
+    def input_wait(self) -> float:
+        return self.timeline["input"] / self.training
+
+    @property
+    def training(self) -> float:
+        """Seconds of steps and of reading for them."""
+        return self.timeline["steps"] + self.timeline["reading"]
+
+    def say_who_waits(self) -> None:
+        """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""
+        slow = self.input_wait() > INPUT_KEEPS_UP and self.timeline["input"] > HARDLY_WAITED
+        if slow and not self.input_is_slow:
+            self.log.note(
+                f"the devices wait for input, {self.input_wait():.0%} of the time so far: reading, decoding and "
+                "resizing are the slower side; python -m input_pipeline bench measures them, --input-threads helps "
+                "where cores are idle"
+            )
+        if self.input_is_slow and not slow:
+            self.log.note(f"input keeps up: the devices waited {self.input_wait():.1%} of the time so far")
+        self.input_is_slow = slow

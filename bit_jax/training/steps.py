@@ -1,0 +1,282 @@
+"""One training step and one evaluation step, as pure functions to be jitted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from bit_jax.model.resnetv2 import GENERATOR, STANDARDIZED, ResNetV2, param_dtype, standardize
+
+TOP_K = (1, 5)
+NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
+
+
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of PyTorch's GradScaler
+LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are no matter of precision
+
+
+class LossScale(flax.struct.PyTreeNode):
+    """What the loss is multiplied by before it is differentiated in float16, and gradients divided by afterwards.
+
+    A step whose gradients are not finite changes no parameter and halves the scale; 2000 good steps in a row double
+    it. As PyTorch's GradScaler.
+    """
+
+    scale: Any  # float32 []
+    good_steps: Any  # int32 []: since the scale last changed
+    skipped: Any  # int32 []: steps that changed no parameter
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed."""
+
+    step: Any  # int32 [], an array or its shape: how many steps were taken
+    params: Any
+    opt_state: Any
+    loss_scale: Any = None  # a LossScale in float16
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, *, scales_loss: bool = False) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    loss_scale = LossScale(jnp.float32(FIRST_SCALE), zero, zero) if scales_loss else None
+    return TrainState(zero, params, optimizer.init(params), loss_scale)
+
+
+def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) -> Float[Array, "batch height width 3"]:
+    """0..255 -> [-1, 1]."""
+    return (images.astype(dtype) - 127.5) / 127.5
+
+
+def mixup_weight(seed: int, step: Int[Array, ""], alpha: float) -> Float[Array, ""]:
+    """The step's share of each image itself, from Beta(alpha, alpha); one for the whole batch, as BiT's PyTorch code.
+
+    Drawn in float32 whatever the precision, so that all precisions mix alike.
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), step)
+    return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+
+
+def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Float[Array, "batch ..."]:
+    """Each row mixed with its neighbour: 0 with 1, 2 with 3 and so on.
+
+    The loader's order is random, so a neighbour is as random a partner as any, and it lies on the same device however
+    an even number of rows a device is spread.
+    """
+    weight = weight.astype(rows.dtype)
+    pairs = rows.reshape(rows.shape[0] // 2, 2, *rows.shape[1:])
+    return (weight * pairs + (1 - weight) * pairs[:, ::-1]).reshape(rows.shape)
+
+
+def prepare(
+    batch: dict, num_classes: int, dtype: jnp.dtype, weight: Float[Array, ""] | None
+) -> tuple[Float[Array, "batch height width 3"], Float[Array, "batch classes"]]:
+    """uint8 images and labels -> what the model is given and the distribution it should give, mixed unless `weight`
+    (see `mix_pairs`) is None."""
+    images = normalize(batch["image"], dtype)
+    targets = one_hot(batch["label"], num_classes, dtype)
+    if weight is None:
+        return images, targets
+    return mix_pairs(images, weight), mix_pairs(targets, weight)
+
+
+def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> Float[Array, "batch classes"]:
+    """1 at the label, 0 elsewhere; NaN everywhere for a label that is no class, which `jax.nn.one_hot` would turn into
+    zeros and a loss of 0."""
+    known = (label >= 0) & (label < num_classes)
+    return jnp.where(known[:, None], jax.nn.one_hot(label, num_classes, dtype=dtype), jnp.nan)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """Of each row, in nats."""
+    return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
+
+
+def apply_model(
+    model: ResNetV2, params: Any, images: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch classes"]:
+    logits = model.apply({"params": params}, images)
+    assert isinstance(logits, jax.Array)  # a tuple is for models with mutable variables
+    return logits
+
+
+def loss_and_gradients(
+    model: ResNetV2,
+    params: Any,
+    images: Float[Array, "batch height width 3"],
+    targets: Float[Array, "batch classes"],
+    microbatches: int = 1,
+    scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Any]:
+    """The batch's mean cross-entropy and its gradient; with `microbatches`, a divisor of the batch, that many passes
+    one after the other, each over an equal share of every device's rows. Differentiated times `scale`, if given."""
+
+    def loss_of(params, images, targets):
+        loss = cross_entropy(apply_model(model, params, images), targets).mean()
+        return loss if scale is None else loss * scale
+
+    if scale is not None:
+        scaled = _accumulated(loss_of, params, images, targets, microbatches)
+        return jax.tree.map(lambda leaf: leaf / scale, scaled)
+    return _accumulated(loss_of, params, images, targets, microbatches)
+
+
+def _accumulated(
+    loss_of: Callable[..., Any], params: Any, images: Array, targets: Array, microbatches: int
+) -> tuple[Array, Any]:
+    if microbatches == 1:
+        return jax.value_and_grad(loss_of)(params, images, targets)
+
+    def shares(rows):  # every microbatches-th row: a contiguous share would lie on few devices
+        return rows.reshape(rows.shape[0] // microbatches, microbatches, *rows.shape[1:]).swapaxes(0, 1)
+
+    def accumulate(sums, share):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, *share)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), targets.dtype), params))
+    sums, _ = jax.lax.scan(accumulate, zeros, (shares(images), shares(targets)))
+    return jax.tree.map(lambda total: total / microbatches, sums)
+
+
+def update(
+    state: TrainState,
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    finite: Bool[Array, ""] | bool = True,
+) -> TrainState:
+    """The next state; where not `finite`, the step is counted, and parameters and momentum are as before."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def update_if_finite(
+    state: TrainState,
+    loss: Float[Array, ""],
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    stopped: Bool[Array, ""] | bool = False,
+) -> TrainState:
+    """`update`, but a loss that is not finite changes nothing, so that it can be looked at; with a `LossScale`, by its
+    rules. Nothing is changed where `stopped`."""
+    if state.loss_scale is not None:
+        return _update_by_scale(state, state.loss_scale, gradients, optimizer, stopped)
+    finite = jnp.isfinite(loss) & ~jnp.asarray(stopped)
+
+    def counted(new, old):
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.integer) else new
+
+    return jax.tree.map(counted, update(state, gradients, optimizer, finite), state)
+
+
+def _update_by_scale(
+    state: TrainState,
+    old: LossScale,
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    stopped: Bool[Array, ""] | bool,
+) -> TrainState:
+    going_on = ~jnp.asarray(stopped)
+    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
+    good = jnp.where(finite, old.good_steps + 1, 0)
+    grows = good == GROWTH_INTERVAL
+    loss_scale = LossScale(
+        scale=old.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5),
+        good_steps=jnp.where(grows, 0, good),
+        skipped=old.skipped + (~finite).astype(jnp.int32),
+    )
+    new = update(state, gradients, optimizer, finite & going_on).replace(loss_scale=loss_scale)
+    # parameters and momentum are as before already; the scalars are counts and the scale
+    return jax.tree.map(lambda new, old: new if new.ndim else jnp.where(going_on, new, old), new, state)
+
+
+def _failed(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Bool[Array, ""]:
+    """Whether training cannot go on: the loss is not finite, and that is no overflow which a smaller scale mends."""
+    failed = ~jnp.isfinite(loss)
+    return failed if scale is None else failed & ~(scale >= LEAST_SCALE)
+
+
+def make_train_step(
+    model: ResNetV2,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    mixup: float,
+    seed: int,
+    microbatches: int = 1,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
+    example than the one in order, because that one is damaged, "failed": whether training cannot go on}); with a
+    `LossScale` also its "scale", and "signal", the largest of the batch's, if it has any.
+
+    A batch may say "stopped", that the step before failed: then this one changes nothing, and has failed too. So a step
+    can be begun before anybody has looked at the one before it.
+    """
+    dtype = param_dtype(model.dtype)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        weight = mixup_weight(seed, state.step, mixup) if mixup else None
+        images, targets = prepare(batch, model.num_classes, dtype, weight)
+        said = {"replaced": (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)} | _signal(batch)
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
+        said |= {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
+        stopped = batch.get("stopped", False)
+        said |= {"failed": _failed(loss, scale) | stopped}
+        return update_if_finite(state, loss, gradients, optimizer, stopped), said
+
+    return train_step
+
+
+def standardized(params: Any) -> Any:
+    """The parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
+
+    def of_leaf(path: tuple, leaf: Array) -> Array:
+        return standardize(leaf) if STANDARDIZED in jax.tree_util.keystr(path, simple=True, separator="/") else leaf
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
+    """(parameters after `standardized`, batch) -> sums over the rows whose mask is True: loss, correct1, correct5,
+    seen; and "signal"."""
+    dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
+
+    def eval_step(params: Any, batch: dict) -> dict:
+        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch) | _signal(batch)
+
+    return eval_step
+
+
+def _signal(batch: dict) -> dict:
+    return {"signal": batch["signal"].max()} if "signal" in batch else {}
+
+
+def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
+    """Over the rows whose mask is True: loss, correct1, correct5, seen."""
+    targets = one_hot(batch["label"], logits.shape[1], logits.dtype)
+    losses = cross_entropy(logits, targets)
+    rank = label_rank(logits, batch["label"])
+    sums = {f"correct{k}": (batch["mask"] & (rank < k)).sum(dtype=jnp.int32) for k in TOP_K}
+    return sums | {
+        "loss": jnp.where(batch["mask"], losses, 0).sum(),
+        "seen": batch["mask"].sum(dtype=jnp.int32),
+    }
+
+
+def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    """How many classes are placed before the label: 0 where it is the prediction.
+
+    Ties go to the lower class, as `argmax` does, so that equal logits (a head of zeros) are not counted as correct;
+    a logit that is not finite and a label that is no class put the label last.
+    """
+    known = (label >= 0) & (label < logits.shape[1])
+    own = jnp.take_along_axis(logits, label[:, None], axis=1)
+    classes = jnp.arange(logits.shape[1], dtype=label.dtype)
+    before: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
+    finite = jnp.isfinite(logits).all(axis=1)
+    return jnp.where(finite & known, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)

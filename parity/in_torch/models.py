@@ -1,0 +1,212 @@
+"""PyTorch models by other hands: `--torch-model` and `--torch-weights`, made to answer as the reference does."""
+
+import importlib
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from input_pipeline.errors import RequestError
+from input_pipeline.terminal import printable
+from parity.in_torch import resnetv2
+from parity.sides.side import Side
+
+LISTED = 4  # names that a message spells out
+DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched through
+# DataParallel, DistributedDataParallel and torch.compile put these before the names of the model that they wrap
+WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
+
+
+def build(side: Side, weight_file: str) -> nn.Module:
+    """The reference, or what the factory makes; with the state dict where one is given.
+
+    Raises:
+        RequestError: there is no such factory, it fails, or the state dict is not the model's.
+    """
+    if side.model is None:
+        model: nn.Module = resnetv2.load(weight_file)
+    else:
+        model = _made(side.model, weight_file)
+        model.register_forward_hook(lambda module, args, output: logits_of(output))
+    if side.state_dict is not None:
+        fill(model, Path(side.state_dict))
+    return model.eval()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns: a tensor, an object or a dict with `logits`, or a tuple whose first they are.
+
+    Raises:
+        RequestError: it returns something else.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if isinstance(found, Tensor):
+        return found
+    what = f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        what += f" with {', '.join(printable(key) for key in list(output)[:LISTED]) or 'nothing'}"
+    raise RequestError(
+        f"--torch-model's module returns {what}, in which there are no logits; return a tensor [batch, classes], "
+        "something with `logits`, or a tuple that begins with them"
+    )
+
+
+def check(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
+    """Calls a model once, before anything is compared.
+
+    Raises:
+        RequestError: it fails, or its logits are not [batch, classes].
+    """
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except RequestError:
+        raise
+    except Exception as error:  # somebody else's code may raise anything
+        raise RequestError(f"--torch-model {name} fails on images {_shape(images)}: {_sentence(error)}") from None
+    if tuple(logits.shape) != (len(images), classes):
+        raise RequestError(
+            f"--torch-model {name} returns logits of shape {_shape(logits)} for images {_shape(images)}; "
+            f"[{len(images)}, {classes}] is wanted: a row an image, a column a class of the weights' head"
+        )
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Loads a checkpoint's parameters and buffers, wherever in the file they are and whatever wrapped the model.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no state dict of this model.
+    """
+    own = model.state_dict()
+    content = _loaded(path)
+    names = {WRAPPERS.sub("", name): name for name in own}
+    found = [_unwrapped(state, names) for state in _state_dicts(content)]
+    best = max(found, key=lambda state: len(names.keys() & state.keys()), default={})
+    if not names.keys() & best.keys():
+        raise RequestError(f"--torch-weights {path} holds no state dict of this model: it is {_described(content)}")
+    whole = [state for state in found if names.keys() <= state.keys()]
+    if any(not _same(state, whole[0], names) for state in whole[1:]):
+        raise RequestError(
+            f"--torch-weights {path} holds {len(whole)} state dicts of this model that differ, as of an average beside "
+            f"the weights ({_described(content)}); save the one that is meant alone"
+        )
+    missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((names, best), (best, names)))
+    other = [
+        f"{name} {_shape(best[name])} for {_shape(own[names[name]])}"
+        for name in names.keys() & best.keys()
+        if best[name].shape != own[names[name]].shape
+    ]
+    if missing or unexpected or other:
+        raise RequestError(
+            f"--torch-weights {path} is not this model's state dict: missing {_listed(missing)}; unexpected "
+            f"{_listed(unexpected)}" + (f"; of another shape {_listed(sorted(other))}" if other else "")
+        )
+    model.load_state_dict({names[name]: tensor for name, tensor in best.items()}, strict=True)
+
+
+def _made(name: str, weight_file: str) -> nn.Module:
+    factory = _factory(name)
+    try:
+        model = factory(weight_file)
+    except Exception as error:  # somebody else's code may raise anything
+        raise RequestError(f"--torch-model {name} fails when it is given {weight_file}: {_sentence(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"--torch-model {name} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _factory(name: str) -> Callable[[str], Any]:
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RequestError(f"--torch-model {name} is not to be had as package.module:factory ({error})") from None
+
+
+def _loaded(path: Path) -> Any:
+    """The content of a checkpoint, of which nothing is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what its unpickler and zip reader raise
+        raise RequestError(f"--torch-weights {path} {_unreadable(path, error)}") from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file is no checkpoint; a clause."""
+    wanted = "give a file that torch.save(model.state_dict(), path) wrote"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror}); {wanted}"
+    if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"holds the Python object {blocked[1]}, which is not loaded for safety; {wanted}"
+    with open(path, "rb") as file:
+        head = file.read(9)
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    kinds = {
+        "is empty": not head,
+        "is a safetensors file": head[8:] == b"{",
+        "is an .npz file, as --weights takes": any(name.endswith(".npy") for name in names),
+        "is a TorchScript archive": any("/code/" in name for name in names),
+    }
+    what = next((kind for kind, is_that in kinds.items() if is_that), f"is no PyTorch checkpoint ({_sentence(error)})")
+    return f"{what}; {wanted}"
+
+
+def _state_dicts(content: Any, depth: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Every dict in a checkpoint that names tensors, without what else it names."""
+    if not isinstance(content, Mapping) or depth > DEEPEST:
+        return
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield tensors
+    for value in content.values():
+        yield from _state_dicts(value, depth + 1)
+
+
+def _unwrapped(state: dict[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under the names that the bare model gives them."""
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    while not wanted.keys() & state.keys():
+        first = {name.partition(".")[0] for name in state}
+        if len(first) != 1 or not all("." in name for name in state):
+            break
+        # "model." or "net.", where the model was an attribute of what was saved
+        state = {WRAPPERS.sub("", name.partition(".")[2]): tensor for name, tensor in state.items()}
+    return state
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in names)
+
+
+def _described(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dict with {_listed([str(key) for key in content])}"
+    return f"a {type(content).__name__}"
+
+
+def _listed(names: list[str]) -> str:
+    """How many there are, and the first."""
+    if not names:
+        return "0"
+    more = ", ..." if len(names) > LISTED else ""
+    return f"{len(names):,} ({', '.join(printable(name) for name in names[:LISTED])}{more})"
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"

@@ -1,0 +1,109 @@
+"""The ladder's last rung: both sides on the same dataset, and what their logits say of each other."""
+
+from typing import Any
+
+import numpy as np
+
+from parity.ladder import statistics
+from parity.ladder import verdict as oracle
+from parity.ladder.ladder import Ladder, RungResult
+from parity.ladder.verdict import Line
+
+
+def accuracy(ladder: Ladder) -> RungResult:
+    """acc1 and acc5 of both on the same dataset, exactly once per example."""
+    options = ladder.options
+    source = ladder.source(options.eval_split)
+    devices = max(side.devices for side in ladder.sides.values())
+    arguments = {
+        "dataset": options.dataset,
+        "split": options.eval_split,
+        "data_dir": options.data_dir,
+        "class_names": ladder.matching(options.eval_split).class_names,
+        "size": ladder.eval_size,
+        "batch": -(-options.rows // devices) * devices * 4,
+        "limit": options.limit,
+    }
+    answers = {role: ladder.ask(role, options.precision, "accuracy", **arguments) for role in ladder.sides}
+    examples = min(len(source), options.limit or len(source))
+    logits = {}
+    result = RungResult("accuracy", [])
+    for role, answer in answers.items():
+        arrays = answer.arrays
+        seen = np.bincount(arrays["index"], minlength=examples)
+        missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
+        covered = not missing and not repeated and len(seen) == examples
+        note = "" if covered else f"{missing} of {examples} examples missing, {repeated} seen more than once"
+        result.lines.append(_fact(f"{role}: every example once", options.precision, covered, note))
+        if not covered:
+            result.findings.append(f"the {role} evaluated {len(arrays['index'])} rows of {examples} examples: {note}")
+            continue
+        order = np.argsort(arrays["index"])
+        logits[role], labels = arrays["logits"][order], arrays["labels"][order]
+        ranks = statistics.rank(logits[role], labels)
+        counted = {f"correct{k}": int((ranks < k).sum()) for k in (1, 5)}
+        own = {name: answer.info[name] for name in counted}
+        note = "" if own == counted else f"it counted {own}, its logits say {counted}"
+        result.lines.append(_fact(f"{role}: counts follow from its logits", options.precision, own == counted, note))
+        result.details[f"{role}_labels"] = labels
+    if len(logits) < 2:
+        result.details = {}
+        return result
+    labels, other = (result.details.pop(f"{role}_labels") for role in ladder.sides)
+    result.lines.append(oracle.exact("accuracy", "labels", options.precision, labels, other))
+    judged = compare_logits(logits["reference"], logits["candidate"], labels, options.margin / 100, options.precision)
+    result.lines += judged.lines
+    result.findings += judged.findings
+    result.details = judged.details | {"size": ladder.eval_size, "dataset": source.name, "margin": options.margin}
+    result.details["class_names"] = list(source.class_names)
+    result.details["arrays"] = {"labels": labels, "ids": _ids(source, examples), **logits}
+    return result
+
+
+def compare_logits(
+    reference: np.ndarray, candidate: np.ndarray, labels: np.ndarray, margin: float, precision: str
+) -> RungResult:
+    """Two sides' logits of the same images; `margin` is a share, 0.001 for 0.1 percentage points."""
+    right = [statistics.rank(logits, labels) < 1 for logits in (reference, candidate)]
+    top5 = [float((statistics.rank(logits, labels) < 5).mean()) for logits in (reference, candidate)]
+    paired = statistics.Paired.count(*right)
+    error, flipped = statistics.flips(reference, candidate)
+    unexplained = [flip for flip in flipped if not flip["expected"]]
+    equivalence = paired.equivalence(margin)
+    finite = bool(np.isfinite(reference).all() and np.isfinite(candidate).all())
+    difference = oracle.relative_difference(reference, candidate)
+    verdict: oracle.Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
+    notes = [
+        f"{len(flipped)} predictions differ, {len(unexplained)} by more than rounding explains",
+        f"accuracy differs by {100 * paired.difference:+.4f} points, beyond the margin of {100 * margin:g}",
+    ]
+    lines = [
+        Line("accuracy", "logits", precision, verdict if finite else "bug", difference, np.inf, note=""),
+        _fact("flipped predictions", precision, not unexplained, notes[0] if flipped else ""),
+        _fact("equivalence", precision, equivalence != "refuted", notes[1] if equivalence == "refuted" else ""),
+    ]
+    low, high = paired.interval()
+    details = {
+        "examples": paired.examples,
+        "acc1": [float(side.mean()) for side in right],
+        "acc5": top5,
+        "table": [[paired.both, paired.reference_only], [paired.candidate_only, paired.neither]],
+        "difference": paired.difference,
+        "interval": [low, high],
+        "interval90": list(paired.interval(0.90)),
+        "mcnemar": paired.mcnemar(),
+        "equivalence": equivalence,
+        "examples_needed": paired.examples_needed(margin),
+        "measured_error": error,
+        "flips": flipped,
+    }
+    findings = [note for note, line in zip(notes, lines[1:], strict=True) if line.verdict == "bug"]
+    return RungResult("accuracy", lines, findings, details)
+
+
+def _fact(name: str, precision: str, holds: bool, note: str = "") -> Line:
+    return Line("accuracy", name, precision, "equal" if holds else "bug", 0.0 if holds else np.inf, 0.0, note=note)
+
+
+def _ids(source: Any, examples: int) -> np.ndarray:
+    return np.array([str(source[index]["id"]) for index in range(examples)])

@@ -1,0 +1,80 @@
+"""What is in force on both sides, before anything is compared; a difference here is said first, for it may explain
+all the others."""
+
+from collections.abc import Collection
+from typing import Any
+
+from parity.ladder.ladder import ROLES, Ladder
+
+# entry of the attestation -> what a difference in it does
+EXPLAINS = {
+    "matrix products": "explains differences in the head, of the size of the narrower format",
+    "convolution products": "explains differences from the first convolution on, of the size of the narrower format",
+    "group norm eps": "explains differences from block1/unit01 on",
+    "standardization eps": "explains differences from root_block on",
+    "groups": "explains differences from block1/unit01 on",
+    "weights sha256": "the two do not hold the same weights",
+    "pictures sha256": "the two are not given the same images",
+    "training examples": "the two do not read the same dataset",
+    "evaluation examples": "the two do not read the same dataset",
+}
+# tf32: whatever the hardware has
+PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+UNKNOWN = "unknown"
+
+
+def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+    """{"sides": {precision: {role: entries}}, "mismatches": sentences, "classes": {split: how their labels were
+    matched}}, as JSON.
+
+    Args:
+        rungs: names of those that will be climbed; what the dataset's rungs will use is attested too.
+
+    Raises:
+        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; nothing was started.
+    """
+    options = ladder.options
+    needed = {
+        "curve": ("training examples", options.train_split),
+        "accuracy": ("evaluation examples", options.eval_split),
+    }
+    splits = [needed[rung] for rung in needed if rung in rungs]
+    matchings = {split: ladder.matching(split) for _, split in splits}
+    precisions = dict.fromkeys(("fp64", options.precision))
+    ladder.start(*precisions)
+    dataset = [
+        (entry, options.dataset, split, options.data_dir, matchings[split].class_names) for entry, split in splits
+    ]
+    arguments: dict[str, Any] = {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
+    sides = {
+        precision: {role: ladder.ask(role, precision, "attest", **arguments).info for role in ROLES}
+        for precision in precisions
+    }
+    mismatches = [sentence for precision, pair in sides.items() for sentence in _mismatches(precision, pair)]
+    matched = {split: f"labels are {matching.how}" for split, matching in matchings.items()}
+    return {"sides": sides, "mismatches": list(dict.fromkeys(mismatches)), "classes": matched}
+
+
+def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
+    reference, candidate = (pair[role] for role in ROLES)
+    sentences = []
+    for entry, effect in EXPLAINS.items():
+        ours, theirs = reference.get(entry), candidate.get(entry)
+        if UNKNOWN not in (ours, theirs) and ours != theirs:
+            where = f" in {precision}" if "products" in entry else ""
+            sentences.append(
+                f"{entry}{where}: {_short(ours)} on the reference, {_short(theirs)} on the candidate; this {effect}"
+                if "sha256" not in entry
+                else f"{entry}: {_short(ours)} on the reference, {_short(theirs)} on the candidate; {effect}"
+            )
+    wanted = PRODUCTS.get(precision)
+    for role, entries in pair.items():
+        for entry in ("matrix products", "convolution products"):
+            if wanted is not None and entries[entry] != wanted:
+                sentences.append(f"{precision} was asked for, but the {role}'s {entry} are {entries[entry]}")
+    return sentences
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) > 40 else text

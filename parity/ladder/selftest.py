@@ -1,0 +1,120 @@
+"""Does the ladder find what it claims to find? Known faults injected into one side, one after the other."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from input_pipeline.errors import RequestError
+from input_pipeline.terminal import printable
+from parity.faults import FAULTS, Fault
+from parity.ladder import rungs
+from parity.ladder.attestation import attest
+from parity.ladder.ladder import Ladder, RungResult, working_folder
+from parity.options import Options
+
+# small enough that thirty ladders take minutes, with every kind of layer, and a last batch that is not full
+SMALL = Options(
+    size="32",
+    rows=4,
+    batches=1,
+    steps=6,
+    warmup_steps=2,
+    decay_steps=(4,),
+    limit=90,
+)
+CLEAN = (
+    ("random:R14x0.5", "33x47"),
+    ("random:R26x1", "32"),
+    ("random:R50x0.5", "45x30"),
+    ("random:R101x0.5", "31"),
+    ("random:R14x2", "17x64"),
+)
+CLEAN_RUNGS = ("weights", "forward", "loss", "gradients")
+
+
+def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
+    """Shows a line a fault; whether all were found and every untouched pair passed.
+
+    Raises:
+        RequestError: there is no fault of that name.
+    """
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise RequestError(f"unknown fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
+    passed = True
+    console.print("faults injected into one side, and the first array that differs:")
+    ladders: dict[str, Ladder] = {}
+    with contextlib.ExitStack() as stack:
+        for fault in [FAULTS[name] for name in names or FAULTS]:
+            precision = "fp16" if fault.precision == "fp16" else SMALL.precision  # float64 is part of either
+            if precision not in ladders:
+                options = dataclasses.replace(SMALL, precision=precision)
+                ladder = Ladder(options, stack.enter_context(working_folder()), console)
+                ladders[precision] = stack.enter_context(ladder)
+            failed, found = inject(ladders[precision], fault)
+            passed = passed and found
+            where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
+            if not found:
+                where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
+            console.print(Text.assemble("  ", _mark(found), f"  {fault.what:<53} {printable(where)}"))
+    if clean:
+        passed = untouched(console) and passed
+    console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")
+    return passed
+
+
+def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
+    """Climbs with the fault in place: the first rung that fails, and whether it was found as it must be."""
+    ladder.fault = fault.name
+    try:
+        mismatches = attest(ladder, rungs=rungs.RUNGS)["mismatches"]
+        attested = not fault.attested or any(sentence.startswith(fault.attested) for sentence in mismatches)
+        failed = climb(ladder)
+    finally:
+        ladder.fault = None
+    if failed is None:
+        return None, False
+    line = next(line for line in failed.lines if line.verdict == "bug")
+    right = (failed.name, line.precision) == (fault.rung, fault.precision) and first_bug(failed).startswith(fault.line)
+    return failed, right and attested
+
+
+def climb(ladder: Ladder, names: Sequence[str] = tuple(rungs.RUNGS)) -> RungResult | None:
+    """The first rung that fails."""
+    for name in names:
+        result = rungs.RUNGS[name](ladder)
+        if result.verdict == "bug":
+            return result
+    return None
+
+
+def first_bug(result: RungResult) -> str:
+    return next(line.name for line in result.lines if line.verdict == "bug")
+
+
+def _size(result: RungResult) -> str:
+    line = next(line for line in result.lines if line.verdict == "bug")
+    if line.precision == "fp64" and math.isfinite(line.difference):
+        return f"{line.difference:.1e} apart"
+    return line.note
+
+
+def untouched(console: Console, pairs: Sequence[tuple[str, str]] = CLEAN) -> bool:
+    """Whether pairs without a fault pass, at several depths, widths and image sizes."""
+    passed = True
+    console.print(f"pairs without a fault, which must pass {', '.join(CLEAN_RUNGS)}:")
+    for weights, size in pairs:
+        options = Options(weights=weights, size=size, rows=4, batches=2)
+        with working_folder() as folder, Ladder(options, folder, console) as ladder:
+            failed = climb(ladder, CLEAN_RUNGS)
+        where = f"{failed.name}: {first_bug(failed)}" if failed else "passed"
+        console.print(Text.assemble("  ", _mark(failed is None), f"  {weights:<20} {size:<8} {printable(where)}"))
+        passed = passed and failed is None
+    return passed
+
+
+def _mark(good: bool) -> tuple[str, str]:
+    return ("ok    ", "green") if good else ("FAILED", "bold red")

@@ -1,0 +1,234 @@
+"""A report as one self-contained HTML page: plots as inline SVG, images as data URLs, nothing fetched."""
+
+import base64
+import io
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bit_jax.model.class_names import in_words
+from input_pipeline.errors import RequestError
+from input_pipeline.examples import DatasetError, Source
+from input_pipeline.files import replacing
+from input_pipeline.sources import open_source
+from parity.ladder.verdict import GATE, MULTIPLE
+from parity.report import saved as reports
+from parity.sides.images import decode
+
+THUMBNAIL = 96  # pixels
+SHOWN_FLIPS = 60
+COLOURS = {"reference": "#c2185b", "candidate": "#1565c0", "disturbed": "#757575"}
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
+    "svg.hashsalt": "parity",  # the same report gives the same page
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | None = None) -> None:
+    """Writes the page, atomically.
+
+    Args:
+        logits: of the accuracy rung, for the ids of flipped images.
+    """
+    render(
+        "page.html.j2",
+        path,
+        report=report,
+        conclusion=reports.conclusion(report),
+        plots=plots(report),
+        flips=flipped_images(report, logits),
+        accuracy=_accuracy(report),
+        attested=_attested(report),
+    )
+
+
+def render(template: str, path: Path, **values: Any) -> None:
+    """Writes a page of this package's templates, atomically."""
+    loader = jinja2.FunctionLoader(lambda name: resources.files("parity.report").joinpath(name).read_text())
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters["number"] = lambda value: "" if value is None else reports.number(value)
+    page = environment.get_template(template).render(**values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(page.encode())
+
+
+def plots(report: reports.Report) -> list[dict[str, str]]:
+    """[{title, text, svg}] of what the rungs that ran have to show."""
+    rungs = {rung["name"]: rung for rung in report["rungs"]}
+    drawn = []
+    if "forward" in rungs:
+        text = "Each point is one unit's output, free-running from the same image, relative to its RMS."
+        drawn.append(plot("Error by depth", text, _by_depth, rungs["forward"], report["precision"]))
+    if "gradients" in rungs and report["precision"] != "fp64" and rungs["gradients"]["verdict"] != "bug":
+        text = (
+            "Each point is one parameter's gradient: its relative RMSE against float64 in either framework. Inside "
+            f"the band neither errs more than {MULTIPLE:g} times as much as the other."
+        )
+        drawn.append(plot("Gradients", text, _gradients, rungs["gradients"], report["precision"]))
+    if rungs.get("curve", {}).get("details", {}).get("losses"):
+        text = "Losses on identical batches; below, how far each is from the reference in float64."
+        drawn.append(plot("Training curve", text, _curve, rungs["curve"], report["precision"]))
+    return drawn
+
+
+def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None) -> list[dict[str, Any]]:
+    """The flips, each with its id, label and, where the dataset is still there, the image as a data URL."""
+    rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
+    if rung is None or not rung["details"].get("flips") or logits is None:
+        return []
+    options = report["options"]
+    source: Source | None
+    try:
+        source = open_source(options["dataset"], options["eval_split"], options["data_dir"])
+    except (DatasetError, RequestError, OSError):
+        source = None
+    names = in_words(rung["details"]["class_names"])
+
+    def named(label: int) -> str:
+        return names[label] if label < len(names) else f"class {label}"
+
+    flips = sorted(rung["details"]["flips"], key=lambda flip: flip["expected"])[:SHOWN_FLIPS]
+    return [
+        flip
+        | {"id": str(logits["ids"][flip["row"]]), "label": named(int(logits["labels"][flip["row"]]))}
+        | {who: named(flip[who]) for who in ("reference_class", "candidate_class")}
+        | ({"url": _thumbnail(source, flip["row"])} if source is not None else {})
+        for flip in flips
+    ]
+
+
+def plot(title: str, text: str, draw: Callable[..., None], *given: Any) -> dict[str, str]:
+    """{title, text, svg} of what `draw` draws on a figure from what it is given."""
+    svg = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        draw(figure, *given)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return {"title": title, "text": text, "svg": svg.getvalue()[svg.getvalue().index("<svg") :]}
+
+
+def _by_depth(figure: Figure, rung: dict, precision: str) -> None:
+    axes = figure.subplots()
+    gate = [line for line in rung["lines"] if line["precision"] == "fp64" and _positive(line["difference"])]
+    sites = list(dict.fromkeys(line["name"] for line in rung["lines"]))
+    place = {site: index for index, site in enumerate(sites)}
+    _line(axes, place, gate, "difference", "black", "float64: reference and candidate apart")
+    axes.axhline(GATE, color="black", linestyle=":", linewidth=1, label=f"float64 limit {GATE:.0e}")
+    judged = [line for line in rung["lines"] if line["precision"] == precision and line["reference_error"] is not None]
+    for who, colour in COLOURS.items():
+        _line(axes, place, judged, f"{who}_error", colour, f"{precision}: {who}")
+    forced = rung["details"].get("divergence", {}).get("teacher_forced_errors", {})
+    kept = {site: float(error) for site, error in forced.items() if _positive(error)}
+    if kept:
+        points = [place[site] for site in kept], list(kept.values())
+        axes.plot(*points, "x", color="#ef6c00", label="candidate, fed the reference's input")
+    axes.set(yscale="log", ylabel="relative error")
+    axes.set_xticks(range(len(sites)), sites, rotation=90, fontsize=7 if len(sites) < 30 else 4)
+    _legend(axes)
+
+
+def _gradients(figure: Figure, rung: dict, precision: str) -> None:
+    axes = figure.subplots()
+    judged = [line for line in rung["lines"] if line["precision"] == precision and line["reference_error"]]
+    kinds = {"kernel": ("o", "#1565c0"), "gamma": ("^", "#2e7d32"), "beta": ("v", "#ef6c00"), "bias": ("s", "#6a1b9a")}
+    for kind, (marker, colour) in kinds.items():
+        of_kind = [line for line in judged if line["name"].endswith(kind)]
+        errors = [[float(line[f"{who}_error"]) for line in of_kind] for who in ("reference", "candidate")]
+        axes.scatter(*errors, marker=marker, s=18, color=colour, alpha=0.7, label=f"{kind} ({len(of_kind)})")
+    axes.set(xscale="log", yscale="log", xlabel="error of the reference", ylabel="error of the candidate")
+    ends = np.array([min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])])
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.fill_between(
+        ends, ends / MULTIPLE, ends * MULTIPLE, color="grey", alpha=0.12, label=f"within {MULTIPLE:g} times"
+    )
+    _legend(axes)
+
+
+def _curve(figure: Figure, rung: dict, precision: str) -> None:
+    above, below = figure.subplots(2, 1, sharex=True)
+    losses = rung["details"]["losses"]
+    exact = np.array(losses["fp64"][0])
+    steps = np.arange(len(exact))
+    for name, pair in losses.items():
+        for who, values in zip(("reference", "candidate"), pair, strict=True):
+            style = "-" if name == "fp64" else "--"
+            above.plot(steps, values, style, color=COLOURS[who], linewidth=3 if who == "reference" else 1.2)
+            apart = np.abs(np.subtract(values, exact)) / np.abs(exact)
+            if name != "fp64" or who != "reference":
+                shown = np.where(apart > 0, apart, np.nan)
+                below.plot(steps, shown, f"{style}o", markersize=3, color=COLOURS[who], label=f"{who}, {name}")
+    above.set(ylabel="loss")
+    below.set(xlabel="step", ylabel="relative difference", yscale="log")
+    _legend(below)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the plot, where it hides nothing."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _line(axes: Axes, place: dict[str, int], lines: list[dict], what: str, colour: str, label: str) -> None:
+    lines = [line for line in lines if _positive(line[what])]
+    values = [float(line[what]) for line in lines]
+    if not lines:
+        return
+    axes.plot([place[line["name"]] for line in lines], values, "o-", markersize=3, color=colour, label=label)
+
+
+def _positive(value: Any) -> bool:
+    return value is not None and 0 < float(value) < float("inf")
+
+
+def _thumbnail(source: Source, index: int) -> str:
+    image = decode(source[index]["image"]).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def _accuracy(report: reports.Report) -> dict[str, Any] | None:
+    rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
+    if rung is None or "acc1" not in rung["details"]:
+        return None
+    return rung["details"] | {"sentences": reports.accuracy_sentences(rung["details"])}
+
+
+def _attested(report: reports.Report) -> list[dict[str, Any]]:
+    """[{precision, rows: [(entry, reference, candidate, differ)]}]."""
+    tables = []
+    for precision, pair in report["attestation"]["sides"].items():
+        reference, candidate = pair["reference"], pair["candidate"]
+        entries = dict.fromkeys([*reference, *candidate])
+        rows = [
+            (
+                entry,
+                _plain(reference.get(entry)),
+                _plain(candidate.get(entry)),
+                reference.get(entry) != candidate.get(entry),
+            )
+            for entry in entries
+        ]
+        tables.append({"precision": precision, "rows": rows})
+    return tables
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return "" if value is None else str(value)

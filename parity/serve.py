@@ -1,0 +1,89 @@
+"""The far end of a worker's pipe, in a process that imports one framework: `python -m parity.serve JOB`.
+
+It answers the requests that `sides/worker.py` sends, one JSON object a line on its standard input.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from input_pipeline.errors import RequestError
+from input_pipeline.examples import DatasetError
+from parity.sides.side import Side
+from parity.sides.worker import Progress
+
+
+def main() -> None:
+    """Answers requests until its standard input ends."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries that print do not disturb the conversation
+    job = json.loads(sys.argv[1])
+
+    def reply(**content: Any) -> None:
+        replies.write(json.dumps(content) + "\n")
+
+    def progress(done: int, of: int) -> None:
+        reply(progress=(done, of))
+
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
+    made = concurrent.futures.Future()  # before anything is asked, so that several processes import at once
+    try:
+        made.set_result(_tasks(progress, **job))
+    except Exception as error:
+        made.set_exception(error)
+    while True:
+        request = json.loads(requests.get())
+        try:
+            tasks = made.result()
+            arguments = request["arguments"]
+            fault = arguments.pop("fault", None)
+            with tasks.injected(fault):
+                answer, arrays = getattr(tasks, request["task"])(**arguments)
+            if arrays is not None and job["rank"] == 0:
+                np.savez(request["path"], **arrays)
+            reply(answer=answer, saved=arrays is not None)
+        except (RequestError, DatasetError) as error:
+            reply(refused=str(error))
+        except Exception as error:
+            traceback.print_exc()
+            reply(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+            if job["rank"]:
+                os._exit(1)  # the others, which wait for it, then fail instead
+
+
+def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
+    """The thread that reads standard input while tasks compute. At its end this process and all that it started, such
+    as a DataLoader's workers, are gone: nobody waits for their work."""
+    with open(0, closefd=False) as stream:  # not sys.stdin, whose lock Python wants at its own end
+        for line in stream:
+            requests.put(line)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(0)
+
+
+def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Any:
+    """Imports the one framework that this process is for."""
+    if side["framework"] == "jax":
+        from parity.in_jax.timing import TimedJax
+
+        return TimedJax(Side(**side), precision, weights, progress)
+    from parity.in_torch.timing import TimedTorch
+
+    return TimedTorch(Side(**side), precision, weights, progress, rank=rank, meeting=Path(meeting))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What both sides are given: pictures, files, batches, the draws of augmentation, schedules. No framework's code."""
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bit_jax.model.architecture import Architecture
+from input_pipeline.examples import DatasetError, Example, Source
+from input_pipeline.image_file import read_image_file
+from input_pipeline.preprocess import Views
+from parity.sides import images
+from parity.sides.classes import open_labelled
+
+IDENTIFIED = 500  # examples
+# mixup's weights: a draw of BiT's Beta(0.1, 0.1) is mostly so near 0 or 1, or by chance 1/2, that it would hide faults
+LEAST_WEIGHT, MOST_WEIGHT = 0.1, 0.4
+
+
+def pictures(count: int, height: int, width: int, seed: int) -> np.ndarray:
+    """uint8 [count, height, width, 3]: coloured waves, edges and noise; no channel is like another, no side like its
+    mirror."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    drawn = np.empty((count, height, width, 3))
+    for image in drawn:
+        for channel in range(3):
+            u, v, phase = rng.uniform(-12, 12), rng.uniform(-12, 12), rng.uniform(0, 2 * np.pi)
+            image[..., channel] = 127 + 70 * np.sin(u * x + v * y + phase)
+        top, left = rng.uniform(0, 0.6, 2)
+        image[(y > top) & (y < top + 0.3) & (x > left) & (x < left + 0.3)] = rng.uniform(0, 255, 3)
+        image += rng.normal(0, 12, image.shape)
+    return np.clip(np.round(drawn), 0, 255).astype(np.uint8)
+
+
+def write_files(folder: Path) -> list[Path]:
+    """A few small image files such as datasets hold: colour and grey, JPEG and PNG, high and wide, CMYK, palette."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {
+        "landscape.jpg": (75, 100, "RGB"),
+        "portrait.jpg": (131, 97, "RGB"),
+        "grey.jpg": (64, 90, "L"),
+        "cmyk.jpg": (80, 60, "CMYK"),
+        "palette.png": (50, 71, "P"),
+        "alpha.png": (33, 33, "RGBA"),
+        "tiny.png": (8, 8, "L"),
+    }
+    for seed, (name, (height, width, mode)) in enumerate(shapes.items()):
+        image = Image.fromarray(pictures(1, height, width, seed)[0]).convert(mode)
+        image.save(folder / name, quality=92)
+    return [folder / name for name in shapes]
+
+
+class Files:
+    """Image files as a `Source`; their labels are 0."""
+
+    name = "image files"
+    class_names: Sequence[str] = ("unknown",)
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self._paths = [Path(path) for path in paths]
+        self.labels = np.zeros(len(paths), np.int32)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self._paths[index]
+        return {"image": read_image_file(path), "label": 0, "id": path.name}
+
+
+def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:
+    """What identifies the examples of splits, for the attestation: number, name and a hash over ids and labels of at
+    most `IDENTIFIED` of each, evenly spread.
+
+    Args:
+        splits: (entry of the attestation, dataset, split, data_dir, class names of the head or None).
+    """
+    entries = {}
+    for entry, *asked in splits:
+        source = open_labelled(*asked)
+        chosen = np.linspace(0, len(source) - 1, min(len(source), IDENTIFIED)).astype(int)
+        examples = [source[int(index)] for index in chosen]
+        identity = "\n".join(f"{example['id']} {example['label']}" for example in examples)
+        digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:16]
+        first, last = examples[0]["id"], examples[-1]["id"]
+        entries[entry] = f"{len(source):,} of {source.name}, ids {first} to {last}, hash {digest}"
+    return entries
+
+
+def draws(views: Views, count: int, epochs: int, seed: int) -> list[list[tuple[int, int, bool]]]:
+    """[epoch][example] -> (top, left, mirrored), as the loader documents them: of (seed, epoch, example) alone."""
+
+    def draw(epoch: int, index: int) -> tuple[int, int, bool]:
+        window = views.draw(np.random.default_rng((seed, epoch, index)))
+        return window.top, window.left, window.mirrored
+
+    return [[draw(epoch, index) for index in range(count)] for epoch in range(epochs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Training batches before mixup.
+
+    Attributes:
+        image: uint8 [batches, rows, height, width, 3].
+        label: int32 [batches, rows].
+        weight: float64 [batches], mixup's share of each image itself.
+        ids: of every row's example.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    weight: np.ndarray
+    ids: list[list[str]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"image": self.image, "label": self.label, "weight": self.weight}
+
+
+def joined(parts: Sequence[Batches]) -> Batches:
+    """One after the other."""
+    image, label, weight = (np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "label", "weight"))
+    return Batches(image, label, weight, [ids for part in parts for ids in part.ids])
+
+
+def picture_batch(rows: int, height: int, width: int, num_classes: int, seed: int) -> Batches:
+    """One batch of pictures with arbitrary labels."""
+    label = np.random.default_rng(seed).integers(num_classes, size=(1, rows)).astype(np.int32)
+    ids = [[f"picture {seed}/{row}" for row in range(rows)]]
+    return Batches(pictures(rows, height, width, seed)[None], label, _weights(1, seed), ids)
+
+
+def dataset_batches(source: Source, count: int, rows: int, height: int, width: int, seed: int) -> Batches:
+    """Batches of a dataset's examples in an order that the seed decides, each image resized to height x width."""
+    order = np.random.default_rng(seed).permutation(len(source))
+    chosen = np.resize(order, count * rows)
+    examples = [source[int(index)] for index in chosen]
+    image = np.stack([_resized(images.rgb(example, source.name), height, width) for example in examples])
+    label = np.array([example["label"] for example in examples], np.int32)
+    if label.min() < 0 or label.max() >= len(source.class_names):
+        raise DatasetError(f"{source.name} has examples without a label, which nothing is trained with; choose a split")
+    ids = [str(example["id"]) for example in examples]
+    shape = (count, rows)
+    return Batches(
+        image.reshape(*shape, height, width, 3),
+        label.reshape(shape),
+        _weights(count, seed),
+        [ids[start : start + rows] for start in range(0, count * rows, rows)],
+    )
+
+
+def _resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _weights(count: int, seed: int) -> np.ndarray:
+    """Mixup's weights; float32 numbers, so that every precision is given the same."""
+    drawn = np.random.default_rng(seed).uniform(LEAST_WEIGHT, MOST_WEIGHT, count)
+    return drawn.astype(np.float32).astype(np.float64)
+
+
+def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitude: float) -> np.ndarray:
+    """Factors 1 + u, u uniform in +-amplitude: what an array of that name is multiplied with, to see how much of an
+    error of that relative size comes out at the other end."""
+    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
+    return 1 + amplitude * rng.uniform(-1, 1, shape)
+
+
+def random_weights(path: Path, architecture: str, num_classes: int, seed: int = 0) -> None:
+    """An official `.npz` of random values for R<depth>x<width>, none of them zero or one by rule."""
+
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for key, shape in Architecture.parse(architecture, num_classes).layout.items():
+        if key.endswith("kernel"):
+            values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1])) + 0.01 * rng.standard_normal(
+                shape[-1]
+            )
+        else:
+            values = 0.1 * rng.standard_normal(shape) + key.endswith("gamma")
+        flat[key] = values.astype(np.float32)
+    np.savez(path, **flat)

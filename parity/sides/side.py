@@ -1,0 +1,108 @@
+"""What is compared with what: a framework and how it runs there, as the command line writes it."""
+
+import dataclasses
+import os
+import re
+from typing import Any, Literal
+
+from bit_jax.process import hugepages
+from input_pipeline.errors import RequestError
+
+COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
+SWITCHES = {"jax": ("tuned", "hugepages"), "torch": ("compile", "channels_last", "hugepages")}
+REMAT = ("remat=norm", "remat=unit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+        framework: jax or torch.
+        devices: how many; on a CPU JAX's are virtual, and PyTorch's are processes that share the threads.
+        fsdp: JAX: over how many of them parameters are split.
+        microbatches: JAX: passes that a training step's batch is taken in.
+        remat: JAX: what the backward pass computes again, as train.py's --remat.
+        tuned: JAX: as train.py compiles it: XLA's options, and what is written differently for these devices.
+        hugepages: memory in large pages, as train.py has it on CPUs.
+        flags: JAX: flags of XLA, name=value, beside those of XLA_FLAGS and what `tuned` sets.
+        compile: torch: by torch.compile.
+        channels_last: torch: the layout of images and kernels.
+        model: torch: `package.module:factory` in place of the reference.
+        state_dict: torch: file that the model's parameters are then loaded from.
+    """
+
+    framework: str
+    devices: int = 1
+    fsdp: int = 1
+    microbatches: int = 1
+    remat: Literal["none", "norm", "unit"] = "none"
+    tuned: bool = False
+    hugepages: bool = False
+    flags: tuple[str, ...] = ()
+    compile: bool = False
+    channels_last: bool = False
+    model: str | None = None
+    state_dict: str | None = None
+
+    def __str__(self) -> str:
+        settings = [f"{name}={getattr(self, name)}" for name in COUNTS["jax"] if getattr(self, name) != 1]
+        settings += [f"remat={self.remat}"] if self.remat != "none" else []
+        settings += [word for word in SWITCHES[self.framework] if getattr(self, word)]
+        settings += ["flags=" + "+".join(self.flags)] if self.flags else []
+        name = self.framework + (":" + ",".join(settings) if settings else "")
+        return name + (f" ({self.model})" if self.model else "")
+
+    @property
+    def processes(self) -> int:
+        return self.devices if self.framework == "torch" else 1
+
+    def fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def environment(self, precision: str) -> dict[str, str]:
+        """Of its process. float64, the gate, runs on the CPU whatever else there is."""
+        variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+        variables |= hugepages.environment() if self.hugepages else {}
+        if self.framework == "jax":
+            # the other framework needs its share of the GPU's memory
+            variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            virtual = f"xla_force_host_platform_device_count={self.devices}"
+            flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in (virtual, *self.flags))]
+            variables |= {"XLA_FLAGS": " ".join(flags).strip()}
+            variables |= {"JAX_PLATFORMS": "cpu"} if precision == "fp64" else {}
+        return variables
+
+
+def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None) -> Side:
+    """`torch`, `torch:compile,channels_last`, `jax:tuned`, or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
+
+    Raises:
+        RequestError: it is of another form, or the counts do not fit each other.
+    """
+    framework, _, rest = text.partition(":")
+    settings = rest.split(",") if rest else []
+    fields = [_field(framework, setting) for setting in settings]
+    if framework not in COUNTS or None in fields:
+        raise RequestError(
+            f"side {text!r} is neither torch[:devices=N,compile,channels_last,hugepages] "
+            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages,flags=NAME=VALUE+NAME=VALUE]"
+        )
+    side = Side(framework, **dict(field for field in fields if field))
+    if side.devices % side.fsdp:
+        raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
+    return dataclasses.replace(side, model=model, state_dict=state_dict) if framework == "torch" else side
+
+
+def _field(framework: str, setting: str) -> tuple[str, Any] | None:
+    """(name, value) of one of the framework's settings."""
+    name, _, value = setting.partition("=")
+    if name in COUNTS.get(framework, ()) and re.fullmatch(r"[1-9]\d*", value):
+        return name, int(value)
+    if setting in SWITCHES.get(framework, ()):
+        return name, True
+    if framework == "jax" and setting in REMAT:
+        return name, value
+    if framework == "jax" and name == "flags" and value:
+        return name, tuple(value.split("+"))
+    return None

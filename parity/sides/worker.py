@@ -1,0 +1,143 @@
+"""One framework in a process of its own: `Worker` is the near end, `parity/serve.py` the far one.
+
+The near end writes requests, one JSON object a line, to the far end's standard input; the far end runs the named task,
+leaves arrays in a file, and answers in JSON on its standard output. Whatever else it prints goes to its log. When its
+standard input ends, because the near end is done or was killed, the far end is gone at once, in the middle of a task
+too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.errors import RequestError, RunFailed
+from parity.sides.side import Side
+
+LOG_TAIL = 3  # lines of a dead worker's log that are repeated
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+# a program that is compiled again in the same comparison, as where a fault leaves it untouched, is taken from a file
+_COMPILED_ONCE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+
+
+class Arrays:
+    """{name: array} in a file; arrays are read when they are asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = np.load(path)
+        self.names: list[str] = self._file.files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def close(self) -> None:
+        self._file.close()
+
+    def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(name without the prefix, array)."""
+        for name in self.names:
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), self[name]
+
+
+class Worker:
+    """Starts the process, or one for each of PyTorch's devices, of which the first answers; each `ask` waits for one
+    task.
+
+    Attributes:
+        side, precision: what runs there.
+        folder: receives its files and its log.
+    """
+
+    def __init__(self, side: Side, precision: str, weights: Path, folder: Path):
+        self.side, self.precision, self.folder = side, precision, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        job = {"side": side.fields(), "precision": precision, "weights": str(weights), "meeting": str(folder / "meet")}
+        self._log = folder / "log.txt"
+        environment = (
+            _COMPILED_ONCE
+            | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
+            | {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
+            | os.environ
+            | side.environment(precision)
+        )
+        with open(self._log, "wb") as log:
+            self._process, *self._others = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "parity.serve", json.dumps(job | {"rank": rank})],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    stderr=log,
+                    env=environment,
+                    text=True,
+                )
+                for rank in range(side.processes)
+            ]
+
+    def ask(self, task: str, *, save_as: str, progress: Progress, **arguments: Any) -> "Answer":
+        """Runs one task there; its arrays go to a file of the name `save_as`.
+
+        Raises:
+            RequestError: what was asked for cannot be done.
+            RunFailed: the task failed or the process died.
+        """
+        assert self._process.stdout is not None
+        path = self.folder / f"{save_as}.npz"
+        request = json.dumps({"task": task, "path": str(path), "arguments": arguments}, default=str)
+        for process in (self._process, *self._others):
+            assert process.stdin is not None
+            try:
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise self._failure(task, f"died with exit code {process.wait()}") from None
+        for line in self._process.stdout:
+            reply = json.loads(line)
+            if "progress" in reply:
+                progress(*reply["progress"])
+            elif "refused" in reply:
+                raise RequestError(reply["refused"])
+            elif "failed" in reply:
+                raise self._failure(task, reply["failed"])
+            else:
+                return Answer(reply["answer"], Arrays(path) if reply["saved"] else None)
+        raise self._failure(task, f"died with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        for process in (self._process, *self._others):
+            process.kill()
+            process.communicate()
+
+    def _failure(self, task: str, what: str) -> RunFailed:
+        tail = " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL:])
+        return RunFailed(f"{self.side} in {self.precision}, task {task}: {what} ({self._log}: {tail})")
+
+
+class Answer:
+    """What a task returned, and the arrays that it saved."""
+
+    def __init__(self, info: Any, arrays: Arrays | None):
+        self.info = info
+        self._arrays = arrays
+
+    @property
+    def arrays(self) -> Arrays:
+        assert self._arrays is not None, "the task saved no arrays"
+        return self._arrays
+
+    def discard(self) -> None:
+        """Removes the file; the arrays can no longer be read."""
+        if self._arrays is not None:
+            self._arrays.close()
+            self._arrays.path.unlink(missing_ok=True)

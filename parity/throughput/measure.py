@@ -1,0 +1,493 @@
+"""XLA against PyTorch on the same work: first whether an arm computes the right thing, then how fast."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+import tyro
+from rich.console import Console
+
+from bit_jax import zoo
+from bit_jax.model import weights
+from input_pipeline import terminal
+from input_pipeline.bench import CROP, RESIZE_TO
+from input_pipeline.errors import RequestError, RunFailed
+from input_pipeline.files import write_json
+from input_pipeline.flags import UserPath
+from input_pipeline.sources import open_source
+from input_pipeline.terminal import printable
+from parity import faults
+from parity.ladder.ladder import RANDOM, ULP, working_folder
+from parity.ladder.verdict import MULTIPLE, Line, Look, Verdict, calibrated, look, look_again
+from parity.report import saved
+from parity.sides import clock, flops, inputs
+from parity.sides.side import Side, parse_side
+from parity.sides.worker import Answer, Worker
+from parity.throughput import report as throughput_report
+
+RANDOM_CLASSES = 1000
+BATCHES = 3  # that are worked on in turn
+# Of the gate's steps. At a rate that trains, 0.003, a random R50x1's third loss is chaotic: right arms err by 7e-5 to
+# 3.4e-4, and the luckiest was the measure of the others. At this one they err by at most a quarter of what is allowed.
+GATE_LR = 1e-4
+ORACLE = Side("torch")  # which computes in float64
+DISTURBANCES = 3
+LOSSES_AGREE = 0.02  # relative; of `--gate losses`
+LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """What is measured; every default stands here once."""
+
+    weights: str = "random:R50x1"
+    """As of the other commands: a published name, an .npz, `embedded`, or random:R50x1."""
+    work: Literal["train", "forward", "loop"] = "train"
+    """A step of training (forward pass, gradients, SGD with momentum), the forward pass alone, or the whole loop:
+    reading, decoding and augmenting images, mixup, training, and an evaluation."""
+    folder: UserPath | None = None
+    """Of a loop's images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
+    steps: int = 30
+    """Of training, in a loop."""
+    size: int = 128
+    """Side of the images."""
+    rows: int = 8
+    """Images a batch, of all devices together."""
+    gate_rows: int | None = None
+    """Fewer images for the accuracy gate, which also computes in float64 on the CPU: for large models and batches."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    arms: tuple[str, ...] = (
+        "torch",
+        "torch:channels_last",
+        "torch:compile",
+        "torch:compile,channels_last",
+        "torch:compile,hugepages",
+        "torch:compile,channels_last,hugepages",
+        "jax",
+        "jax:tuned",
+        "jax:tuned,hugepages",
+    )
+    """Sides as of the other commands; `torch` and `jax`, with devices=N or without, are the frameworks' defaults."""
+    processes: int = 3
+    """Of each arm, one after the other, in turns with the other arms'."""
+    seconds: float = 10.0
+    """That each process is timed, behind compilation and warm-up; not in a loop."""
+    together: bool = False
+    """Start one process of each arm, keep all of them, and time them in turns, `--processes` times: compiles once. On
+    GPUs whose memory holds all arms."""
+    gate: Literal["float64", "losses"] = "float64"
+    """What an arm must pass. float64: its losses are float64's up to rounding. losses: the loss of its first call is
+    PyTorch's within 2 %: for work too large for float64. `parity gradients` judges the same model in full."""
+    seed: int = 0
+    """Of weights, images and labels."""
+    json: UserPath | None = None
+    """Write the measurements here."""
+    html: UserPath | None = None
+    """Write a page with plots here."""
+    compare: UserPath | None = None
+    """An earlier --json: what became slower ends in exit code 1."""
+
+    fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected into its framework's arms, see `faults.py`
+
+    def check(self) -> None:
+        """Raises RequestError for what cannot be measured."""
+        for flag in ("size", "rows", "processes", "seconds", "steps"):
+            if getattr(self, flag) <= 0:
+                raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
+        for flag, rows in (("--rows", self.rows), ("--gate-rows", self.checked_rows)):
+            for arm, side in self.sides.items():
+                unit = 2 * side.devices * side.microbatches  # mixup pairs neighbours
+                if rows <= 0 or rows % unit:
+                    raise RequestError(f"{flag} {rows} must be a multiple of {unit}: {arm} needs even rows a device")
+        if "torch" not in {side.framework for side in self.sides.values()}:
+            raise RequestError("--arms needs one of PyTorch, which the others' errors are compared with")
+        if (self.work == "loop") != (self.folder is not None):
+            raise RequestError("--work loop needs --folder, and nothing else takes it")
+        if self.work == "loop" and self.together:
+            raise RequestError("--work loop takes no --together: its images would be read at once")
+        if self.work == "loop" and self.gate == "losses":
+            raise RequestError("--work loop takes no --gate losses: its batches are drawn by each framework's loader")
+        if self.folder is not None:
+            wanted = clock.EVALUATED * self.rows
+            if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
+                raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
+        if self.compare is not None and not self.compare.exists():
+            raise RequestError(f"--compare {self.compare} does not exist")
+        for path in (self.json, self.html):
+            if path is not None:
+                saved.writable(path)
+
+    @property
+    def checked_rows(self) -> int:
+        return self.rows if self.gate_rows is None else self.gate_rows
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        return {arm: parse_side(arm) for arm in self.arms}
+
+
+def measure(options: Throughput, console: Console) -> dict[str, Any]:
+    """Everything that is reported, in JSON's types.
+
+    An arm whose process fails, by running out of memory say, is left out, which the report says; the others go on.
+
+    Raises:
+        RunFailed: no arm computes the right thing, or none is left.
+    """
+    with working_folder() as folder:
+        bench = _Bench(options, folder)
+        gate = bench.gate(console) if options.gate == "float64" else {}
+        for arm, line in gate.items():
+            if line.verdict == "bug":
+                console.print(f"{arm} is not timed: {line.note}", style="bold red")
+        wrong = [arm for arm, line in gate.items() if line.verdict == "bug"]
+        arms = [arm for arm in bench.sides if arm not in (*wrong, *bench.failed)]
+        if not arms and not wrong:
+            raise bench.no_arm_left()
+        if not arms:
+            raise RunFailed("no arm's loss is float64's up to rounding; there is nothing to time")
+        ceilings: Ceilings = {}
+        rounds = (_together if options.together else _one_by_one)(bench, arms, ceilings, console)
+        measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+        for number, arm, times in rounds:
+            measured[arm].append(times)
+            console.print(f"{number + 1}/{options.processes}  {arm}: {_rate(options, times):.2f} images/s")
+        measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
+        if not measured:
+            raise bench.no_arm_left()
+        if options.gate == "losses":
+            gate = _same_losses(options, {arm: times[0]["losses"] for arm, times in measured.items()})
+        return _report(options, bench, gate, measured, ceilings)
+
+
+Round = tuple[int, str, dict[str, Any]]  # (its number, arm, what was timed)
+Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): of products, each time they were timed}
+
+
+def _one_by_one(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
+    """A new process for each arm in each round."""
+    for number in range(bench.options.processes):
+        for arm in _in_turn(arms, number):
+            side = bench.sides[arm]
+            with bench.may_fail(arm, console), bench.process(side, bench.options.precision, "timed") as ask:
+                times = ask(f"{bench.options.work}_time", **bench.timed).info
+                ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
+                yield number, arm, times
+
+
+def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
+    """One process for each arm, all of them there from the first round to the last; only one works at a time."""
+    options = bench.options
+    with contextlib.ExitStack() as stack:
+        asks = {arm: stack.enter_context(bench.process(bench.sides[arm], options.precision, "timed")) for arm in arms}
+        firsts: dict[str, dict[str, Any]] = {}
+        for arm, ask in asks.items():
+            of = bench.sides[arm].framework, bench.sides[arm].devices
+            with bench.may_fail(arm, console):
+                firsts[arm] = ask(f"{options.work}_time", **(bench.timed | {"seconds": 0})).info
+                if of not in ceilings:
+                    ceilings[of] = [ask("ceiling").info]
+                console.print(f"{arm} has compiled, {firsts[arm]['first']:.0f} s")
+        for number in range(options.processes):
+            for arm in _in_turn([arm for arm in firsts if arm not in bench.failed], number):
+                with bench.may_fail(arm, console):
+                    yield number, arm, firsts[arm] | asks[arm]("again", seconds=options.seconds).info
+
+
+def _same_losses(options: Throughput, losses: dict[str, list[float]]) -> dict[str, Line]:
+    """{arm: whether its first loss is what the arms of PyTorch say in their median}. Later ones depend on rounding too
+    much: of a random R14x0.5 in float32 the third differs by 2 %."""
+    firsts = {arm: own[0] for arm, own in losses.items()}
+    agreed = statistics.median(loss for arm, loss in firsts.items() if parse_side(arm).framework == "torch")
+    lines = {}
+    for arm, own in firsts.items():
+        apart = abs(own / agreed - 1)
+        right = apart <= LOSSES_AGREE  # not where it is NaN
+        verdict: Verdict = "rounding" if right else "bug"
+        note = "" if right else f"its first loss is {own:.6g}, PyTorch's {agreed:.6g}"
+        lines[arm] = Line("loss", arm, options.precision, verdict, apart, LOSSES_AGREE, note=note)
+    return lines
+
+
+class _Bench:
+    """The files that arms are given, and their processes.
+
+    Attributes:
+        failed: {arm: why}, of those that a process of theirs failed.
+    """
+
+    def __init__(self, options: Throughput, folder: Path):
+        self.options, self.folder = options, folder
+        self.weight_file = folder / "random.npz"
+        if options.weights.startswith(RANDOM):
+            inputs.random_weights(self.weight_file, options.weights.removeprefix(RANDOM), RANDOM_CLASSES, options.seed)
+        else:
+            self.weight_file = zoo.find(options.weights).absolute()
+        self.architecture, _ = weights.read(self.weight_file)
+        if options.folder is not None:
+            classes = len(open_source(f"folder:{options.folder}", "train").class_names)
+            if classes > self.architecture.num_classes:
+                raise RequestError(
+                    f"--folder {options.folder} has {classes} classes, more than "
+                    f"the {self.architecture.num_classes} of --weights {options.weights}"
+                )
+        self.sides = options.sides
+        self.failed: dict[str, str] = {}
+        self._started = 0
+        self._float64 = self.process(ORACLE, "fp64", "gate")
+        self.checked = self._batches(options.checked_rows)
+        self.mixed = self.checked if options.checked_rows == options.rows else self._batches(options.rows)
+
+    def _batches(self, rows: int, look: int = 0) -> Path:
+        """A file of so many images in each of the batches, normalized and mixed; every look has others."""
+        options, classes = self.options, self.architecture.num_classes
+        seeds = [options.seed + look * BATCHES + number for number in range(BATCHES)]
+        batches = [inputs.picture_batch(rows, options.size, options.size, classes, seed) for seed in seeds]
+        given = self.folder / f"batches of {rows}, {look}.npz"
+        arrays: dict[str, Any] = inputs.joined(batches).arrays()
+        np.savez(given, **arrays)
+        return self._float64("mix", batches=given).arrays.path
+
+    @property
+    def timed(self) -> dict[str, Any]:
+        """What the task of the clock is given."""
+        options = self.options
+        if options.folder is None:
+            return {"mixed": self.mixed, "count": BATCHES, "seconds": options.seconds}
+        resize = round(options.size * RESIZE_TO / CROP)
+        shown = {"resize": resize, "crop": options.size, "rows": options.rows}
+        return {"folder": f"folder:{options.folder.absolute()}", "steps": options.steps, **shown}
+
+    def process(self, side: Side, precision: str, phase: str) -> "_Asking":
+        """One process of an arm; what it compiles is kept for its later ones of the same phase."""
+        self._started += 1
+        folder = self.folder / phase / re.sub(r"\W", "_", str(side)) / f"{self._started:03d}"
+        return _Asking(Worker(side, precision, self.weight_file, folder))
+
+    @contextlib.contextmanager
+    def may_fail(self, arm: str, console: Console) -> Iterator[None]:
+        """Within the block a failed process is noted, and the block left."""
+        try:
+            yield
+        except RunFailed as error:
+            self.failed[arm] = str(error)
+            console.print(f"{arm} failed: {printable(error)}", style="bold red")
+
+    def no_arm_left(self) -> RunFailed:
+        return RunFailed(f"every arm failed: {next(iter(self.failed.values()))}")
+
+    def gate(self, console: Console) -> dict[str, Line]:
+        """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
+        against the best of the other arms. Arms in doubt are looked at again, on other batches."""
+
+        def again(number: int, doubtful: list[str]) -> dict[str, Look]:
+            console.print(
+                f"{', '.join(doubtful)}: beyond the limit, by chance perhaps; looking again, at other batches"
+            )
+            others = [arm for arm in self.sides if arm not in (*doubtful, *self.failed)]
+            looks = self._look(number, doubtful + others[:1], console)
+            return {arm: look for arm, look in looks.items() if arm in doubtful}
+
+        def judge(arm: str, looks: list[Look]) -> Line:
+            line = calibrated("loss", arm, self.options.precision, looks)
+            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
+                line = dataclasses.replace(line, verdict="rounding", note="")
+            return line
+
+        with self._float64:
+            lines = look_again(self._look(0, list(self.sides), console), again, judge)
+        return {line.name: line for line in lines if line.name not in self.failed}
+
+    def _look(self, number: int, arms: Sequence[str], console: Console) -> dict[str, Look]:
+        """How much each arm's losses err on one set of batches."""
+        precision = self.options.precision
+        amplitude = MULTIPLE * ULP[precision]
+        batches = self._batches(self.options.checked_rows, number) if number else self.checked
+        exact = self._losses(self._float64, batches)
+        seeds = [(self.options.seed, number, draw) for draw in range(DISTURBANCES)]
+        disturbed = [self._losses(self._float64, batches, disturb=(seed, amplitude)) for seed in seeds]
+        losses = {}
+        for arm in arms:
+            side = self.sides[arm]
+            fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
+            with self.may_fail(arm, console), self.process(side, precision, "gate") as ask:
+                losses[arm] = self._losses(ask, batches, fault=fault)
+        looks = {}
+        for arm, found in losses.items():
+            others = [other for name, other in losses.items() if name != arm] or [found]
+            best = min(others, key=lambda other: float(np.abs(other - exact).max()))
+            looks[arm] = look([exact], [best], [found], [[one] for one in disturbed])
+            console.print(f"{arm}: its loss is {looks[arm].candidate[0]:.1e} off float64's")
+        return looks
+
+    def _losses(self, ask: "_Asking", batches: Path, **more: Any) -> np.ndarray:
+        if self.options.work == "forward":
+            return ask("loss", mixed=batches, **more).arrays["loss of each row"]
+        training = {"schedule": clock.SCHEDULE | {"base_lr": GATE_LR}, "momentum": clock.MOMENTUM, "count": BATCHES}
+        return ask("curve", mixed=batches, **training, **more).arrays["losses"]
+
+
+class _Asking:
+    """A worker's tasks, for as long as the block lasts."""
+
+    def __init__(self, worker: Worker):
+        self._worker, self._asked = worker, 0
+
+    def __enter__(self) -> "_Asking":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._worker.close()
+
+    def __call__(self, task: str, **arguments: Any) -> Answer:
+        self._asked += 1
+        return self._worker.ask(task, save_as=f"{self._asked} {task}", progress=lambda done, of: None, **arguments)
+
+
+def _in_turn(arms: Sequence[str], process: int) -> Iterator[str]:
+    """Each arm once, starting with another one each time, so that none always runs on the warmest machine."""
+    return (arms[(place + process) % len(arms)] for place in range(len(arms)))
+
+
+def _report(
+    options: Throughput,
+    bench: _Bench,
+    gate: dict[str, Line],
+    measured: dict[str, list[dict[str, Any]]],
+    ceilings: "Ceilings",
+) -> dict[str, Any]:
+    """`ceilings` are those of each framework, on so many devices."""
+    count = flops.forward if options.work == "forward" else flops.training_step
+    per_image = count(bench.architecture, options.size, options.size)
+    reached = {of: statistics.median(rates) for of, rates in ceilings.items()}
+    arms = {}
+    for arm, processes in measured.items():
+        ceiling = max(rate for (_, devices), rate in reached.items() if devices == bench.sides[arm].devices)
+        arms[arm] = _arm(options, processes, per_image, ceiling)
+    return {
+        "command": shlex.join(["python", "-m", "parity", *sys.argv[1:]]),
+        "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": machine(),
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
+        "failed": bench.failed,
+        "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
+        "flops_per_image": per_image,
+        "matrix_product_flops": {str(Side(*of)): rate for of, rate in reached.items()},
+        "arms": arms,
+        "ratios": _ratios(options, bench.sides, arms),
+    }
+
+
+def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
+    rates = [_rate(options, process) for process in processes]
+    again = [] if options.together else processes[1:]
+    return {
+        "images_per_s": statistics.median(rates),
+        "images_per_s_of_processes": rates,
+        "mfu": statistics.median(rates) * per_image / ceiling,
+        "compile_cold": processes[0]["first"],
+        "compile_cached": statistics.median([process["first"] for process in again]) if again else None,
+        "memory_gib": max(process["memory"] for process in processes),
+        "memory_of": processes[0]["memory of"],
+        "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
+        "calls": [process["calls"] for process in processes],
+    } | {name: [process[name] for process in processes] for name in LOOP if name in processes[0]}
+
+
+def _rate(options: Throughput, times: dict[str, Any]) -> float:
+    """Images/s of one process: of the median call, or of the loop's training with its input."""
+    return times["p_train"] if options.work == "loop" else options.rows / statistics.median(times["calls"])
+
+
+def _ratios(options: Throughput, sides: dict[str, Side], arms: dict[str, Any]) -> dict[str, Any]:
+    """JAX over PyTorch on as many devices, by process: those that ran in the same turn are compared."""
+
+    def best(framework: str, devices: int, figure: str) -> str | None:
+        own = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
+        return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
+
+    figures = {"": "images_per_s_of_processes"}
+    if options.work == "loop":
+        figures |= {"with evaluation, ": "p_whole", "evaluation alone, ": "evaluation"}
+    counts = sorted({sides[arm].devices for arm in arms})
+    ratios = {}
+    for devices, (of, figure) in itertools.product(counts, figures.items()):
+        of = of if devices == 1 else f"{devices} devices, {of}"
+        pairs = {
+            f"{of}best against best": (best("jax", devices, figure), best("torch", devices, figure)),
+            f"{of}default against default": (str(Side("jax", devices)), str(Side("torch", devices))),
+        }
+        for what, (jax, torch) in pairs.items():
+            if jax in arms and torch in arms:
+                found = [one / other for one, other in zip(arms[jax][figure], arms[torch][figure], strict=True)]
+                ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
+    return ratios
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on, by the operating system, the driver and the installed packages: no framework is imported
+    for it."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        "gpus": _gpus(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"),
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def _gpus() -> list[str]:
+    """Names of NVIDIA's GPUs, by the driver's own tool."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):  # there is no driver
+        return []
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def run(options: Throughput) -> bool:
+    """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
+    options.check()
+    console = terminal.console()
+    old = throughput_report.load(options.compare) if options.compare else None
+    differing = [
+        name
+        for name in ("weights", "work", "size", "rows", "precision")
+        if old is not None and old["options"][name] != getattr(options, name)
+    ]
+    if old is not None and differing:
+        raise RequestError(
+            f"--compare {options.compare} measured other work: --{differing[0]} {old['options'][differing[0]]}"
+        )
+    measured = measure(options, terminal.console(stderr=True))
+    throughput_report.show(measured, console)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, measured)
+    if options.html is not None:
+        throughput_report.write_page(measured, options.html)
+    holds = not measured["failed"] and all(line["verdict"] != "bug" for line in measured["gate"].values())
+    return holds and not (old is not None and throughput_report.slower(measured, old, console))

@@ -24,20 +24,13 @@ def once(device: str, remat: str) -> dict[str, float]:
     """Seconds of each phase, in this process."""
     from bit_jax import plan
     from bit_jax.scale.sharding import make_mesh
-    from bit_jax.training import hyperrule, program
 
     request = plan.Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
-    if device == "cpu":
-        cfg, mesh = request.config(), make_mesh()
-        recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
-        architecture = request.architecture()
-        steps = program.make_steps(cfg, recipe, architecture, global_batch=request.batch_per_device, mesh=mesh)
-    else:
-        steps, mesh = request.steps(plan.UNLIMITED)
+    steps = request.steps_on(make_mesh()) if device == "cpu" else request.steps(plan.UNLIMITED)
     start = time.perf_counter()
     lowered = steps.lower_train_step()
     traced = time.perf_counter()
-    lowered.compile(compiler_options=program.compiler_options(mesh))
+    lowered.compile(compiler_options=steps.target.compiler_options)
     return {"trace and lower": traced - start, "compile": time.perf_counter() - traced}
 
 

@@ -42,15 +42,12 @@ def once(point: dict[str, Any]) -> dict[str, float]:
 
     from bit_jax import plan
     from bit_jax.scale.sharding import make_mesh
-    from bit_jax.training import hyperrule, program
 
     request = plan.Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
     )
-    cfg, mesh = request.config(), make_mesh(jax.devices()[:1])
-    recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
-    made = program.make_steps(cfg, recipe, request.architecture(), global_batch=point["batch"], mesh=mesh)
-    step = made.lower_train_step().compile(compiler_options=program.compiler_options(mesh))
+    made = request.steps_on(make_mesh(jax.devices()[:1]))
+    step = made.lower_train_step().compile(compiler_options=made.target.compiler_options)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 0

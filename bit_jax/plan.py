@@ -24,10 +24,12 @@ from bit_jax.compiled import hlo
 from bit_jax.compiled.gpus import GIB, Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
 from bit_jax.model.architecture import Architecture
+from bit_jax.model.precision import PRECISIONS
 from bit_jax.model.resnetv2 import Remat
 from bit_jax.scale import sharding
 from bit_jax.training import figures, hyperrule
-from bit_jax.training.program import Steps, compiler_options, make_steps
+from bit_jax.training.program import Steps, make_steps
+from bit_jax.training.target import Target
 from bit_jax.zoo import published
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
@@ -97,7 +99,7 @@ class Request:
             scale=ScaleConfig(self.mesh, self.remat, self.microbatches),
         )
 
-    def steps(self, memory: int) -> tuple[Steps, Mesh]:
+    def steps(self, memory: int) -> Steps:
         """The steps of train.py on GPUs with so many bytes of memory."""
         try:
             topology = topologies.get_topology_desc(
@@ -109,12 +111,22 @@ class Request:
                 "pip install 'bit-jax[plan]'"
             ) from None
         fsdp = sharding.parse_mesh(self.mesh, len(topology.devices))
-        mesh, cfg = sharding.make_mesh(topology.devices, fsdp=fsdp), self.config()
+        return self.steps_on(sharding.make_mesh(topology.devices, fsdp=fsdp))
+
+    def steps_on(self, mesh: Mesh) -> Steps:
+        """The steps of train.py on these devices, whatever they are."""
+        cfg = self.config()
         global_batch = sharding.global_batch_size(
             mesh, global_batch=0, batch_per_device=self.batch_per_device, microbatches=self.microbatches
         )
-        recipe = hyperrule.recipe(cfg, train_examples=IMAGENET_EXAMPLES, native_area=IMAGENET_AREA)
-        return make_steps(cfg, recipe, self.architecture(), global_batch=global_batch, mesh=mesh), mesh
+        return make_steps(
+            Target(mesh, PRECISIONS[self.precision], self.remat, self.microbatches),
+            self.architecture(),
+            hyperrule.recipe(cfg, train_examples=IMAGENET_EXAMPLES, native_area=IMAGENET_AREA),
+            momentum=cfg.optimizer.momentum,
+            seed=cfg.run.seed,
+            global_batch=global_batch,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +142,8 @@ class Compiled:
     @classmethod
     def of(cls, request: Request, memory: int) -> "Compiled":
         start = time.perf_counter()
-        steps, mesh = request.steps(memory)
-        executable = steps.lower_train_step().compile(compiler_options=compiler_options(mesh))
+        steps = request.steps(memory)
+        executable = steps.lower_train_step().compile(compiler_options=steps.target.compiler_options)
         analysis: Any = executable.memory_analysis()
         return cls(
             module=hlo.Module(executable.as_text() or ""),

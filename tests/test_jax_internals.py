@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from bit_jax.launch import free_port
-from bit_jax.training.program import compiler_options
+from bit_jax.model.precision import PRECISIONS
+from bit_jax.training.target import Target
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = {"bit_jax/scale/jax_internals.py": {"jax._src"}}
@@ -91,7 +92,7 @@ def test_the_service_is_where_jax_is_told_to_have_it():
 def test_xla_knows_the_options_for_gpus():
     """Those for CPUs are given to it by most other tests."""
     gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 2), size=2, shape={"fsdp": 1})
-    options = compiler_options(gpus, deterministic=True)
+    options = Target(gpus, PRECISIONS["fp32"], deterministic=True).compiler_options
     assert len(options) > 5
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
     command = [sys.executable, "-c", "import jax; jax.devices()"]

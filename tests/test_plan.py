@@ -1,5 +1,6 @@
 """Reading compiled modules, and compiling for a GPU that is not here."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 from bit_jax import plan
 from bit_jax.compiled import hlo
 from bit_jax.compiled.gpus import ACCELERATORS
-from bit_jax.training.program import compiler_options
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -132,8 +132,8 @@ def test_a_plan_on_the_command_line(tmp_path):
 @pytest.mark.slow
 def test_xla_compiles_deterministic_steps_for_gpus():
     request = plan.Request(model="R14x0.5", device="h100-80g", crop=32, classes=10)
-    steps, mesh = request.steps(plan.UNLIMITED)
-    options = compiler_options(mesh, deterministic=True)
+    steps = request.steps(plan.UNLIMITED)
+    options = dataclasses.replace(steps.target, deterministic=True).compiler_options
     assert "xla_gpu_deterministic_ops" in options
     for lowered in (steps.lower_train_step(), steps.lower_eval_step()):
         program = lowered.compile(compiler_options=options).as_text()

@@ -9,10 +9,12 @@ from jax.experimental.layout import Format, Layout
 
 from bit_jax.config import FLAGPERF
 from bit_jax.model import weights
+from bit_jax.model.precision import PRECISIONS, choose
 from bit_jax.scale import sharding
 from bit_jax.training import hyperrule
 from bit_jax.training.checkpoint import Checkpoints
-from bit_jax.training.program import compile_program, compiler_options
+from bit_jax.training.program import compile_program, make_steps
+from bit_jax.training.target import Target
 
 ROWS, SIDE = 4, 16
 OUTPUTS_FIRST = (3, 0, 1, 2)
@@ -35,13 +37,10 @@ def outputs_first(monkeypatch):
 
 
 def program_of(architecture, mesh):
-    cfg = dataclasses.replace(
-        FLAGPERF,
-        model=dataclasses.replace(FLAGPERF.model, precision="fp64"),
-        data=dataclasses.replace(FLAGPERF.data, crop=SIDE),
-    )
+    cfg = dataclasses.replace(FLAGPERF, data=dataclasses.replace(FLAGPERF.data, crop=SIDE))
     recipe = hyperrule.recipe(cfg, train_examples=100, native_area=SIDE**2)
-    return compile_program(cfg, recipe, architecture, global_batch=ROWS, mesh=mesh)
+    target = Target(mesh, choose("fp64"))
+    return compile_program(make_steps(target, architecture, recipe, momentum=0.9, seed=0, global_batch=ROWS))
 
 
 def batch_on(mesh, seed):
@@ -100,5 +99,5 @@ def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, 
 
 
 def test_deterministic_changes_nothing_on_cpus():
-    mesh = sharding.make_mesh()
-    assert compiler_options(mesh, deterministic=True) == compiler_options(mesh)
+    target = Target(sharding.make_mesh(), PRECISIONS["fp32"])
+    assert dataclasses.replace(target, deterministic=True).compiler_options == target.compiler_options

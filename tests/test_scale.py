@@ -1,17 +1,23 @@
 """Every mesh, micro-batching and rematerialization computes the same run: float64, several steps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bit_jax import config
 from bit_jax.model import weights
 from bit_jax.scale import sharding
 from bit_jax.training import steps
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.optimizer import sgd
-from bit_jax.training.program import abstract_state
+from bit_jax.training.program import abstract_state, lower_step
+from bit_jax.training.run import Run
 from input_pipeline.errors import RequestError
+from parity.in_jax.tasks import JaxSide
+from parity.sides.side import parse_side
 
 ROWS, SIDE, STEPS = 32, 16, 3
 
@@ -48,6 +54,30 @@ def run(small_npz, *, devices=1, fsdp=1, microbatches=1, remat="none", paced=Fal
         kernel = state.params["block4"]["unit01"]["b"]["standardized_conv2d"]["kernel"]
         assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // fsdp}
     return jax.tree.map(np.asarray, (state.params, state.opt_state)), losses
+
+
+def test_a_comparison_judges_the_very_program_that_is_trained(small_npz, tmp_path):
+    """`parity --candidate jax:tuned,devices=8,fsdp=4,remat=norm` against train.py with the same flags."""
+    cfg = dataclasses.replace(
+        config.DIGITS,
+        model=config.ModelConfig(str(small_npz), precision="bf16"),
+        scale=config.ScaleConfig(mesh="data=2,fsdp=4", remat="norm"),
+        run=config.RunConfig(tmp_path / "run"),
+    )
+    made = Run.of(cfg).steps()
+    rows, side, classes = cfg.data.global_batch, cfg.data.crop, 10
+    shapes = {"images": (rows, side, side, 3), "targets": (rows, classes)}
+    split = sharding.batch_sharding(made.target.mesh)
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in shapes.values()]
+    trained = lower_step(made.update_step, made.state, *like)
+    side_of_parity = JaxSide(parse_side("jax:tuned,devices=8,fsdp=4,remat=norm"), "bf16", small_npz, print)
+    schedule = dataclasses.asdict(Run.of(cfg).recipe.schedule)
+    judged = side_of_parity.training(schedule, cfg.optimizer.momentum).lower(*like)
+    assert side_of_parity.target.compiler_options == made.target.compiler_options
+    # StableHLO without the places in the source that it comes from
+    assert judged.as_text() == trained.as_text()
+    assert "all_gather" not in trained.as_text()  # the partitioner makes them; what it is told is in the text
+    assert trained.as_text().count("sharding_constraint") + trained.as_text().count("@Sharding") > 2 * 14
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_the_log_says_which_side_waits():
     log: Any = SimpleNamespace(note=said.append)
     unused: Any = None
     timeline = Timeline()
-    loop = Loop(*(unused,) * 9, timeline, log)
+    loop = Loop(unused, unused, unused, unused, timeline, log)
     for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
         timeline.seconds.update(input=waited, reading=waited, steps=stepped)
         loop.say_who_waits()
@@ -285,7 +285,7 @@ def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypat
     clock = [0.0]
     monkeypatch.setattr("bit_jax.training.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     unused: Any = None
-    loop = Loop(*(unused,) * 9, Timeline(), unused)
+    loop = Loop(unused, unused, unused, unused, Timeline(), unused)
     begun: deque[Begun] = deque()
     ends = [None, 3.0, 14.0, 20.0]  # of the step under way while each batch is read; the second one's comes too late
 
@@ -338,14 +338,17 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
 
     states_before: list[object] = []
     nothing: Any = None
-    run = config.RunConfig(tmp_path)
-    cfg: Any = SimpleNamespace(run=run, model=config.ModelConfig())
-    recipe: Any = SimpleNamespace(schedule=SimpleNamespace(steps=3))
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(run=config.RunConfig(tmp_path), model=config.ModelConfig()),
+        recipe=SimpleNamespace(schedule=SimpleNamespace(steps=3)),
+        workdir=SimpleNamespace(path=tmp_path, profile=tmp_path / "profile"),
+        mesh=make_mesh(),
+        global_batch=8,
+    )
     program: Any = SimpleNamespace(train_step=begin)
-    workdir: Any = SimpleNamespace(path=tmp_path, profile=tmp_path / "profile")
     log: Any = SimpleNamespace(advance=lambda step: None)
     checkpoints: Any = SimpleNamespace(newest=None)
-    loop = Loop(cfg, recipe, program, make_mesh(), nothing, nothing, 8, workdir, checkpoints, Timeline(), log)
+    loop = Loop(run, program, nothing, checkpoints, Timeline(), log)
     batches: Any = iter([(index, {}) for index in range(3)])
     state, _ = loop.train_from(State(step=0), 0, batches, None)
     assert state.step == 3

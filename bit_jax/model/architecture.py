@@ -91,11 +91,17 @@ class Architecture:
             dtype: of convolutions and the activations between them; float32 unless given.
             precision: of products, a `jax.lax.Precision`; HIGHEST unless given.
         """
+        import jax
+
         from bit_jax.model.resnetv2 import ResNetV2
 
-        given = {"dtype": dtype, "precision": precision}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return ResNetV2(self.units, self.width, self.num_classes, **chosen)
+        return ResNetV2(
+            self.units,
+            self.width,
+            self.num_classes,
+            dtype=jax.numpy.dtype("float32" if dtype is None else dtype),
+            precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+        )
 
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:

@@ -6,26 +6,25 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from bit_jax.compiled import profile
-from bit_jax.config import Config
 from bit_jax.scale import hosts, sharding
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy, evaluate
-from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
 from bit_jax.training.steps import TrainState
 from bit_jax.training.timeline import Timeline
-from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RunFailed, Stopped
 from input_pipeline.exits import signal_asked
 from input_pipeline.files import replacing
+
+if TYPE_CHECKING:
+    from bit_jax.training.run import Run
 
 # waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
 INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
@@ -33,19 +32,9 @@ BEFORE = "evaluation before training"  # an activity of the timeline
 
 
 class Batches(Protocol):
-    """What is asked of a loader: (number, batch) pairs whose rows lie on the mesh."""
+    """What the loop asks of a loader: (number, batch) pairs whose rows lie on the mesh."""
 
-    def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]: ...
     def evaluation(self) -> Iterator[tuple[int, Any]]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A loader and what is said of it in the result."""
-
-    name: str
-    examples: int
-    batches: Batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +68,25 @@ class _Asked(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Loop:
-    cfg: Config
-    recipe: Recipe
+    """The steps of a run, its evaluations and its checkpoints.
+
+    Attributes:
+        run: what is trained.
+        program: its compiled steps.
+        validation: batches of the split that is evaluated.
+        checkpoints, timeline, log: where the state, the time and the metrics go.
+    """
+
+    run: "Run"
     program: Program
-    mesh: Mesh
-    train: Split
-    validation: Split
-    global_batch: int
-    workdir: Workdir
+    validation: Batches
     checkpoints: Checkpoints
     timeline: Timeline
     log: Log
     replaced: int = 0  # rows so far that showed another example because their own is damaged
     input_is_slow: bool = False
 
-    def run(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
+    def train(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
         """From step `start` to the end: the last state and its accuracy.
 
         Raises:
@@ -111,13 +104,13 @@ class Loop:
         self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
     ) -> tuple[TrainState, Accuracy | None]:
         """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
-        run, steps = self.cfg.run, self.recipe.schedule.steps
+        flags, steps = self.run.config.run, self.run.recipe.schedule.steps
         recorder = profile.Recorder(
-            self.workdir.profile,
+            self.run.workdir.profile,
             self.program.train_step,
-            self.cfg.model.precision,
+            self.run.config.model.precision,
             left=range(start + 1, steps + 1),
-            wanted=run.profile if hosts.is_first() else 0,
+            wanted=flags.profile if hosts.is_first() else 0,
         )
         begun: deque[Begun] = deque()
         waiting = ThreadPoolExecutor(1, thread_name_prefix="until a step has finished")
@@ -135,15 +128,15 @@ class Loop:
                     # input's for Python's lock
                     waiting.submit(before.clear)
                     begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
-                    shown = step == steps or self.evaluates_after(step) or step % run.checkpoint_every == 0
+                    shown = step == steps or self.evaluates_after(step) or step % flags.checkpoint_every == 0
                     self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
                 if sentence := recorder.after(step, self.training):
                     self.log.note(sentence)
                 accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
                 if self.reached(accuracy):
-                    self.log.note(f"acc1 reached {run.target_acc1} after step {step}: training ends")
+                    self.log.note(f"acc1 reached {flags.target_acc1} after step {step}: training ends")
                     break
-                if step % run.checkpoint_every == 0 and step < steps:
+                if step % flags.checkpoint_every == 0 and step < steps:
                     self.checkpoints.save(state)
         finally:
             waiting.shutdown(wait=False)
@@ -177,7 +170,7 @@ class Loop:
             self.check(said, one, state)
             self.replaced += int(said["replaced"])
             self.log.advance(one.number)
-            if one.number % self.cfg.run.log_every == 0:
+            if one.number % self.run.config.run.log_every == 0:
                 scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
                 self.log.write(one.number, loss=float(said["loss"]), **scale, **self.speed(one.number - start))
                 self.say_who_waits()
@@ -191,10 +184,10 @@ class Loop:
                 raise _Asked(number)
 
         with self.timeline(activity):
-            batches = (self.with_signal(batch) for _, batch in self.validation.batches.evaluation())
+            batches = (self.with_signal(batch) for _, batch in self.validation.evaluation())
             try:
                 params = self.program.for_evaluation(state.params)
-                accuracy = evaluate(self.program.eval_step, params, batches, self.validation.examples, check)
+                accuracy = evaluate(self.program.eval_step, params, batches, len(self.run.validation), check)
             except _Asked as asked:
                 self.end(asked.number, state)
         self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
@@ -207,12 +200,12 @@ class Loop:
     @functools.cached_property
     def going_on(self) -> jax.Array:
         """For the first step, that none before it failed."""
-        return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.asarray(False))
+        return jax.make_array_from_callback((), sharding.replicated(self.run.mesh), lambda _: np.asarray(False))
 
     @functools.cache  # noqa: B019 (a loop lives as long as its process)
     def _on_all_rows(self, signal: int) -> dict[str, jax.Array]:
-        rows = self.global_batch // jax.process_count()
-        return sharding.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.mesh)
+        rows = self.run.global_batch // jax.process_count()
+        return sharding.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.run.mesh)
 
     def end(self, number: int, state: TrainState) -> None:
         step = int(state.step)
@@ -226,44 +219,44 @@ class Loop:
         is that before it."""
         if not said["failed"]:
             return
-        step, loss = begun.number, float(said["loss"])
+        step, loss, cfg = begun.number, float(said["loss"]), self.run.config
         if step > 1 and self.checkpoints.newest != step - 1:
             self.checkpoints.save(state)
         self.checkpoints.close()
-        shown = self.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
+        shown = self.run.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: sharding.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
         with replacing(shown) as file:
             np.savez(file, **arrays)
         raise RunFailed(
             f"the loss of step {step} is {loss}; {shown} holds its batch, the state before it is kept, and the same "
-            f"command repeats the step. Lower --base-lr {self.cfg.optimizer.base_lr} in a new --workdir, or use a "
-            f"wider precision than {self.cfg.model.precision}"
+            f"command repeats the step. Lower --base-lr {cfg.optimizer.base_lr} in a new --workdir, or use a "
+            f"wider precision than {cfg.model.precision}"
         )
 
     def evaluates_before(self, start: int) -> bool:
         # a run that ended within an evaluation, or between reaching its target and saying so
         return (self.evaluates_after(start) and not self.log.evaluated(start)) or (
-            start == 0 and self.cfg.run.eval_at_start
+            start == 0 and self.run.config.run.eval_at_start
         )
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after that many steps; "epoch" means whenever one has just been completed."""
-        every = self.cfg.run.eval_every
+        every = self.run.config.run.eval_every
         if every is None or step == 0:
             return False
         if every == "epoch":
-            epochs, before = (s * self.global_batch // self.train.examples for s in (step, step - 1))
+            epochs, before = (s * self.run.global_batch // len(self.run.train) for s in (step, step - 1))
             return epochs > before
         return step % every == 0
 
     def reached(self, accuracy: Accuracy | None) -> TypeGuard[Accuracy]:
-        target = self.cfg.run.target_acc1
+        target = self.run.config.run.target_acc1
         return target is not None and accuracy is not None and accuracy.acc1 >= target
 
     def speed(self, steps_done: int) -> dict[str, float]:
         """Since training began here: images/s over steps and input, and the share of that time that was input."""
         return {
-            "images_per_s": steps_done * self.global_batch / self.training,
+            "images_per_s": steps_done * self.run.global_batch / self.training,
             "input_wait": self.input_wait(),
         }
 

@@ -1,57 +1,206 @@
-"""Fine-tuning: restore or start, train with evaluations and checkpoints, save, report."""
+"""A run: everything that its flags, its dataset and its weight file decide, settled once; and fine-tuning it."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from bit_jax.config import Config
+import input_pipeline
+from bit_jax import zoo
+from bit_jax.config import Config, ModelConfig
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
+from bit_jax.model.resnetv2 import param_dtype
 from bit_jax.model.weights import Params
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures
+from bit_jax.training import figures, hyperrule, resources
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.log import Log
-from bit_jax.training.loop import BEFORE, Loop, Split
-from bit_jax.training.program import compile_program, keep_programs, on_cpu
+from bit_jax.training.loop import BEFORE, Loop
+from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState
+from bit_jax.training.target import Target
 from bit_jax.training.timeline import Timeline
 from bit_jax.training.workdir import Workdir
-from input_pipeline.errors import RunFailed
+from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
 
 
-def finetune(
-    cfg: Config,
-    recipe: Recipe,
-    architecture: Architecture,
-    initial_params: Callable[[Params], Params],
-    *,
-    train: Split,
-    validation: Split,
-    global_batch: int,
-    mesh: Mesh,
-    workdir: Workdir,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is trained, on what, where, and into which folder. Nothing of it is open, and nothing changes.
 
-    Args:
-        cfg, recipe: what to do; every None of `cfg` is settled in `recipe`.
-        architecture: of the model, head included.
-        initial_params: (shapes, dtypes, shardings, layouts) -> parameters that lie so; called only where nothing is
-            continued.
-        train, validation: the data.
-        global_batch: rows of their batches.
-        mesh: where they lie.
-        workdir: of the run, owned by this process.
+    Attributes:
+        config: the flags; what they leave open is settled in `recipe`.
+        recipe: resolution, mixup and schedule.
+        architecture: of the model, with a head for the dataset's classes.
+        weight_file: the file to start from; None where the parameters are drawn by the seed.
+        target: the devices, the precision, and how the model is executed there.
+        global_batch: rows of a batch, over all hosts.
+        train, validation: the two splits, with the same numbers for the same classes.
+        workdir: the folder of the results.
         notes: sentences that the log begins with.
+    """
+
+    config: Config
+    recipe: Recipe
+    architecture: Architecture
+    weight_file: Path | None
+    target: Target
+    global_batch: int
+    train: input_pipeline.Source
+    validation: input_pipeline.Source
+    workdir: Workdir
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cfg: Config) -> Run:
+        """Settles everything that the flags decide or leave to the dataset and to BiT-HyperRule. Reads the dataset's
+        index and the names in the weight file; writes nothing.
+
+        Raises:
+            RequestError: something is wrong or missing, or does not fit the rest.
+        """
+        precision = choose(cfg.model.precision)  # before any array is made
+        scale, data = cfg.scale, cfg.data
+        mesh = sharding.make_mesh(fsdp=sharding.parse_mesh(scale.mesh, jax.device_count()))
+        global_batch = sharding.global_batch_size(
+            mesh,
+            global_batch=data.global_batch,
+            batch_per_device=data.batch_per_device,
+            microbatches=scale.microbatches,
+        )
+        if not starts_from_nothing(cfg.model):
+            zoo.located(cfg.model.model)  # a wrong name is said before anything is read or fetched
+        train, validation = open_sources(cfg)
+        native_area, notes = None, ()
+        if hyperrule.needs_native_area(cfg):
+            native_area, seen = input_pipeline.typical_area(train, skip_damaged=data.skip_damaged)
+            notes = (f"{seen}; BiT-HyperRule chooses the resolution by the median",)
+        if data.examples_per_class is not None:
+            train = input_pipeline.few_shot(train, data.examples_per_class, cfg.run.seed)
+        recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+        if recipe.mixup and global_batch % 2:
+            raise RequestError(
+                f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0"
+            )
+        class_names = list(train.class_names)
+        architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
+        return cls(
+            config=cfg,
+            recipe=recipe,
+            architecture=architecture,
+            weight_file=weight_file,
+            target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
+            global_batch=global_batch,
+            train=train,
+            validation=validation,
+            workdir=Workdir.of(cfg, recipe=recipe, global_batch=global_batch, class_names=class_names),
+            notes=notes,
+        )
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.target.mesh
+
+    def loader(self, source: input_pipeline.Source) -> input_pipeline.Loader:
+        """Batches of this host, moved to its devices ahead of their use."""
+        recipe, data = self.recipe, self.config.data
+        return input_pipeline.Loader(
+            source,
+            input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize),
+            self.global_batch,
+            self.config.run.seed,
+            place=functools.partial(sharding.shard_batch, mesh=self.mesh),
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=data.input_threads,
+            skip_damaged=data.skip_damaged,
+        )
+
+    def steps(self) -> Steps:
+        """The training step and the evaluation step, not yet compiled."""
+        return make_steps(
+            self.target,
+            self.architecture,
+            self.recipe,
+            momentum=self.config.optimizer.momentum,
+            seed=self.config.run.seed,
+            global_batch=self.global_batch,
+        )
+
+    def initial_params(self, like: Params) -> Params:
+        """The parameters that training starts from, each device's part made there.
+
+        Args:
+            like: their shapes, dtypes, shardings and layouts.
+        """
+        seed = self.config.run.seed
+        if self.config.model.init == "random":
+            model = self.architecture.model(jax.tree.leaves(like)[0].dtype)
+            return jax.jit(lambda: model.init_params(seed), out_shardings=sharding.formats(like))()
+        shapes = weights.flatten(like)
+        return weights.unflatten({key: sharding.place(array, shapes[key]) for key, array in self.arrays()})
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays of the weight file, with a new head of zeros."""
+        assert self.weight_file is not None
+        return weights.read(self.weight_file, num_classes=self.architecture.num_classes)[1]
+
+    def needs(self) -> list[resources.Need]:
+        """What the run will need of this machine."""
+        return needs(self.config, self.architecture, self.workdir, (self.train, self.validation))
+
+
+def starts_from_nothing(model: ModelConfig) -> bool:
+    """Whether there is no weight file, not even for its architecture."""
+    return model.init == "random" and Architecture.is_name(model.model)
+
+
+def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architecture, Path | None]:
+    """The architecture with a head for so many classes, and the weight file, whose names and shapes were checked."""
+    if starts_from_nothing(model):
+        return Architecture.parse(model.model, num_classes), None
+    path = zoo.find(model.model)
+    architecture, _ = weights.read(path, num_classes=num_classes)
+    return architecture, path
+
+
+def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
+    """The training split, and the evaluation split with its labels numbered as training's: by the classes' names."""
+    data = cfg.data
+    train, validation = (
+        input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
+    )
+    for source in (train, validation):
+        input_pipeline.require_labels(source)
+    return train, input_pipeline.relabelled(validation, train.class_names, train.name)
+
+
+def needs(
+    cfg: Config, architecture: Architecture, workdir: Workdir, sources: tuple[input_pipeline.Source, ...]
+) -> list[resources.Need]:
+    """What a run will need of this machine."""
+    files = sum(input_pipeline.descriptors(source) for source in sources)
+    dtype = param_dtype(choose(cfg.model.precision).dtype)
+    return resources.needs(architecture, dtype, workdir, cfg.run.keep_checkpoints, files)
+
+
+def finetune(run: Run) -> dict[str, Any]:
+    """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
+    that is finished there is left alone.
 
     Returns:
         The content of result.json.
@@ -59,50 +208,43 @@ def finetune(
     Raises:
         Stopped: by a signal; the last finished step is saved.
         RunFailed: the loss is not finite.
-        RequestError: a checkpoint or the work directory cannot be used.
+        RequestError: a checkpoint or the work directory cannot be used, or the machine lacks something.
     """
-    timeline = Timeline()
+    if result := run.workdir.finished():
+        if hosts.is_first():
+            print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
+        return result
+    resources.require(run.needs())
+    with run.workdir.owned():
+        return _trained(run)
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """As `finetune`, in a work directory that this process owns."""
+    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline()
     with deferring_signals():
-        checkpoints = Checkpoints(workdir.checkpoints, keep=cfg.run.keep_checkpoints)
+        checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
         start = checkpoints.newest or 0
-        batches = train.batches.train(start, recipe.schedule.steps)  # the first are read while the program compiles
-        if cfg.run.deterministic and not on_cpu(mesh):
+        batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
+        if run.target.deterministic and not run.target.on_cpu:
             keep_programs(workdir.programs)
         with timeline("compilation"):
-            program = compile_program(cfg, recipe, architecture, global_batch=global_batch, mesh=mesh)
+            program = compile_program(run.steps())
         if start:
             state = checkpoints.restore(start, program.state_shape)
         else:
-            state = program.initial_state(initial_params(program.state_shape.params))
-
-        total = recipe.schedule.steps
-        with Log(workdir.path, start=start, stop=total, global_batch=global_batch, quiet=not hosts.is_first()) as log:
-            if start:
-                log.note(f"continuing {workdir.path} from step {start}")
-            for sentence in notes:
+            state = program.initial_state(run.initial_params(program.state_shape.params))
+        quiet = not hosts.is_first()
+        with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
+            for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):
                 log.note(sentence)
-            loop = Loop(
-                cfg, recipe, program, mesh, train, validation, global_batch, workdir, checkpoints, timeline, log
-            )
-            state, accuracy = loop.run(state, start, batches)
-        stop = int(state.step)
-        if stop > start:
+            loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log)
+            state, accuracy = loop.train(state, start, batches)
+        if int(state.step) > start:
             checkpoints.save(state)
         checkpoints.close()
         save_final(workdir, state.params)
-
-    result = (
-        _description(cfg, architecture, mesh, global_batch)
-        | {
-            "dataset": train.name,
-            "eval_dataset": validation.name,
-            "steps": stop,
-            "resumed_from_step": start,
-            "replaced_examples": loop.replaced,
-        }
-        | figures.figures(timeline, trained=(stop - start) * global_batch, before=timeline[BEFORE])
-        | _outcome(cfg, state, accuracy)
-    )
+    result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
         write_json(workdir.result, result)
     return result
@@ -124,34 +266,39 @@ def save_final(workdir: Workdir, params: Params) -> None:
             sharding.fetch(array)
 
 
-def _outcome(cfg: Config, state: TrainState, accuracy: Accuracy) -> dict[str, Any]:
-    """What result.json says of what came out."""
-    found: dict[str, Any] = {
+def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: int) -> dict[str, Any]:
+    """The content of result.json, of a run that was continued from step `start`."""
+    cfg, mesh, stop = run.config, run.mesh, int(state.step)
+    described = {
+        "model": cfg.model.model,
+        "architecture": str(run.architecture),
+        "init": cfg.model.init,
+        "precision": cfg.model.precision,
+        "products": dict(zip(("matrix", "convolution"), products(run.target.precision), strict=True)),
+        "mesh": dict(mesh.shape),
+        "remat": run.target.remat,
+        "microbatches": run.target.microbatches,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "hosts": jax.process_count(),
+        "batch_per_device": run.global_batch / mesh.size,
+        "global_batch": run.global_batch,
+        "seed": cfg.run.seed,
+        "versions": figures.versions(),
+        "dataset": run.train.name,
+        "eval_dataset": run.validation.name,
+        "steps": stop,
+        "resumed_from_step": start,
+        "replaced_examples": loop.replaced,
+    }
+    trained, before = (stop - start) * run.global_batch, loop.timeline[BEFORE]
+    outcome: dict[str, Any] = {
         "final_acc1": accuracy.acc1,
         "final_acc5": accuracy.acc5,
         "final_loss": accuracy.loss,
         "eval_examples": accuracy.examples,
         "converged": None if cfg.run.target_acc1 is None else accuracy.acc1 >= cfg.run.target_acc1,
     }
-    return found if state.loss_scale is None else found | {"skipped_steps": int(state.loss_scale.skipped)}
-
-
-def _description(cfg: Config, architecture: Architecture, mesh: Mesh, global_batch: int) -> dict[str, Any]:
-    """What result.json says of the run before it is run."""
-    return {
-        "model": cfg.model.model,
-        "architecture": str(architecture),
-        "init": cfg.model.init,
-        "precision": cfg.model.precision,
-        "products": dict(zip(("matrix", "convolution"), products(choose(cfg.model.precision)), strict=True)),
-        "mesh": dict(mesh.shape),
-        "remat": cfg.scale.remat,
-        "microbatches": cfg.scale.microbatches,
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "hosts": jax.process_count(),
-        "batch_per_device": global_batch / mesh.size,
-        "global_batch": global_batch,
-        "seed": cfg.run.seed,
-        "versions": figures.versions(),
-    }
+    if state.loss_scale is not None:
+        outcome["skipped_steps"] = int(state.loss_scale.skipped)
+    return described | figures.figures(loop.timeline, trained=trained, before=before) | outcome

@@ -201,6 +201,31 @@ def _failed(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Bool[Arra
     return failed if scale is None else failed & ~(scale >= LEAST_SCALE)
 
 
+def make_update_step(
+    model: ResNetV2, optimizer: optax.GradientTransformationExtraArgs, *, microbatches: int = 1
+) -> Callable[..., tuple[TrainState, dict]]:
+    """Makes the part of a training step that comes after the batch is prepared: (state, images, targets, stopped) ->
+    (next state, metrics), where `stopped` is False unless given.
+
+    The metrics are "loss", the mean cross-entropy of the batch, "failed", whether training cannot go on, and with a
+    `LossScale` its "scale".
+    """
+
+    def update_step(
+        state: TrainState,
+        images: Float[Array, "batch height width 3"],
+        targets: Float[Array, "batch classes"],
+        stopped: Bool[Array, ""] | bool = False,
+    ) -> tuple[TrainState, dict]:
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
+        metrics = {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
+        metrics |= {"failed": _failed(loss, scale) | stopped}
+        return update_if_finite(state, loss, gradients, optimizer, stopped), metrics
+
+    return update_step
+
+
 def make_train_step(
     model: ResNetV2,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -209,25 +234,23 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """(state, batch) -> (next state, {"loss": mean cross-entropy of the batch, "replaced": rows that show another
-    example than the one in order, because that one is damaged, "failed": whether training cannot go on}); with a
-    `LossScale` also its "scale", and "signal", the largest of the batch's, if it has any.
+    """Makes a training step: (state, batch) -> (next state, metrics).
+
+    The metrics are those of `make_update_step`; "replaced", the number of rows that show another example than the one
+    in order, because that one is damaged; and "signal", the largest of the batch's, if it has any.
 
     A batch may say "stopped", that the step before failed: then this one changes nothing, and has failed too. So a step
     can be begun before anybody has looked at the one before it.
     """
     dtype = param_dtype(model.dtype)
+    update_step = make_update_step(model, optimizer, microbatches=microbatches)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
         images, targets = prepare(batch, model.num_classes, dtype, weight)
-        said = {"replaced": (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)} | _signal(batch)
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
-        said |= {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
-        stopped = batch.get("stopped", False)
-        said |= {"failed": _failed(loss, scale) | stopped}
-        return update_if_finite(state, loss, gradients, optimizer, stopped), said
+        replaced = (batch["index"] < NO_EXAMPLE).sum(dtype=jnp.int32)
+        state, metrics = update_step(state, images, targets, batch.get("stopped", False))
+        return state, {"replaced": replaced} | _signal(batch) | metrics
 
     return train_step
 

@@ -21,6 +21,7 @@ from bit_jax.model.precision import choose, products
 from bit_jax.scale import sharding
 from bit_jax.training import figures, optimizer, program, steps
 from bit_jax.training.hyperrule import Schedule
+from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
@@ -39,11 +40,12 @@ class JaxSide:
     def __init__(self, side: Side, precision: str, weight_file: str, progress: Callable[[int, int], None]):
         self.precision = choose(precision)
         self.side, self.weight_file, self.progress = side, weight_file, progress
-        self.dtype = resnetv2.param_dtype(self.precision.dtype)
         if len(jax.devices()) < side.devices:
             found = len(jax.devices())
             raise RequestError(f"{side} needs {side.devices} devices, and JAX finds {found}; take fewer")
         self.mesh = sharding.make_mesh(jax.devices()[: side.devices], fsdp=side.fsdp)
+        self.target = Target(self.mesh, self.precision, side.remat, side.microbatches, tuned=side.tuned)
+        self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None
 
@@ -56,14 +58,12 @@ class JaxSide:
         if self._fault not in self._loaded:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
-            model = architecture.model(self.precision.dtype, self.precision.product).clone(remat=self.side.remat)
-            model = program.tuned(model, self.mesh) if self.side.tuned else model
+            model = self.target.model(architecture)
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
     def _jit(self, function: Callable, **how: Any) -> Callable:
-        options = program.compiler_options(self.mesh) if self.side.tuned else {}
-        return jax.jit(function, compiler_options=options, **how)
+        return jax.jit(function, compiler_options=self.target.compiler_options, **how)
 
     def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
         model, params = self.model()
@@ -195,20 +195,43 @@ class JaxSide:
     ) -> Result:
         """The loss of each of `count` steps on the replayed batches, and the parameters after them; in float16 with a
         `LossScale`, from `scale` on. Says how many steps it skipped."""
-        model, params = self.model()
-        params = self._disturbed_params(params, disturb)
-        sgd = optimizer.sgd(_schedule(schedule), momentum)
-        state = steps.init_state(params, sgd, scales_loss=self.precision.scales_loss)
-        if state.loss_scale is not None:
-            state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
-        train_step = self._jit(lambda *given: self._step(model, sgd, *given))
+        training = self.training(schedule, momentum, disturb=disturb)
+        loss_scale = training.state.loss_scale
+        if loss_scale is not None:
+            training.state = training.state.replace(loss_scale=loss_scale.replace(scale=jnp.float32(scale)))
         losses = []
         for number in range(count):
-            state, loss = train_step(state, *self._mixed(mixed, number, disturb))
-            losses.append(np.asarray(loss))
+            training(*self._mixed(mixed, number, disturb))
+            losses.append(np.asarray(training.metrics["loss"]))
             self.progress(number + 1, count)
+        state = training.state
         overflows = 0 if state.loss_scale is None else int(state.loss_scale.skipped)
         return {"overflows": overflows}, {"losses": np.stack(losses)} | self._named(state.params, "params/")
+
+    def training(
+        self, schedule: dict[str, Any], momentum: float, *, mixup: float | None = None, disturb: Disturb | None = None
+    ) -> "Training":
+        """Training from the weight file's parameters, which steps use up: the next task reads them anew.
+
+        Args:
+            schedule: fields of a `Schedule`.
+            momentum: of SGD.
+            mixup: alpha, where steps are to take the loader's batches, as in train.py; None: they take images and
+                targets that are mixed already.
+            disturb: see `inputs.disturbance`.
+        """
+        model, params = self.model()
+        params = self._disturbed_params(params, disturb)
+        self._loaded = {}
+        sgd, microbatches = optimizer.sgd(_schedule(schedule), momentum), self.side.microbatches
+        if mixup is None:
+            step = steps.make_update_step(model, sgd, microbatches=microbatches)
+        else:
+            step = steps.make_train_step(model, sgd, mixup=mixup, seed=0, microbatches=microbatches)
+        architecture = Architecture(model.units, model.width, model.num_classes)
+        scales_loss = self.precision.scales_loss
+        like = program.abstract_state(architecture, self.dtype, sgd, self.mesh, scales_loss=scales_loss)
+        return Training(step, program.initial_state(params, sgd, like), self.target)
 
     def accuracy(
         self,
@@ -254,11 +277,6 @@ class JaxSide:
     def _loss_and_gradients(self, model, params, images, targets, scale):
         return steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, scale)
 
-    def _step(self, model, sgd, state, images, targets):
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        loss, gradients = self._loss_and_gradients(model, state.params, images, targets, scale)
-        return steps.update_if_finite(state, loss, gradients, sgd), loss
-
     def _param(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(jnp.asarray(array, self.dtype), sharding.param_sharding(self.mesh, array.shape))
 
@@ -295,6 +313,40 @@ class JaxSide:
 
     def _named(self, params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         return {prefix + key: np.asarray(array) for key, array in weights.flatten(params).items()}
+
+
+class Training:
+    """Steps of training, each of which has finished when its call returns.
+
+    Attributes:
+        state: the state after the last step.
+        metrics: what the last step says.
+
+    The step is compiled at the first call; where the target is tuned as train.py compiles it, so that the state lies as
+    the step wants it.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, target: Target):
+        self.state, self.metrics = state, {}
+        self._step, self._target = step, target
+        self._compiled: Callable[..., tuple[Any, Any]] | None = None
+
+    def __call__(self, *batch: Any) -> None:
+        if self._compiled is None:
+            self._compiled = self._compile(*batch)
+        # as in train.py's loop, the state before the step is let go while the devices work
+        self.state, self.metrics = self._compiled(self.state, *batch)
+        jax.block_until_ready((self.state, self.metrics))
+
+    def lower(self, *batch: Any) -> jax.stages.Lowered:
+        return program.lower_step(self._step, self.state, *batch)
+
+    def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
+        if not self._target.tuned:
+            return jax.jit(self._step, donate_argnums=0)
+        compiled = self.lower(*batch).compile(compiler_options=self._target.compiler_options)
+        self.state = jax.device_put(self.state, compiled.input_formats[0][0], donate=True)
+        return compiled
 
 
 def record_units(

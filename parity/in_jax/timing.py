@@ -13,53 +13,13 @@ import input_pipeline
 from bit_jax.model import ops
 from bit_jax.model.precision import products
 from bit_jax.scale import sharding
-from bit_jax.training import figures, optimizer, program
+from bit_jax.training import figures
 from bit_jax.training import steps as bit_steps
 from bit_jax.training.evaluation import evaluate as evaluated
-from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
 from parity.in_jax.tasks import JaxSide, Result
 from parity.sides import clock, flops
-
-
-class _Training:
-    """Steps of training, each finished when its call returns.
-
-    Attributes:
-        state, loss: after the last of them, and of it.
-
-    Compiled at the first call; with compiler options as train.py compiles it, so that the state lies as the step wants
-    it.
-    """
-
-    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, options: dict[str, Any] | None):
-        self.state, self.loss = state, jnp.zeros(())
-        self._step, self._options = step, options
-        self._compiled: Callable[..., tuple[Any, Any]] | None = None
-
-    def __call__(self, *batch: Any) -> None:
-        if self._compiled is None:
-            self._compiled = self._compile(*batch)
-        # as in train.py's loop, the state before the step is let go while the devices work
-        self.state, self.loss = self._compiled(self.state, *batch)
-        jax.block_until_ready((self.state, self.loss))
-
-    def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
-        if self._options is None:
-            return jax.jit(self._step, donate_argnums=0)
-        free = sharding.any_layout(self.state)
-        jitted = jax.jit(
-            self._step,
-            donate_argnums=0,
-            in_shardings=(free, *(None for _ in batch)),
-            out_shardings=(free, None),
-            compiler_options=self._options,
-        )
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.state)
-        compiled = jitted.lower(like, *batch).compile()
-        self.state = jax.device_put(self.state, compiled.input_formats[0][0], donate=True)
-        return compiled
 
 
 class TimedJax(JaxSide):
@@ -85,16 +45,14 @@ class TimedJax(JaxSide):
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
-        model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
-        sgd = optimizer.sgd(Schedule(**clock.SCHEDULE), clock.MOMENTUM)
-        training = self._training(lambda *given: self._step(model, sgd, *given), params, sgd)
+        training = self.training(clock.SCHEDULE, clock.MOMENTUM)
         losses: list[float] = []
 
         def call(number: int) -> None:
             training(*batches[number % count])
             if number < clock.STARTS:
-                losses.append(float(training.loss))
+                losses.append(float(training.metrics["loss"]))
 
         self._call = call
         return clock.timed(call, seconds) | {"losses": losses} | self._used(), None
@@ -111,7 +69,7 @@ class TimedJax(JaxSide):
         x, kernel, gradient = clock.convolution_arrays(one, rows, sets)
 
         def convolve(x: Any, kernel: Any) -> Any:
-            products = self.side.tuned and program.on_cpu(self.mesh)
+            products = self.side.tuned and self.target.on_cpu
             return ops.convolve(x, kernel, one.stride, self.precision.product, products=products)
 
         def passed(x: Any, kernel: Any, gradient: Any) -> Any:
@@ -124,7 +82,7 @@ class TimedJax(JaxSide):
         def all_sets(x: Any, kernel: Any, gradient: Any) -> Any:
             return [passed(*given) for given in zip(x, [kernel] * sets, gradient, strict=True)]
 
-        options = program.compiler_options(self.mesh) if self.side.tuned else {}
+        options = self.target.compiler_options
         given = jax.tree.map(lambda array: jnp.asarray(array, self.precision.dtype), (list(x), kernel, list(gradient)))
         like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), given)
         free = sharding.any_layout((like, jax.eval_shape(all_sets, *like)))
@@ -146,12 +104,8 @@ class TimedJax(JaxSide):
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
         """Of training on a folder of images and evaluating on its first, with train.py's loader and steps: see
         `timing.whole_loop`."""
-        model, params = self.model()
-        sgd = optimizer.sgd(Schedule(**clock.SCHEDULE), clock.MOMENTUM)
-        train_step = bit_steps.make_train_step(
-            model, sgd, mixup=clock.MIXUP, seed=0, microbatches=self.side.microbatches
-        )
-        training = self._training(train_step, params, sgd)
+        model, _ = self.model()
+        training = self.training(clock.SCHEDULE, clock.MOMENTUM, mixup=clock.MIXUP)
         eval_step = self._jit(bit_steps.make_eval_step(model))
         for_evaluation = self._jit(bit_steps.standardized)
         source = input_pipeline.open_source(folder, "train")
@@ -179,11 +133,6 @@ class TimedJax(JaxSide):
         times = clock.timed(lambda _: jax.block_until_ready(multiply(left, right)), clock.CEILING_SECONDS)
         together = self.side.devices if platform != "cpu" else 1  # virtual ones share a CPU
         return together * clock.rate(times, len(left)), None
-
-    def _training(self, step: Callable[..., tuple[Any, Any]], params: Any, sgd: Any) -> "_Training":
-        scales_loss = self.precision.scales_loss
-        state = jax.jit(lambda params: bit_steps.init_state(params, sgd, scales_loss=scales_loss))(params)
-        return _Training(step, state, program.compiler_options(self.mesh) if self.side.tuned else None)
 
     def _used(self) -> dict[str, Any]:
         memory, of = figures.peak_memory()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from bit_jax.model.resnetv2 import Remat
+from bit_jax.model.execution import Remat
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath
 

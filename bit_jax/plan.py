@@ -24,8 +24,8 @@ from bit_jax.compiled import hlo
 from bit_jax.compiled.gpus import GIB, Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
 from bit_jax.model.architecture import Architecture
+from bit_jax.model.execution import Remat
 from bit_jax.model.precision import PRECISIONS
-from bit_jax.model.resnetv2 import Remat
 from bit_jax.scale import sharding
 from bit_jax.training import figures, hyperrule
 from bit_jax.training.program import Steps, make_steps

@@ -74,7 +74,7 @@ def injected(name: str | None) -> Iterator[None]:
 
 @fault("GroupNorm eps 1e-6", "forward", "block1/unit01", attested="group norm eps")
 def norm_eps() -> Any:
-    return mock.patch("bit_jax.model.resnetv2.NORM_EPS", 1e-6)
+    return mock.patch("bit_jax.model.layers.NORM_EPS", 1e-6)
 
 
 @fault("GroupNorm eps 1e-6, in PyTorch", "forward", "block1/unit01", framework="torch", attested="group norm eps")
@@ -84,25 +84,25 @@ def torch_norm_eps() -> Any:
 
 @fault("weight standardization eps 1e-8", "forward", "root_block", attested="standardization eps")
 def standardize_eps() -> Any:
-    return mock.patch("bit_jax.model.resnetv2.STANDARDIZE_EPS", 1e-8)
+    return mock.patch("bit_jax.model.layers.STANDARDIZE_EPS", 1e-8)
 
 
 @fault("16 groups instead of 32", "forward", "block1/unit01", attested="groups")
 def groups() -> Any:
-    return mock.patch("bit_jax.model.resnetv2.GROUPS", 16)
+    return mock.patch("bit_jax.model.layers.GROUPS", 16)
 
 
 @fault("sample instead of population variance", "forward", "root_block")
 def sample_variance() -> Any:
     import jax.numpy as jnp
 
-    from bit_jax.model.resnetv2 import STANDARDIZE_EPS
+    from bit_jax.model.layers import STANDARDIZE_EPS
 
     def standardize(kernel):
         centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
         return centred / jnp.sqrt(kernel.var(axis=(0, 1, 2), keepdims=True, ddof=1) + STANDARDIZE_EPS)
 
-    return mock.patch("bit_jax.model.resnetv2.standardize", standardize)
+    return mock.patch("bit_jax.model.layers.standardize", standardize)
 
 
 @fault("max-pool padded with -inf", "forward", "root_block")
@@ -305,14 +305,14 @@ def detached() -> Any:
     import jax
     import jax.numpy as jnp
 
-    from bit_jax.model.resnetv2 import STANDARDIZE_EPS
+    from bit_jax.model.layers import STANDARDIZE_EPS
 
     def standardize(kernel):
         fixed = jax.lax.stop_gradient(kernel)
         centred = kernel - fixed.mean(axis=(0, 1, 2), keepdims=True)
         return centred / jnp.sqrt(fixed.var(axis=(0, 1, 2), keepdims=True) + STANDARDIZE_EPS)
 
-    return mock.patch("bit_jax.model.resnetv2.standardize", standardize)
+    return mock.patch("bit_jax.model.layers.standardize", standardize)
 
 
 def _optimizer(**settings: Any) -> Any:

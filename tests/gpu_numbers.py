@@ -9,7 +9,7 @@ import numpy as np
 
 import bit_jax
 from bit_jax.model import weights
-from bit_jax.model.resnetv2 import param_dtype
+from bit_jax.model.layers import param_dtype
 from bit_jax.training import steps
 
 

@@ -65,12 +65,12 @@ def test_only_some_steps(gpu, small_steps, tmp_path):
 
 
 def test_a_step_that_will_not_end_is_killed(gpu, tmp_path):
-    stubborn = gpu.Step(
-        "stubborn", python("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(1000)"), 9
-    )
+    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print(0, flush=True); time.sleep(1000)"
+    stubborn = gpu.Step("stubborn", python(ignores), 9)
     record = gpu.Record(tmp_path)
     running = gpu.Running.start(stubborn, tmp_path, limit=0.5)
-    time.sleep(1)  # until the signal is ignored
+    while not (tmp_path / "stubborn.log").read_text():  # until the signal is ignored
+        time.sleep(0.05)
     while (outcome := running.outcome()) is None:
         time.sleep(0.05)
     record.add(running, outcome)

@@ -12,7 +12,7 @@ import torch
 from jax import lax
 
 import bit_jax
-from bit_jax.model import ops, resnetv2, weights
+from bit_jax.model import layers, ops, resnetv2, weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.training import steps
 from input_pipeline.errors import RequestError
@@ -30,7 +30,7 @@ def load(tmp_path, depth, classes, seed, dtype):
 
 
 def logits_of(model, params, images):
-    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(images, resnetv2.param_dtype(model.dtype))))
+    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(images, layers.param_dtype(model.dtype))))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def sample_variance(kernel):
     ],
 )
 def test_golden_logits_notice_a_wrong_constant(x64, r50x1, monkeypatch, fault, replacement):
-    monkeypatch.setattr(resnetv2, fault, replacement)
+    monkeypatch.setattr(layers, fault, replacement)
     difference = np.abs(logits_of(*r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
     assert difference > 100 * TOLERANCE
 
@@ -173,7 +173,7 @@ def test_the_pool_and_its_gradient_are_pytorchs_where_values_are_equal_too(x64, 
 
 @pytest.mark.parametrize(
     ("normalized", "parameters"),
-    [(resnetv2.group_norm_relu, (np.linspace(0.5, 1.5, 64), np.linspace(-1, 1, 64))), (resnetv2.standardize, ())],
+    [(layers.group_norm_relu, (np.linspace(0.5, 1.5, 64), np.linspace(-1, 1, 64))), (layers.standardize, ())],
     ids=["group norm", "standardization"],
 )
 def test_statistics_keep_their_digits_where_the_mean_is_large(x64, normalized, parameters):

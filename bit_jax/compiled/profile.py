@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bit_jax.compiled import hlo
 from bit_jax.compiled.gpus import ACCELERATORS
-from bit_jax.model.resnetv2 import STANDARDIZED
+from bit_jax.model.architecture import STANDARDIZED
 from input_pipeline import terminal
 from input_pipeline.errors import RunFailed
 from input_pipeline.files import read_json, replacing, write_json

@@ -25,7 +25,8 @@ from flax import traverse_util
 
 from bit_jax.model import formats
 from bit_jax.model.architecture import GROUPS, HEAD_BIAS, HEAD_KERNEL, PREFIX, ROOT_KERNEL, STAGES, Architecture
-from bit_jax.model.resnetv2 import ResNetV2, param_dtype
+from bit_jax.model.layers import param_dtype
+from bit_jax.model.resnetv2 import ResNetV2
 from input_pipeline.errors import RequestError
 from input_pipeline.files import replacing, user_path
 from input_pipeline.terminal import printable

@@ -18,8 +18,8 @@ from bit_jax import zoo
 from bit_jax.config import Config, ModelConfig
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
+from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import choose, products
-from bit_jax.model.resnetv2 import param_dtype
 from bit_jax.model.weights import Params
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, hyperrule, resources

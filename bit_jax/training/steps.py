@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bit_jax.model.resnetv2 import GENERATOR, STANDARDIZED, ResNetV2, param_dtype, standardize
+from bit_jax.model.architecture import STANDARDIZED
+from bit_jax.model.layers import param_dtype, standardize
+from bit_jax.model.resnetv2 import GENERATOR, ResNetV2
 
 TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bit_jax.model.architecture import Architecture
+from bit_jax.model.execution import Remat
+from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import Precision
-from bit_jax.model.resnetv2 import Remat, ResNetV2, param_dtype
+from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.scale import sharding
 
 YNNPACK = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import input_pipeline
-from bit_jax.model import resnetv2, weights
+from bit_jax.model import layers, resnetv2, weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
 from bit_jax.scale import sharding
@@ -78,9 +78,9 @@ class JaxSide:
             "precision": self.precision.name,
             "matrix products": matrix,
             "convolution products": convolution,
-            "group norm eps": resnetv2.NORM_EPS,
-            "standardization eps": resnetv2.STANDARDIZE_EPS,
-            "groups": resnetv2.GROUPS,
+            "group norm eps": layers.NORM_EPS,
+            "standardization eps": layers.STANDARDIZE_EPS,
+            "groups": layers.GROUPS,
             "layout": "activations NHWC, kernels HWIO",
             "settings": {
                 "jax_default_matmul_precision": str(jax.config.values["jax_default_matmul_precision"]),

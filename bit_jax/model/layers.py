@@ -1,0 +1,69 @@
+"""The two layers that BiT is made of: a weight-standardized convolution, and GroupNorm with ReLU."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from bit_jax.model import ops
+from bit_jax.model.architecture import GROUPS
+from bit_jax.model.execution import CONVOLVED, Numerics
+
+NORM_EPS = 1e-5  # BiT; Flax's default is 1e-6
+STANDARDIZE_EPS = 1e-10  # BiT; timm's is 1e-8, which float64 tells apart
+
+
+def param_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What parameters and statistics are kept in when products are computed in `dtype`: never less than float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def standardize(kernel: Float[Array, "kh kw cin cout"]) -> Float[Array, "kh kw cin cout"]:
+    """The kernel with mean 0 and (population) variance 1 over everything that feeds one output channel."""
+    return ops.standardize(kernel, STANDARDIZE_EPS)
+
+
+def group_norm_relu(
+    x: Float[Array, "batch height width channels"],
+    gamma: Float[Array, " channels"],
+    beta: Float[Array, " channels"],
+    recompute: bool = False,
+) -> Float[Array, "batch height width channels"]:
+    """max(0, GroupNorm(x)) over 32 groups of neighbouring channels, in x's dtype, computed in the parameters'.
+
+    Args:
+        x: a convolution's output, or a sum of such.
+        gamma, beta: scale and shift of each channel.
+        recompute: the result will be computed again in the backward pass (within `jax.checkpoint`).
+    """
+    return ops.group_norm_relu(x, gamma, beta, GROUPS, NORM_EPS, recompute)
+
+
+class StdConv(nn.Module):
+    """Convolution without bias whose kernel is standardized on every use; padded by (size - 1) / 2 on each side."""
+
+    features: int
+    size: int
+    stride: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width cin"]) -> Float[Array, "batch out_h out_w cout"]:
+        numerics, dtype = self.numerics, self.numerics.dtype
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param_dtype(dtype))
+        standard = kernel if numerics.standardized else standardize(kernel)
+        whole = numerics.whole(standard.astype(dtype))
+        convolved = ops.convolve(x, whole, self.stride, numerics.precision, products=numerics.products)
+        return checkpoint_name(convolved, CONVOLVED)
+
+
+class GroupNormRelu(nn.Module):
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        dtype = param_dtype(self.numerics.dtype)
+        gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), dtype)
+        beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],), dtype)
+        return group_norm_relu(x, gamma, beta, self.numerics.recompute)

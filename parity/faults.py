@@ -1,7 +1,7 @@
 """Faults that ports of BiT really have, to be injected into one side: `selftest` requires each to be found.
 
-A fault is a context manager that patches the very code that training runs. The frameworks are imported inside, so that
-the process that compares stays free of both.
+A fault is a context manager that patches the very code that training runs. It imports that code when it is injected, so
+that naming faults imports neither framework.
 """
 
 import contextlib

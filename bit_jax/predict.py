@@ -47,10 +47,10 @@ def predict_files(
     """Prints the five likeliest classes of each image.
 
     Args:
-        images: image files.
-        weights: an .npz in the official layout, or a published name or address.
-        size: side of the square that images are resized to. None: the size that the weights were fine-tuned at, where
-            the config.json beside them says so, else BiT-HyperRule's size for the image.
+        images: Image files to classify.
+        weights: Weights of the model: an .npz in the official layout, or a published name or address.
+        size: Side in pixels of the square that images are resized to. None: the size that the weights were fine-tuned
+            at, where the config.json beside them says so, else BiT-HyperRule's size for the image.
     """
     if not images:
         raise RequestError("no image to predict; name at least one image file")

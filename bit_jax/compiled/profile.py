@@ -316,7 +316,7 @@ def main(workdir: tyro.conf.Positional[UserPath], instructions: int = 20) -> Non
     """Shows the profile of a run that was trained with --profile.
 
     Args:
-        workdir: of the run.
-        instructions: how many of the program's instructions to list, those that lose most time first.
+        workdir: Work directory of the run.
+        instructions: Number of the program's instructions to list, those that lose most time first.
     """
     show(load(workdir), terminal.console(), instructions)

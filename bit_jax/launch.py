@@ -51,7 +51,7 @@ def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
                 *f"--coordinator 127.0.0.1:{port} --hosts {hosts} --host {host}".split(),
             ],
             env=os.environ | (_environment(host, devices) if devices is not None else {}),
-            process_group=0,  # a terminal's Ctrl-C would reach them as well, and twice means "at once"
+            process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
         )
         for host in range(hosts)
     ]

@@ -28,7 +28,7 @@ TOP = 5
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One of the likeliest classes of an image."""
+    """A likely class of an image, with its name, its label and its probability."""
 
     name: str
     label: int
@@ -64,7 +64,7 @@ def predict_files(
 
 
 def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = None):
-    """Yields (path, the likeliest five as `Prediction`s, likeliest first) for each image file.
+    """Yields (path, the five likeliest classes as `Prediction`s, the likeliest first) for each image file.
 
     Raises:
         RequestError, DatasetError: the weights or an image cannot be read.
@@ -88,11 +88,11 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names to show for the classes of a head: the dataset's where there is one for each class, else ImageNet-1k's for
-    1,000 classes, else numbers.
+    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet-1k's
+    for 1,000 classes, else numbers.
 
     Args:
-        dataset: the class names of the dataset that the weights were trained on, where known.
+        dataset: the class names of the dataset that the weights were trained on, or None if they are not known.
     """
     if dataset is not None and len(dataset) == num_classes:
         return in_words(dataset)

@@ -1,6 +1,7 @@
-"""Every default, once: what a run is told, as frozen dataclasses, and the presets that `train.py` offers.
+"""The flags of a training run as frozen dataclasses, each default written once, and the presets of `train.py`.
 
-A field that is None is decided by BiT-HyperRule from the dataset (see `hyperrule.py`).
+Where a recipe field is None, BiT-HyperRule chooses its value from the dataset (see `hyperrule.py`). `--help` shows the
+fields' docstrings with their line breaks, so each line of one is a whole sentence or clause.
 """
 
 import dataclasses
@@ -18,118 +19,145 @@ EMBEDDED = "embedded"  # --model's name for the small model under assets/
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The model to train."""
 
     model: str = EMBEDDED
-    """A published name (`python -m bit_jax.zoo list`), the path of an .npz, or `embedded`. With `--init random`
-    also an architecture: R50x1, R152x4, R14x0.5."""
+    """Model to train: a published name (`python -m bit_jax.zoo list`), the path of an .npz, or `embedded`.
+    With --init random also an architecture: R50x1, R152x4, R14x0.5."""
     init: Literal["checkpoint", "random"] = "checkpoint"
-    """Start from the file's weights with a new head of zeros, or from scratch in the same architecture."""
+    """Initial parameters: the file's weights with a new head of zeros, or random ones in the same architecture."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
-    """Of the products; parameters, statistics, loss and updates are float32 or wider in all of them."""
+    """Precision of matrix products and convolutions.
+    Parameters, statistics, loss and updates are float32, or float64 with fp64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What it is trained on."""
+    """The examples to train on and to evaluate on."""
 
     dataset: str = "digits"
-    """digits, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY (MNIST's file format), synthetic, or a tfds name
-    prepared as array_record, such as imagenet2012 or cifar10:3.0.2."""
+    """Dataset: digits, synthetic, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY (MNIST's file format),
+    or a tfds name prepared as array_record, such as imagenet2012 or cifar10:3.0.2."""
     data_dir: UserPath | None = None
-    """Where tfds keeps its datasets."""
+    """Directory with the prepared tfds datasets. None: tfds's default directory."""
     train_split: str = "train"
-    """A split, or a slice of one, such as train[:98%]."""
+    """Split to train on, or a slice of one, such as train[:98%]."""
     eval_split: str = "test"
+    """Split to evaluate on, or a slice of one, such as train[98%:]."""
     examples_per_class: int | None = None
-    """Few-shot: train on this many examples of each class, chosen by the seed."""
+    """Number of training examples of each class, chosen by the seed, for few-shot training. None: all examples."""
     resize: Literal["pillow", "tf"] = "pillow"
-    """How: pillow, antialiased, as BiT's PyTorch code, or tf, from the four nearest pixels, as its TensorFlow code."""
+    """Resizing method: `pillow` is antialiased, as in BiT's PyTorch code;
+    `tf` uses the four nearest pixels, as in BiT's TensorFlow code."""
     resize_to: int | None = None
-    """Training images are resized to this square before cropping. None: BiT-HyperRule."""
+    """Side in pixels of the square that training images are resized to before cropping.
+    None: BiT-HyperRule chooses 160 if the median image has fewer than 96x96 pixels and 512 otherwise;
+    where --crop is given, in the same proportion to it (5:4 or 16:15)."""
     crop: int | None = None
-    """Side of the square the model sees, in training and evaluation. None: BiT-HyperRule."""
+    """Side in pixels of the square that the model sees in training and evaluation.
+    None: BiT-HyperRule chooses 128 if the median image has fewer than 96x96 pixels and 480 otherwise."""
     flip: tyro.conf.FlagConversionOff[bool] = True
-    """Mirror half of the training images."""
+    """Mirror half of the training images, chosen at random; turn it off where left and right differ in meaning."""
     global_batch: int = 512
-    """Training examples a step, over all devices of all hosts."""
+    """Training examples per step, over all devices of all hosts."""
     batch_per_device: int | None = None
-    """Sets the global batch as this many a device; wins over --global-batch."""
+    """Training examples per step and device; it replaces --global-batch. None: --global-batch decides."""
     skip_damaged: bool = False
-    """Show the next example in place of a training image that cannot be decoded, instead of ending the run."""
+    """Use the next example in place of a training image that cannot be decoded, instead of ending the run."""
     input_threads: int | None = None
-    """That read, decode and resize. None: one a core, and two where nothing has to be decoded."""
+    """Threads that read, decode and resize images. None: one per core, or two where no image has to be decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD, v = momentum v + gradient, p -= lr v; linear warm-up, then a tenth once each decay step is passed."""
+    """SGD (v = momentum v + gradient, p -= lr v) with linear warm-up and a tenfold decay after each decay step."""
 
     base_lr: float = 0.003
+    """Learning rate between warm-up and the first decay. BiT uses 0.003 for batches of 512."""
     momentum: float = 0.9
+    """Momentum of SGD, at least 0 and below 1."""
     mixup: float | None = None
-    """Alpha of the Beta distribution; 0 turns mixup off. None: BiT-HyperRule."""
+    """Alpha of mixup's Beta distribution; 0 turns mixup off.
+    None: BiT-HyperRule chooses 0 for fewer than 20,000 training examples and 0.1 otherwise."""
     warmup_steps: int | None = None
-    """None: BiT-HyperRule, as with the two below."""
+    """Steps over which the learning rate rises linearly from 0 to --base-lr.
+    None: BiT-HyperRule chooses them from the number of training examples and --steps."""
     decay_steps: tuple[int, ...] | None = None
+    """Steps after each of which the learning rate is divided by 10.
+    None: BiT-HyperRule chooses them from the number of training examples and --steps."""
     steps: int | None = None
-    """Train for this many steps."""
+    """Number of training steps.
+    None: BiT-HyperRule chooses 500 below 20,000 training examples, 10,000 below 500,000, else 20,000."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleConfig:
-    """How the work is spread and what is kept in memory; none of it changes what is computed."""
+    """Devices, hosts and memory; none of these flags changes what is computed."""
 
     mesh: str = ""
-    """data=2,fsdp=8: batches are split over all devices, parameters, gradients and momentum over fsdp. Empty: all
-    devices data-parallel, each with all parameters."""
+    """Device mesh, such as data=2,fsdp=8. Batches are split over all devices;
+    parameters, gradients and momentum are split over fsdp, for models that one device cannot hold.
+    Empty: the devices are data-parallel, and each holds all parameters."""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping it: nothing; norm, GroupNorm and ReLU, which repeats no
-    convolution; unit, whole residual units."""
+    """Activations that the backward pass recomputes to save memory:
+    none; norm: those of GroupNorm and ReLU, which repeats no convolution; unit: those of whole residual units."""
     microbatches: int = 1
-    """Passes that a step's batch is taken in, one after the other; the gradient is that of the whole batch."""
+    """Parts of a step's batch that are computed one after the other to save memory.
+    The gradient is that of the whole batch."""
     coordinator: str = ""
-    """Several hosts, all started with the same command: host 0's ADDRESS:PORT. Not needed under SLURM (srun), Open MPI
-    (mpirun) and in a Kubernetes indexed job."""
+    """ADDRESS:PORT of host 0, for a run on several hosts, which all get the same command.
+    Leave it out under SLURM (srun) and Open MPI (mpirun) and in Kubernetes indexed jobs."""
     hosts: int | None = None
+    """Number of hosts in the run, with --coordinator. None: as many as the scheduler starts, or one."""
     host: int | None = None
-    """This one's number, from 0."""
+    """Index of this host, starting at 0, with --coordinator. None: the scheduler's index."""
     start_timeout: int = 300
-    """Seconds that hosts wait for each other at the start."""
+    """Seconds that the hosts wait for each other at the start."""
     host_timeout: int = 60
-    """Seconds without a sign of life after which a host is taken for dead."""
+    """Seconds without a sign of life after which a host is taken for dead and the run ends."""
     doctor: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Instead of training, compare versions, configuration, data and devices of all hosts, and measure the links
-    between them."""
+    """Do not train: compare versions, configuration, data and devices of all hosts,
+    and measure the links between them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where the results go, and when to look at them."""
+    """Results, evaluations and checkpoints."""
 
     workdir: UserPath
-    """Receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz. A run found here is continued."""
+    """Directory that receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz.
+    A run that is already there is continued."""
     seed: int = 0
-    """Of example order, augmentation, mixup, few-shot choice and random initialization."""
+    """Seed of example order, augmentation, mixup, few-shot choice and random initialization."""
     eval_every: int | Literal["epoch"] | None = None
-    """Evaluate every so many steps, or after each epoch; always at the end."""
+    """Steps between evaluations, or `epoch` for one after each epoch. Every run is also evaluated at its end.
+    None: only at its end."""
     eval_at_start: tyro.conf.FlagConversionOff[bool] = False
+    """Evaluate before the first step, too."""
     target_acc1: float | None = None
-    """Stop once an evaluation reaches this top-1 accuracy."""
+    """Top-1 accuracy, between 0 and 1, at which training stops once an evaluation reaches it. None: train all steps."""
     log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
+    """Steps between two checkpoints; a run that was killed loses at most these."""
     keep_checkpoints: int = 2
-    """At least 2: one is whole while another is written."""
+    """Number of newest checkpoints to keep, at least 2: one is whole while another is written."""
     profile: int = 0
-    """Trace so many steps, after the first few, into WORKDIR/profile: for TensorBoard, and as a table by kind of work,
-    which `python -m bit_jax.profile WORKDIR` shows again."""
+    """Number of steps, after the first few, to trace into WORKDIR/profile, for TensorBoard and for a table by
+    kind of work, which `python -m bit_jax.profile WORKDIR` shows again."""
     deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
-    """On GPUs, end with the same bytes each time the same run is made, also where it was killed and continued. Steps
-    may take longer. CPUs do so without this flag, which changes nothing there."""
+    """Make a repeated run on GPUs end with the same bytes, even if it was killed and continued.
+    Steps may take longer. CPUs always do so."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All flags of a run.
+
+    Raises:
+        RequestError: a number is out of its range.
+    """
+
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -173,7 +201,7 @@ class Config:
             raise RequestError(f"--mixup {self.optimizer.mixup} must not be negative")
 
 
-# what changes nothing about the parameters a run ends with may differ when it is continued; all of `scale` too
+# A continued run may change these fields, and all of `scale`: they do not change the parameters that it ends with.
 _FREE_TO_CHANGE = {
     "data.data_dir",
     "data.skip_damaged",  # a run that met no damaged image yet computed the same either way
@@ -189,7 +217,7 @@ _FREE_TO_CHANGE = {
 
 
 def identity(cfg: Config) -> dict[str, object]:
-    """{"section.field": value} of everything that decides what the run computes, as JSON types."""
+    """Returns {"section.field": value} for every field that decides what the run computes, as JSON types."""
     flat = {
         f"{section.name}.{name}": value
         for section in dataclasses.fields(cfg)

@@ -1,4 +1,4 @@
-"""Before hours are spent: whether all hosts would compute the same run, and how fast they reach each other."""
+"""Checks before a long run whether all hosts would compute the same run, and measures the links between them."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = ("train.py", "bit_jax/**/*.py", "input_pipeline/**/*.py")  # relative to ROOT, where all of it is
-ELEMENTS = 2**24  # float32 numbers that every device ends with, 64 MiB: enough for the full rate of NVLink
+PROGRAM = ("train.py", "bit_jax/**/*.py", "input_pipeline/**/*.py")  # the program's files, relative to ROOT
+ELEMENTS = 2**24  # float32 numbers in a collective's result on every device, 64 MiB: enough for NVLink's full rate
 REPETITIONS = 5
 MISSING = "missing"
 
@@ -35,23 +35,23 @@ def examine(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) ->
     """Compares the hosts, tries the mesh's collectives, and prints both on the first host.
 
     Args:
-        cfg: of the run that is to be started.
+        cfg: configuration of the run that is to be started.
         inputs: {"weights" or a dataset: its fingerprint}.
-        needs: what the run will need of this machine.
+        needs: resources of this machine that the run will need.
 
     Raises:
         RequestError: the hosts differ, or do not fit the mesh.
         RunFailed: a collective returns a wrong number.
     """
-    found = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs, needs)))]
+    facts = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs, needs)))]
     console = terminal.console(width=120, quiet=not hosts.is_first())
-    console.print(_comparison(found))
-    console.print(_resources(found))
-    if differing := _differences([one["alike"] | one["flags"] for one in found]):
+    console.print(_comparison(facts))
+    console.print(_resources(facts))
+    if differing := _differences([host["alike"] | host["flags"] for host in facts]):
         raise RequestError(f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started")
-    for warning in _unused_gpus(found):
+    for warning in _unused_gpus(facts):
         console.print(warning, style="yellow")
-    resources.require(needs)  # each host says it of itself
+    resources.require(needs)  # every host checks its own
 
     devices = mesh.make_mesh(fsdp=mesh.parse_mesh(cfg.scale.mesh, jax.device_count()))
     seconds = cfg.scale.host_timeout
@@ -60,11 +60,11 @@ def examine(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) ->
         console.print(_links(measure(devices)))
     shape = ",".join(f"{axis}={size}" for axis, size in devices.shape.items())
     what = "alike, and every collective's result is right" if devices.size > 1 else "nothing to compare"
-    console.print(f"hosts: {len(found)}, devices: {devices.size} ({shape}); {what}")
+    console.print(f"hosts: {len(facts)}, devices: {devices.size} ({shape}); {what}")
 
 
 def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> dict:
-    """Of this host: what has to be the same on all, and what only has to be known."""
+    """Returns this host's facts: those that have to be the same on all hosts (`alike`, `flags`), and others."""
     local, flags = jax.local_devices(), identity(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
     alike = {
@@ -86,28 +86,28 @@ def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> 
     }
 
 
-def _resources(found: list[dict]) -> Table:
-    """What each host has of what the run needs; too little is marked."""
-    table = Table("resource", "needed", *(f"host {number}" for number in range(len(found))), title="Resources")
-    for rows in zip(*(one["needs"] for one in found), strict=True):
+def _resources(facts: list[dict]) -> Table:
+    """Makes a table of each host's resources and those that the run needs; it marks where there is too little."""
+    table = Table("resource", "needed", *(f"host {number}" for number in range(len(facts))), title="Resources")
+    for rows in zip(*(host["needs"] for host in facts), strict=True):
         needs = [resources.Need(**row) for row in rows]
         have = [resources.amount(need.available) + ("" if need.enough else " (too little)") for need in needs]
         table.add_row(needs[0].name, resources.amount(max(need.needed for need in needs)), *have)
     return table
 
 
-def _differences(found: list[dict]) -> list[str]:
-    everything = dict.fromkeys(what for one in found for what in one)  # a host may have read another dataset
+def _differences(facts: list[dict]) -> list[str]:
+    names = dict.fromkeys(name for host in facts for name in host)  # a host may have read another dataset
     return [
-        f"{what} is {one.get(what, MISSING)} on host {number}, {found[0].get(what, MISSING)} on host 0"
-        for number, one in enumerate(found)
-        for what in everything
-        if one.get(what, MISSING) != found[0].get(what, MISSING)
+        f"{name} is {host.get(name, MISSING)} on host {number}, {facts[0].get(name, MISSING)} on host 0"
+        for number, host in enumerate(facts)
+        for name in names
+        if host.get(name, MISSING) != facts[0].get(name, MISSING)
     ]
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    """The first 64 bits of SHA-256, which is enough to tell honest files apart."""
+    """Returns the first 64 bits of SHA-256, which tell files apart that nobody forges."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -115,17 +115,17 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """As `_digest`, of a file's content."""
+    """Returns the first 64 bits of the SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _unused_gpus(found: list[dict]) -> list[str]:
-    """One sentence for every machine that has more NVIDIA GPUs than the run would use, which may be meant so."""
-    used = dict.fromkeys((one["machine"] for one in found), 0)
-    for one in found:
-        used[one["machine"]] += one["devices"] if "cpu" not in one["alike"]["devices"] else 0
-    there = {one["machine"]: one["gpus"] for one in found}
+def _unused_gpus(facts: list[dict]) -> list[str]:
+    """Returns a sentence for every machine that has more NVIDIA GPUs than the run would use, which may be intended."""
+    used = dict.fromkeys((host["machine"] for host in facts), 0)
+    for host in facts:
+        used[host["machine"]] += host["devices"] if "cpu" not in host["alike"]["devices"] else 0
+    there = {host["machine"]: host["gpus"] for host in facts}
     return [
         f"{machine} has {there[machine]} NVIDIA GPUs, of which the run would use {count}"
         for machine, count in used.items()
@@ -133,23 +133,24 @@ def _unused_gpus(found: list[dict]) -> list[str]:
     ]
 
 
-def _comparison(found: list[dict]) -> Table:
+def _comparison(facts: list[dict]) -> Table:
     table = Table("", "host 0", "the others", title="What has to be the same on every host")
-    for what, value in found[0]["alike"].items():
-        values = {number: one["alike"].get(what, MISSING) for number, one in enumerate(found)}
+    for name, value in facts[0]["alike"].items():
+        values = {number: host["alike"].get(name, MISSING) for number, host in enumerate(facts)}
         others = [f"host {number}: {other}" for number, other in values.items() if other != value]
-        table.add_row(what, value, "\n".join(others) or ("the same" if len(found) > 1 else "there are none"))
+        table.add_row(name, value, "\n".join(others) or ("the same" if len(facts) > 1 else "there are none"))
     return table
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """One collective over one axis of the mesh, in groups of so many devices.
+    """The measurement of one collective over one axis of the mesh.
 
     Attributes:
-        seconds: median of REPETITIONS, each waited for.
-        rate: bytes/s of each device's link, nccl-tests' "bus bandwidth": what it had to send by the best algorithm,
-            over the time. All-reduce: 2 (n-1)/n of the result; all-gather: (n-1)/n.
+        devices: number of devices in a group.
+        seconds: median of REPETITIONS runs, each of which is waited for.
+        rate: bytes/s of each device's link, nccl-tests' "bus bandwidth": the bytes that it has to send by the best
+            algorithm, over the time. All-reduce: 2 (n-1)/n of the result; all-gather: (n-1)/n.
     """
 
     collective: str
@@ -160,17 +161,17 @@ class Link:
 
 
 def measure(devices: Mesh) -> list[Link]:
-    """All-reduce and all-gather over each axis of the mesh that has several places.
+    """Times all-reduce and all-gather over each axis of the mesh that has more than one device.
 
     Raises:
-        RunFailed: a result is not the one that every device has to have.
+        RunFailed: a device's result is wrong.
     """
     axes = [axis for axis, size in devices.shape.items() if size > 1]
-    return [one for axis in axes for one in (_all_reduce(devices, axis), _all_gather(devices, axis))]
+    return [link for axis in axes for link in (_all_reduce(devices, axis), _all_gather(devices, axis))]
 
 
 def _all_reduce(devices: Mesh, axis: str) -> Link:
-    """Of 1 on the first place of the axis, 2 on the second, and so on."""
+    """Times the all-reduce of 1 on the axis's first device, 2 on the second, and so on."""
     size = devices.shape[axis]
     numbers = _spread(devices, axis, lambda place: np.full((1, ELEMENTS), place + 1, np.float32))
     add = jax.jit(lambda numbers: numbers.sum(axis=0), out_shardings=NamedSharding(devices, PartitionSpec()))
@@ -179,7 +180,7 @@ def _all_reduce(devices: Mesh, axis: str) -> Link:
 
 
 def _all_gather(devices: Mesh, axis: str) -> Link:
-    """Of as many numbers from each place, which are the place's."""
+    """Times the all-gather of equally many numbers from each device of the axis, each equal to its index."""
     size = devices.shape[axis]
     part = ELEMENTS // size
     numbers = _spread(devices, axis, lambda place: np.full((1, part), place, np.float32))
@@ -189,7 +190,7 @@ def _all_gather(devices: Mesh, axis: str) -> Link:
 
 
 def _spread(devices: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> Array:
-    """A global array whose first dimension lies along the axis, one row on each of its places."""
+    """Makes a global array whose rows are sharded over the axis, one row per index; `of_place(index)` makes a row."""
     rows, columns = devices.shape[axis], of_place(0).shape[1]
     sharding = NamedSharding(devices, PartitionSpec(axis))
 
@@ -202,7 +203,7 @@ def _spread(devices: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> 
 
 def _timed(collective: str, axis: str, size: int, run: Callable[[], Array], right: np.ndarray, *, sent: float) -> Link:
     try:
-        first = jax.block_until_ready(run())  # which compiles it and opens the connections
+        first = jax.block_until_ready(run())  # the first run compiles and opens the connections
     except jax.errors.JaxRuntimeError as error:
         raise RunFailed(f"{collective} over {axis} fails: {str(error).splitlines()[0]}") from None
     for shard in first.addressable_shards:

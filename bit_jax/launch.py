@@ -1,7 +1,7 @@
 """Runs a command as several hosts on this machine: `python -m bit_jax.launch --hosts 2 -- train.py digits ...`.
 
-For trying out and testing what otherwise takes several machines, and for several processes on one. Every process is
-given --coordinator, --hosts and --host behind the command's own flags. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 go to all
+It serves to try out and test what otherwise takes several machines, and to run several processes on one. Every process
+is given --coordinator, --hosts and --host after the command's own flags. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 go to all
 of them.
 """
 
@@ -22,12 +22,13 @@ def main() -> int:
     own, command = _split(sys.argv[1:])
 
     def launch(hosts: int = 2, devices: int | None = None, port: int | None = None) -> int:
-        """{doc}
+        """Runs the command behind -- as several hosts.
 
         Args:
-            hosts: how many processes.
-            devices: of each: virtual ones on a CPU, the host's next so many GPUs otherwise. None: all that it sees.
-            port: that the first listens on; None: a free one.
+            hosts: Number of processes to start, each of which acts as one host.
+            devices: Number of devices of each process: virtual ones on a CPU, otherwise the next GPUs of this machine.
+                None: every process sees all GPUs.
+            port: Port that the first process listens on. None: a free one.
         """
         if hosts < 1 or (devices is not None and devices < 1):
             raise RequestError(f"--hosts {hosts} and --devices {devices} must be at least 1")
@@ -37,12 +38,11 @@ def main() -> int:
             )
         return run(command, hosts, devices, port or free_port())
 
-    launch.__doc__ = (launch.__doc__ or "").format(doc=__doc__)
-    return tyro.cli(launch, args=own)
+    return tyro.cli(launch, description=__doc__, args=own)
 
 
 def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
-    """The first exit code that is not 0, of any process; 0 where there is none."""
+    """Runs the processes and returns the first exit code of any that is not 0, or 0 if there is none."""
     processes = [
         subprocess.Popen(
             [
@@ -51,7 +51,7 @@ def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
                 *f"--coordinator 127.0.0.1:{port} --hosts {hosts} --host {host}".split(),
             ],
             env=os.environ | (_environment(host, devices) if devices is not None else {}),
-            process_group=0,  # a terminal's Ctrl-C would reach them as well, and twice means "at once"
+            process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
         )
         for host in range(hosts)
     ]

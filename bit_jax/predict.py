@@ -28,7 +28,7 @@ TOP = 5
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One of the likeliest classes of an image."""
+    """A likely class of an image, with its name, its label and its probability."""
 
     name: str
     label: int
@@ -47,10 +47,10 @@ def predict_files(
     """Prints the five likeliest classes of each image.
 
     Args:
-        images: image files.
-        weights: an .npz in the official layout, or a published name or address.
-        size: side of the square that images are resized to. None: the size that the weights were fine-tuned at, where
-            the config.json beside them says so, else BiT-HyperRule's size for the image.
+        images: Image files to classify.
+        weights: Weights of the model: an .npz in the official layout, or a published name or address.
+        size: Side in pixels of the square that images are resized to. None: the size that the weights were fine-tuned
+            at, where the config.json beside them says so, else BiT-HyperRule's size for the image.
     """
     if not images:
         raise RequestError("no image to predict; name at least one image file")
@@ -64,7 +64,7 @@ def predict_files(
 
 
 def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = None):
-    """Yields (path, the likeliest five as `Prediction`s, likeliest first) for each image file.
+    """Yields (path, the five likeliest classes as `Prediction`s, the likeliest first) for each image file.
 
     Raises:
         RequestError, DatasetError: the weights or an image cannot be read.
@@ -88,11 +88,11 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names to show for the classes of a head: the dataset's where there is one for each class, else ImageNet-1k's for
-    1,000 classes, else numbers.
+    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet-1k's
+    for 1,000 classes, else numbers.
 
     Args:
-        dataset: the class names of the dataset that the weights were trained on, where known.
+        dataset: the class names of the dataset that the weights were trained on, or None if they are not known.
     """
     if dataset is not None and len(dataset) == num_classes:
         return in_words(dataset)

@@ -1,9 +1,8 @@
 """Datasets as uint8 batches with a mask: `open_source` finds the examples, `Loader` orders and batches them.
 
-This package is the ground floor. It imports neither `bit_jax` nor `parity`, and what all three share stands here: how a
-command ends (`errors`, `exits`), how files and paths are handled (`files`, `flags`), who owns a directory (`claims`),
-how many files a process may hold open (`limits`) and what a terminal is shown (`terminal`). Those seven import no array
-library, so every command starts fast.
+This package imports neither `bit_jax` nor `parity`, and holds what all three share: exit codes (`errors`, `exits`),
+files and paths (`files`, `flags`), ownership of directories (`claims`), the limit on open files (`limits`) and terminal
+output (`terminal`). Those seven modules import no array library, so every command starts fast.
 """
 
 import importlib

@@ -41,11 +41,11 @@ def _prepare(
     """Writes a tfds dataset as array_record, once, for training to read. Needs TensorFlow; training does not.
 
     Args:
-        dataset: imagenet2012, or another tfds image classification dataset, which tfds downloads.
+        dataset: Name of the dataset: imagenet2012, or another tfds image classification dataset, which tfds downloads.
         data_dir: Directory that receives the dataset; give the same to train.py.
-        manual_dir: Directory with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; for imagenet2012.
-        subset: Accept archives that hold only some of the images, on purpose; for imagenet2012.
-        skip_md5: Do not read the archives once more to compare their MD5; for imagenet2012.
+        manual_dir: Directory with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which imagenet2012 needs.
+        subset: Accept imagenet2012 archives that hold only some of the images, on purpose.
+        skip_md5: Do not read the imagenet2012 archives once more to compare their MD5.
         skip_check: Do not read every record afterwards.
     """
     errors = console(stderr=True)
@@ -61,7 +61,7 @@ def _convert(dataset: tyro.conf.Positional[str], data_dir: UserPath) -> bool:
 
     Args:
         dataset: Name of the dataset.
-        data_dir: Directory that tfds keeps it in.
+        data_dir: Directory with the prepared tfds datasets; give the same to train.py.
     """
     preparing.convert(dataset, data_dir, console(stderr=True))
     return _check(dataset, data_dir)
@@ -75,9 +75,9 @@ def _check(
     """Reads and decodes every record, as training will, and lists what is damaged; exit code 1 if anything is.
 
     Args:
-        dataset: as train.py's --dataset: imagenet2012, cifar10, folder:PATH, ...
-        data_dir: Directory that tfds keeps it in.
-        splits: Splits to read, or slices such as train[:1%]; all splits unless given.
+        dataset: Dataset to read, written like train.py's --dataset: imagenet2012, cifar10, folder:PATH, ...
+        data_dir: Directory with the prepared tfds datasets. None: tfds's default directory.
+        splits: Splits to read, or slices such as train[:1%]. Without any, all splits are read.
     """
     sources = [open_source(dataset, split, data_dir) for split in splits or split_names(dataset, data_dir)]
     # readers stay open from the first split to the last

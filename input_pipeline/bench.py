@@ -1,8 +1,7 @@
-"""Images/s of training input on this machine: this package's loader beside tf.data and PyTorch's DataLoader.
+"""Measures training input in images/s: this package's loader beside tf.data and PyTorch's DataLoader.
 
-Each pipeline lives in a process of its own and takes turns with the others; when it is not its turn it is stopped, so
-that none fills its buffers while another is measured. `python -m input_pipeline.bench ARM FOLDER BATCH` is
-such a process.
+Each pipeline runs in its own process, `python -m input_pipeline.bench ARM FOLDER BATCH`, and takes turns with the
+others. A process is stopped while it waits for its turn, so that it does not fill its buffers during another's turn.
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ from input_pipeline.preprocess import Views
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import console
 
-RESIZE_TO, CROP = 512, 480  # BiT's for ImageNet
-SETTLE = 8  # batches before each measurement, more than any pipeline has waiting
-WATCH = 1.0  # seconds between two looks at memory: a look stops the process for milliseconds
+RESIZE_TO, CROP = 512, 480  # pixels; BiT uses them for ImageNet
+SETTLE = 8  # batches before each measurement, more than any pipeline keeps ready
+WATCH = 1.0  # seconds between two readings of memory, each of which stops the process for milliseconds
 MIB = 2**20
 
 
@@ -44,7 +43,7 @@ class Arm:
 
     Attributes:
         what: the pipeline's name in tables.
-        needs: the package without which it is left out; empty where it needs none.
+        needs: the package that the pipeline needs and is left out without; empty where it needs none.
         module: the module that its process runs.
     """
 
@@ -106,10 +105,10 @@ def bench(
 
 
 class Process:
-    """A pipeline's process and those that it starts.
+    """The process of a pipeline, with the processes that it starts.
 
     Attributes:
-        memory: the most they were seen to hold together, bytes; pages that they share count once.
+        memory: largest number of bytes that they were seen to hold together; pages that they share count once.
     """
 
     def __init__(self, name: str, arm: Arm, folder: Path, batch: int):
@@ -126,7 +125,7 @@ class Process:
         self._signal(signal.SIGSTOP)
 
     def run(self, batches: int) -> float:
-        """Seconds for so many batches."""
+        """Returns the seconds that the next `batches` batches take."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         print(batches, file=self._process.stdin, flush=True)
@@ -169,9 +168,9 @@ class Process:
 
 
 def serve(batches: Iterator[Any]) -> None:
-    """A pipeline's process: answers each number of batches on standard input with the seconds that they took."""
+    """Runs a pipeline's process: it answers each number of batches on standard input with the seconds they took."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print to standard output, which would be taken for an answer
     next(batches)
     print("ready", file=replies)
     for line in sys.stdin:
@@ -230,7 +229,7 @@ def _machine() -> str:
 
 
 def main() -> None:
-    """This package's own pipeline, as a process."""
+    """Serves this package's own pipeline as a process."""
     resize, folder, batch = sys.argv[1:]
     source = open_source(f"folder:{folder}", "train")
     views = Views(RESIZE_TO, CROP, flip=True, resize="tf" if resize == "tf" else "pillow")

@@ -1,4 +1,4 @@
-"""Reads every record of a dataset, as training will: how many there are, whether each decodes, whether labels fit."""
+"""Reads every record of a dataset, as training will, and counts those that do not decode or have a wrong label."""
 
 import dataclasses
 import os
@@ -11,21 +11,21 @@ import numpy as np
 from input_pipeline.examples import NO_LABEL, CannotRead, DamagedImage, DatasetError, Source
 from input_pipeline.preprocess import decode
 
-BLOCK = 1024  # records under way at once
-SHOWN = 20  # faults of a split that are spelled out
+BLOCK = 1024  # records that are read at the same time
+SHOWN = 20  # faults of a split that are described; the rest are only counted
 
 
 @dataclasses.dataclass
 class Checked:
-    """What a split holds.
+    """The content and the faults of one split.
 
     Attributes:
         name, examples: the split's name and number of examples.
         classes: number of its classes that occur.
         damaged: number of images that cannot be decoded.
         wrong: number of records that cannot be read and of labels out of range.
-        faults: a sentence on each of the first `SHOWN` of them.
-        least, most: pixels of the smallest and the largest image, as height x width.
+        faults: a sentence on each of the first `SHOWN` faults.
+        least, most: (height, width) in pixels of the smallest and the largest image.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Checked:
         return not self.damaged and not self.wrong
 
     def fault(self, sentence: str, *, damaged: int = 0, wrong: int = 0) -> None:
-        """Counts a fault; the first few sentences are kept, so that memory is bounded however many there are."""
+        """Counts a fault, and keeps its sentence if it is among the first `SHOWN`, so that memory stays bounded."""
         self.damaged += damaged
         self.wrong += wrong
         if len(self.faults) < SHOWN:
@@ -55,7 +55,7 @@ class Checked:
 
 
 class _Look(NamedTuple):
-    """What came of one record: its id and label, if it can be read; its size, or what is wrong with it."""
+    """One record: its id and label if it can be read, and its (height, width) or its fault."""
 
     identity: str
     label: int | None
@@ -64,10 +64,10 @@ class _Look(NamedTuple):
 
 
 def check(source: Source, advance: Callable[[int], None] = lambda done: None) -> Checked:
-    """Reads and decodes all of a split, on every core.
+    """Reads and decodes all examples of a split, on every core.
 
     Args:
-        advance: is called now and then with the number of examples done.
+        advance: function that is called after every `BLOCK` examples with the number of examples done.
 
     Raises:
         CannotRead: the operating system refuses to read a file, which says nothing about the dataset.
@@ -100,7 +100,7 @@ def check(source: Source, advance: Callable[[int], None] = lambda done: None) ->
 
 
 def _look(source: Source, index: int) -> _Look:
-    """Reads one record. It returns sentences, because an exception keeps the image in the frames of its traceback."""
+    """Reads one record. It returns faults as text: an exception would keep the image in its traceback's frames."""
     try:
         example = source[index]
     except CannotRead:

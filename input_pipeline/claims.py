@@ -1,8 +1,8 @@
-"""Who owns a directory: a file in it that names host, process and time, so that a second writer is refused.
+"""Claims on directories: a file in the directory names host, process and time, so that a second writer is refused.
 
-The claim works on shared disks without locks. On the machine that made it, a claim is as alive as its process. From
-any other machine or container it is watched: the owner writes a new number into the file every few seconds, and a
-claim whose number stands still for `PATIENCE` seconds belongs to an owner that is dead. No clocks are compared.
+Claims work on shared disks without locks. On the machine that made it, a claim is alive as long as its process. From
+any other machine or container it is watched: the owner writes a new number into the file every few seconds, and if
+the number stands still for `PATIENCE` seconds the owner is taken for dead. No clocks are compared.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from input_pipeline.terminal import printable
 
 CLAIM = ".owner.json"  # the claim of a whole directory
 BEAT = 5.0  # seconds between two signs of life
-PATIENCE = 30.0  # seconds without one after which an owner elsewhere is taken for dead
-LOST = 2  # looks in a row at which the claim is another's
-ABANDONED = 60.0  # seconds after which nobody removes a claim any more; long, because here clocks are compared
+PATIENCE = 30.0  # seconds without a sign of life after which an owner on another machine is taken for dead
+LOST = 2  # readings in a row with another owner after which the claim is lost
+ABANDONED = 60.0  # seconds after which a `.removing` directory is stale; long, because this compares two clocks
 UNKNOWN: dict[str, Any] = {"host": "?", "process": 0, "since": "?", "command": "?"}
 
 
@@ -45,19 +45,19 @@ def claimed(
     lost: Callable[[str], None] | None = None,
     patience: float = PATIENCE,
 ) -> Iterator[None]:
-    """Within, this process owns what the claim stands for; the claim is gone afterwards.
+    """Holds the claim while the `with` block runs, and removes it afterwards.
 
     Args:
         claim: the claim's file, such as DIRECTORY / `CLAIM`; its directory exists.
-        name: what is owned, for messages.
-        remedy: the last clause of a refusal: what else can be done than to wait.
-        wait: whether to wait for the owner's end instead of refusing.
-        lost: is called with a sentence, in a thread, where another process took the claim because this one showed no
-            sign of life; by default it ends the process with exit code 1, because two owners would write.
+        name: the name of what is owned, for messages.
+        remedy: the last clause of the refusal: what the reader can do instead of waiting.
+        wait: whether to wait until the owner ends instead of refusing.
+        lost: function that is called with a sentence, in a thread, if another process took the claim because this one
+            showed no sign of life; by default it ends the process with exit code 1, so that no two processes write.
         patience: seconds to watch an owner on another machine.
 
     Raises:
-        InUse: another process, which is alive, owns it.
+        InUse: another process, which is alive, owns the claim.
         OSError: the claim cannot be written.
     """
     token = secrets.token_hex(8)
@@ -76,7 +76,7 @@ def claimed(
 
 
 def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, patience: float) -> int:
-    """The open file of this process's own claim."""
+    """Makes this process's claim and returns its open file."""
     told = False
     while True:
         try:
@@ -108,7 +108,7 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
 
 
 def _write(file: int, token: str, beat: int) -> None:
-    """The claim's text, always of the same length, so that it is never read half old and half new."""
+    """Writes the claim's text, always of the same length, so that nobody reads it half old and half new."""
     content = {
         "token": token,
         "beat": f"{beat:012d}",
@@ -124,8 +124,8 @@ def _write(file: int, token: str, beat: int) -> None:
 
 
 def _read(claim: Path) -> dict[str, Any] | None:
-    """What a claim says; None where there is none. What is not readable as a claim is `UNKNOWN`'s, and its text stands
-    for its beat."""
+    """Returns the content of a claim, or None if there is no claim. If its text cannot be read as one, the owner is
+    `UNKNOWN` and the text serves as its beat."""
     try:
         text = claim.read_bytes()
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def _read(claim: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
         return UNKNOWN | {"token": "", "beat": "", "machine": "", "started": ""} | content
-    except (ValueError, TypeError):  # one that is just being written, or damaged
+    except (ValueError, TypeError):  # the claim is just being written, or damaged
         return UNKNOWN | {"token": text.hex(), "beat": text.hex(), "machine": "", "started": ""}
 
 
@@ -158,8 +158,8 @@ def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
 
 
 def _remove(claim: Path, owner: dict[str, Any]) -> None:
-    """Removes a dead owner's claim; another claimant may do the same at the same time."""
-    removing = claim.with_name(f"{claim.name}.removing")  # only one claimant removes, so that it is the one it read
+    """Removes a dead owner's claim, even while another process tries to do the same."""
+    removing = claim.with_name(f"{claim.name}.removing")  # only its maker removes: the claim is still the one it read
     try:
         removing.mkdir()
     except FileExistsError:
@@ -200,7 +200,7 @@ def _end(sentence: str) -> None:
 
 
 def _machine() -> str:
-    """What tells whether a process number here means the same process there: machine, boot and container."""
+    """Identifies the machine, its boot and the container: where all three are equal, process numbers are comparable."""
     parts = [platform.node()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -212,9 +212,9 @@ def _machine() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process began, in whatever unit the system counts; empty where it has ended."""
+    """Returns the start time of a process, in the system's own unit; empty if the process has ended."""
     try:
-        # the 22nd field, and the state; the second, the program's name in parentheses, may hold anything
+        # The start is the 22nd field. The second is the program's name in parentheses, which may contain anything.
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return "" if state == "Z" else fields[18]
     except FileNotFoundError:

@@ -1,11 +1,12 @@
-"""The exceptions that every command knows: wrong requests and failed runs, told from defects.
+"""The exceptions of every command: wrong requests, failed runs and signals.
 
-`exits.exit_code` turns each into one sentence and an exit code; anything else is a defect and keeps its traceback.
+`exits.exit_code` turns each into one sentence and an exit code; any other exception is a defect and keeps its
+traceback.
 """
 
 
 class RequestError(ValueError):
-    """What was asked for cannot be done; the message names the value and the remedy."""
+    """The request cannot be carried out; the message names the value and the remedy."""
 
 
 class RunFailed(RuntimeError):
@@ -13,7 +14,7 @@ class RunFailed(RuntimeError):
 
 
 class Stopped(BaseException):
-    """A signal ended the run; the message says what is saved. Like KeyboardInterrupt, it is not for recovery."""
+    """A signal ended the run; the message says what is saved. Like KeyboardInterrupt, it should not be handled."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)

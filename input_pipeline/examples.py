@@ -1,6 +1,6 @@
-"""What a dataset is to the rest of the program: a random-access sequence of image, label and id.
+"""Sources of examples: a split of a dataset as a random-access sequence of image, label and id.
 
-A source knows nothing of order, batches or hosts; `loader.py` decides those.
+Order, batches and hosts are not a source's concern; `loader.py` decides them.
 """
 
 import errno
@@ -16,15 +16,15 @@ import numpy as np
 from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 
-FINGERPRINTED = 64  # examples
-NO_LABEL = -1  # of every example of a split that is published without labels
-NAMED = 8  # classes that an error message spells out
-DAMAGED_IN_A_ROW = 10  # more are no damaged images but a damaged dataset
+FINGERPRINTED = 64  # examples that a fingerprint covers
+NO_LABEL = -1  # label of every example of a split that is published without labels
+NAMED = 8  # classes that an error message names
+DAMAGED_IN_A_ROW = 10  # so many damaged images in a row mean that the dataset is damaged
 T = TypeVar("T")
 
 
 class DatasetError(RequestError):
-    """The dataset cannot be had as asked for; the message names it and the remedy."""
+    """The dataset cannot be used as requested; the message names it and the remedy."""
 
 
 class DamagedImage(DatasetError):
@@ -32,7 +32,7 @@ class DamagedImage(DatasetError):
 
 
 class CannotRead(DatasetError):
-    """The operating system refuses to read a file. It says nothing about what the file holds, so it is no damage."""
+    """The operating system refuses to read a file. Its content may be in order, so it does not count as damage."""
 
 
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -43,7 +43,7 @@ def cannot_read(what: object, error: OSError | int, where: object = "its directo
 
     Args:
         what: the file or example, for the message.
-        error: what the system raised, or its number.
+        error: the exception that the system raised, or its error number.
         where: the directory that the file lies in, for the message.
     """
     number = error if isinstance(error, int) else error.errno
@@ -72,8 +72,8 @@ class Source(Protocol):
         class_names: a name for each label, in the order of the labels.
         labels: int32 [len(source)], known without decoding an image.
 
-    A source that keeps files open has an attribute `descriptors` too, and one whose images are arrays `decoded`: see
-    the functions of those names.
+    A source that keeps files open also has an attribute `descriptors`, and a source whose images are arrays has
+    `decoded`; see the functions of those names.
     """
 
     @property
@@ -87,15 +87,15 @@ class Source(Protocol):
 
 
 def descriptors(source: Source) -> int:
-    """Counts the files that reading the whole source comes to hold open, such as a dataset's shards.
+    """Counts the files that stay open while the whole source is read, such as a dataset's shards.
 
-    A file that is opened, read and closed again, as a folder's images are, does not count.
+    Files that are closed after each reading, such as a folder's images, do not count.
     """
     return getattr(source, "descriptors", 0)
 
 
 def decoded(source: Source) -> bool:
-    """Whether its images are arrays and not encoded files."""
+    """Whether the source's images are arrays and not encoded files."""
     return getattr(source, "decoded", False)
 
 
@@ -143,8 +143,8 @@ class Subset:
 
 
 def fingerprint(source: Source) -> str:
-    """64 bits of SHA-256 over the number of examples, the class names, and some examples whole, the first and the last
-    among them: hosts that read the same data have the same, in the time that it takes to read so many."""
+    """Returns 64 bits of SHA-256 over the number of examples, the class names, and the content of `FINGERPRINTED`
+    examples spread over the source. Hosts that read the same data get the same fingerprint."""
     digest = hashlib.sha256(repr((len(source), list(source.class_names))).encode())
     for index in np.unique(np.linspace(0, len(source) - 1, FINGERPRINTED).astype(int)):
         example = source[int(index)]
@@ -156,15 +156,15 @@ def fingerprint(source: Source) -> str:
 
 
 def canonical(name: str) -> str:
-    """A class's name in Unicode's composed form (NFC): macOS and Linux spell the same "é" in two ways."""
+    """Returns a class's name in Unicode's composed form (NFC), because macOS and Linux encode "é" differently."""
     return unicodedata.normalize("NFC", name)
 
 
 class Relabelled:
-    """Another source's examples under other numbers of the same classes."""
+    """Examples of another source with the same classes in another order."""
 
     def __init__(self, source: Source, class_names: Sequence[str], numbers: np.ndarray):
-        """numbers: int32 [classes of source], the new label of each of its labels."""
+        """numbers: int32 [classes of source], the new label for each label of the source."""
         self.name, self.class_names = source.name, class_names
         self._source, self._numbers = source, numbers
 
@@ -196,7 +196,7 @@ def label_of(example: Example, source: Source) -> int:
     """Returns the example's label, which is the number of one of the source's classes.
 
     Raises:
-        DatasetError: it has none, because its split is published without labels, or one outside the classes.
+        DatasetError: the example has no label, because its split is published without, or one outside the classes.
     """
     label, classes = example["label"], len(source.class_names)
     if 0 <= label < classes:
@@ -213,10 +213,10 @@ def label_of(example: Example, source: Source) -> int:
 
 
 def require_labels(source: Source) -> None:
-    """Refuses a split that is published without labels, by its first example, before anything is trained for it.
+    """Refuses a split that is published without labels, before anything is trained for it.
 
     Raises:
-        DatasetError: its first example has no label, or one outside the classes.
+        DatasetError: the split's first example has no label, or one outside the classes.
     """
     label_of(source[0], source)
 
@@ -232,16 +232,16 @@ def first_undamaged(
     """Uses an example or, with `skip_damaged`, the first one after it that is not damaged.
 
     Args:
-        index: the number of the example; after the source's last comes its first.
-        use: is called with an example's number and raises `DamagedImage` where the example is damaged.
-        note: is called with the number of each damaged example and the error.
+        index: the index of the example; the source's first example follows its last.
+        use: function that is called with an example's index and raises `DamagedImage` if the example is damaged.
+        note: function that is called with the index of each damaged example and the error.
 
     Returns:
-        The number of the example that was used, and what `use` returned for it.
+        The index of the example that was used, and what `use` returned for it.
 
     Raises:
         DamagedImage: the example is damaged and `skip_damaged` is false.
-        DatasetError: so many examples in a row are damaged that the dataset is.
+        DatasetError: `DAMAGED_IN_A_ROW` examples in a row are damaged.
     """
     for number in range(index, index + DAMAGED_IN_A_ROW):
         number %= len(source)
@@ -258,14 +258,14 @@ def first_undamaged(
 
 
 def relabelled(source: Source, class_names: Sequence[str], whose: str) -> Source:
-    """The source with its labels numbered as in `class_names`; classes are matched by name, never by position.
+    """Returns the source with labels numbered as in `class_names`; classes are matched by name, never by position.
 
     Args:
-        class_names: in the order of the wanted labels.
-        whose: what has those classes, for the message: "digits/train", "the head of w.npz".
+        class_names: names of the classes in the order of the wanted labels.
+        whose: the owner of those classes, for the message: "digits/train", "the head of w.npz".
 
     Raises:
-        DatasetError: `source` has classes that are not among them; the message names them.
+        DatasetError: `source` has classes that are not in `class_names`; the message names them.
     """
     wanted = {canonical(name): label for label, name in enumerate(class_names)}
     unknown = [name for name in source.class_names if canonical(name) not in wanted]
@@ -284,10 +284,10 @@ def relabelled(source: Source, class_names: Sequence[str], whose: str) -> Source
 
 
 def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:
-    """The same `examples_per_class` examples of every class for the same seed, in random order.
+    """Chooses `examples_per_class` examples of every class, in random order; the choice depends on the seed alone.
 
     Raises:
-        DatasetError: a class has fewer.
+        DatasetError: a class has fewer examples.
     """
     order = np.random.default_rng(seed).permutation(len(source))
     labels = source.labels[order]
@@ -310,10 +310,12 @@ def few_shot(source: Source, examples_per_class: int, seed: int) -> Subset:
 
 
 def parse_slice(split: str) -> tuple[str, str | None, str | None]:
-    """`train` or `train[START:STOP]` -> (split, start, stop); each end a number, a negative number or a percentage.
+    """Parses `train` or `train[START:STOP]` into (split, start, stop).
+
+    START and STOP are numbers, negative numbers, percentages or empty.
 
     Raises:
-        DatasetError: it is of another form.
+        DatasetError: the text has another form.
     """
     match = re.fullmatch(r"(\w[\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if match is None:
@@ -322,7 +324,7 @@ def parse_slice(split: str) -> tuple[str, str | None, str | None]:
 
 
 def cut(source: Source, split: str) -> Source:
-    """The part of a whole split that a slice such as `train[:98%]` names, rounded as tfds rounds."""
+    """Returns the part of a whole split that a slice such as `train[:98%]` names, with the same rounding as tfds."""
     _, *ends = parse_slice(split)
     if ends == [None, None]:
         return source

@@ -1,11 +1,11 @@
-"""How a command ends: exit codes, signals, closed pipes.
+"""The end of a command: exit codes, signals and closed pipes.
 
-Exit codes: 0 done; 1 a run or comparison failed, or another host did; 2 the request was wrong; 128 and the signal's
-number where a signal ended it, as shells count (130 for Ctrl-C, 143 for SIGTERM, 141 for a closed pipe). A
+Exit codes: 0 done; 1 a run or comparison failed, or another host did; 2 the request was wrong; 128 plus the signal's
+number if a signal ended the command, as in shells (130 for Ctrl-C, 143 for SIGTERM, 141 for a closed pipe). A
 `RequestError` ends in its one sentence and exit code 2; a defect keeps its traceback.
 
-The first SIGINT, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (what `sbatch --signal` is often told to send) asks the
-command to end in good order. The second one ends it at once, whatever it is doing.
+The first SIGINT, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (which `sbatch --signal` often sends) asks the command
+to end in good order. The second one ends it at once, whatever it is doing.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def exit_code(main: Callable[[], object]) -> int:
         with _handling_signals():
             try:
                 code = main()
-            except SystemExit:  # --help has been printed; at Python's end a closed pipe would be no longer quiet
+            except SystemExit:  # after --help: flush now, because a closed pipe would raise a warning at Python's end
                 sys.stdout.flush()
                 raise
             sys.stdout.flush()
@@ -57,17 +57,17 @@ def exit_code(main: Callable[[], object]) -> int:
         remedy = "raise ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else "mend that"
         return _say(f"the operating system refuses{where}: {os.strerror(error.errno)}; {remedy} and start again", 2)
     except Stopped as stopped:
-        for number in ASKING:  # while Python ends, which may wait for threads, a second signal kills
+        for number in ASKING:  # Python's end may wait for threads; meanwhile a second signal kills the process
             signal.signal(number, signal.SIG_DFL)
         return _say(str(stopped), 128 + stopped.number)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0
 
 
 def _closed_pipe() -> int:
-    """What reads the output has gone, as `head` does: nothing is left to say, and nobody to say it to."""
+    """Ends silently, because the reader of the output, such as `head`, has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(nowhere, sys.stdout.fileno())  # or Python would complain at its end that it cannot flush
+        os.dup2(nowhere, sys.stdout.fileno())  # otherwise Python complains at its end that it cannot flush
     os.close(nowhere)
     return 128 + signal.SIGPIPE
 
@@ -81,7 +81,7 @@ _ending = _Ending()
 
 
 def end_abruptly(abrupt: bool = True) -> None:
-    """Whether an error, of `exit_code`'s or any other, ends the process without what Python does at its end."""
+    """Sets whether any error ends the process at once, without Python's clean-up, which may wait for threads."""
     _ending.abrupt = abrupt
     sys.excepthook = _show_and_end if abrupt else sys.__excepthook__
 
@@ -96,7 +96,7 @@ def _show_and_end(kind: type[BaseException], error: BaseException, traceback: An
 class _Signals:
     asked: int = 0  # the signal that asked this process to end
     deferred: bool = False
-    repeated: int = 0  # signals under way that this process sent itself
+    repeated: int = 0  # signals that this process sent to itself and that have not arrived yet
 
 
 _signals = _Signals()
@@ -104,8 +104,8 @@ _signals = _Signals()
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """Within, the first signal only shows in `signal_asked`, so that libraries are not interrupted half-way through a
-    step or a save, where some have been seen to swallow the exception. A second one ends the process at once."""
+    """Makes the first signal show only in `signal_asked` while the `with` block runs, so that it does not interrupt a
+    step or a save, where some libraries swallow the exception. A second signal ends the process at once."""
     _signals.deferred = True
     try:
         yield
@@ -114,22 +114,23 @@ def deferring_signals() -> Iterator[None]:
 
 
 def signal_asked() -> int:
-    """The number of the signal that asked this process to end; 0 where none did."""
+    """Returns the number of the signal that asked this process to end, or 0 if none did."""
     return _signals.asked
 
 
 @contextlib.contextmanager
 def _handling_signals() -> Iterator[None]:
-    """The first signal raises `Stopped` in the main thread, unless signals are deferred; the second ends the process.
+    """Makes the first signal raise `Stopped` in the main thread, unless signals are deferred, and the second one end
+    the process.
 
     Python runs a signal's handler between two instructions of the main thread, which may be inside a compiler for
-    minutes. The interpreter also writes each signal's number into a pipe as it arrives; a thread that reads the pipe
-    ends the process. An exception that a handler raises within a garbage collector's callback or a finalizer is
-    dropped by Python, which reports it to `sys.unraisablehook`; there it is asked for once more.
+    minutes. The interpreter also writes each signal's number into a pipe as it arrives, and a thread that reads the
+    pipe ends the process. Python drops an exception that a handler raises within a garbage collector's callback or a
+    finalizer, and reports it to `sys.unraisablehook`; that hook sends the signal once more.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # nohup asks for SIGHUP to be ignored; that is its meaning
+    # nohup starts a process with SIGHUP ignored, and it stays ignored
     asking = [number for number in ASKING if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
     before = {number: signal.signal(number, _asked) for number in asking}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -142,19 +143,19 @@ def _handling_signals() -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)  # which ends the thread
+        os.close(writing)  # this ends the thread
         _signals.asked = 0
 
 
 def _asked(number: int, _: object) -> None:
-    """The handler: it runs in the main thread."""
+    """Handles a signal; Python calls it in the main thread."""
     _signals.asked = _signals.asked or number
     if not _signals.deferred:
         raise Stopped(number, "interrupted")
 
 
 def _watch(reading: int) -> None:
-    """The thread that counts signals as they arrive; it ends with the pipe."""
+    """Counts signals as they arrive, in a thread of its own, until the pipe is closed."""
     count = 0
     with open(reading, "rb", buffering=0) as pipe:
         while byte := pipe.read(1):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, JSON beside them, and paths as people type them."""
+"""Files that are written whole or not at all, JSON files, and paths as people type them."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from input_pipeline.errors import RequestError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s name when it is complete and on disk; on an error nothing of it remains."""
+    """Opens a file that gets `path`'s name once it is complete and on disk; after an error nothing of it remains."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -27,27 +27,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_unfinished(path: Path, name: str) -> bool:
-    """Whether it is what a process that was killed within `replacing` left of the file called `name`."""
+    """Whether `path` is a temporary file for `name` that a process left when it was killed within `replacing`."""
     return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp", path.name) is not None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically; what JSON has no form for, such as a path, becomes text."""
+    """Writes JSON atomically; values that JSON cannot express, such as paths, become text."""
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 class DamagedFile(RequestError):
-    """A side file was read, and its content is not what this program writes."""
+    """A file could be read, but its content is not what this program writes."""
 
 
 def parse_json(text: bytes | str, kind: type, name: object, remedy: str) -> Any:
-    """The value in a JSON text, which must be of `kind`.
+    """Returns the value in a JSON text, which must be of `kind`.
 
     Args:
-        text: the text, UTF-8 where it is bytes.
+        text: the text; bytes are UTF-8.
         kind: the Python type that the outermost value must have, such as `dict`.
-        name: what the text is called in the message.
+        name: the text's name in the message.
         remedy: the message's last clause: what the reader can do.
 
     Raises:
@@ -64,11 +64,11 @@ def parse_json(text: bytes | str, kind: type, name: object, remedy: str) -> Any:
 
 
 def read_json(path: Path, kind: type, remedy: str) -> Any:
-    """The value in a JSON file; see `parse_json`.
+    """Returns the value in a JSON file; see `parse_json`.
 
     Raises:
-        DamagedFile: the file was read and is not what it should be.
-        RequestError: the file cannot be read; the message says why and advises nothing that would lose it.
+        DamagedFile: the file could be read, but its content is wrong.
+        RequestError: the file cannot be read; the message says why, and its advice does not risk losing the file.
     """
     try:
         if path.exists() and not path.is_file():
@@ -85,10 +85,10 @@ def is_url(text: str) -> bool:
 
 
 def user_path(text: str | os.PathLike) -> Path:
-    """The path that a person typed, `~` and `~user` expanded.
+    """Returns the path that a person typed, with `~` and `~user` expanded.
 
     Raises:
-        RequestError: it is a URL, or the home directory is not known.
+        RequestError: the text is a URL, or the home directory is not known.
     """
     typed = os.fspath(text)
     if is_url(typed):

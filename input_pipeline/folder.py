@@ -1,4 +1,4 @@
-"""`folder:PATH`: image files in PATH/SPLIT/CLASS/, as torchvision's ImageFolder takes them."""
+"""`folder:PATH` datasets: image files in PATH/SPLIT/CLASS/, the layout of torchvision's ImageFolder."""
 
 import os
 import stat
@@ -15,8 +15,8 @@ LAYOUT = "folder:PATH holds PATH/SPLIT/CLASS/IMAGE"
 
 
 class FolderSource:
-    """One split; classes and files in the order of their canonical names' code points, whatever the file system's own
-    order. Classes have canonical names, files are read under the names that they have."""
+    """One split of a folder. Classes and files are ordered by the code points of their canonical names, so the order
+    does not depend on the file system. Class names are canonical; files are read under their own names."""
 
     def __init__(self, directory: Path, split: str):
         self.name = f"{directory.name}/{split}"
@@ -46,7 +46,7 @@ class FolderSource:
 
 
 def directory_names(directory: Path) -> list[str]:
-    """The names of PATH's splits, or of a split's classes, in the order of their canonical names."""
+    """Returns the names of PATH's splits, or of a split's classes, in the order of their canonical names."""
     return _names(directory, directories=True)
 
 
@@ -63,7 +63,7 @@ def _split_root(directory: Path, split: str) -> Path:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether it is one; raises `CannotRead` where the system does not say."""
+    """Whether the path is a directory; raises `CannotRead` if the system does not say."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -85,20 +85,20 @@ def _require_one_spelling(root: Path, names: Sequence[str]) -> None:
 
 
 def _names(directory: Path, *, directories: bool) -> list[str]:
-    """The names of all that is in a directory but hidden files. Anything that is neither class nor image is an error,
-    because an image left out by its name would go unnoticed."""
+    """Returns the names of everything in a directory except hidden files. Anything that is neither a class nor an image
+    is an error, because nobody would notice an image that is left out for its name."""
     try:
         with os.scandir(directory) as entries:
-            found = [(entry.name, _mode(entry)) for entry in entries if not entry.name.startswith(".")]
+            modes = [(entry.name, _mode(entry)) for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise cannot_read(error.filename or directory, error) from None
     expected = "a class directory" if directories else f"an image file ({', '.join(SUFFIXES)})"
-    for name, mode in sorted(found):
+    for name, mode in sorted(modes):
         if stat.S_ISDIR(mode) if directories else stat.S_ISREG(mode) and _is_image_name(name):
             continue
         what = f"is {kind_of(mode)}, not" if mode and not stat.S_ISREG(mode) else "is not"
         raise DatasetError(f"{directory / name} {what} {expected}; move it elsewhere. {LAYOUT}")
-    return sorted((name for name, _ in found), key=lambda name: (canonical(name), name))
+    return sorted((name for name, _ in modes), key=lambda name: (canonical(name), name))
 
 
 def _is_image_name(name: str) -> bool:
@@ -106,7 +106,7 @@ def _is_image_name(name: str) -> bool:
 
 
 def _mode(entry: os.DirEntry) -> int:
-    """What an entry is, symbolic links followed; the directory itself says it of most files, without a look at each."""
+    """Returns an entry's kind, with symbolic links followed. For most files the directory knows it without a `stat`."""
     if entry.is_dir():
         return stat.S_IFDIR
     if entry.is_file():

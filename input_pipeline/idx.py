@@ -1,4 +1,4 @@
-"""MNIST's file format, as MNIST and Fashion-MNIST come: `idx:DIRECTORY`, compressed or not."""
+"""`idx:DIRECTORY` datasets: MNIST's file format, which MNIST and Fashion-MNIST come in, compressed or not."""
 
 import gzip
 import io
@@ -12,20 +12,20 @@ import numpy as np
 from input_pipeline.examples import ArraySource, DatasetError
 from input_pipeline.image_file import read_regular_file
 
-# https://yann.lecun.org/exdb/mnist: magic, sizes (big-endian int32), then bytes
+# A file holds a magic number and the sizes, as big-endian int32, then bytes: https://yann.lecun.org/exdb/mnist
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
 FILES = {"train": "train", "test": "t10k"}
-MAX_BYTES = 1 << 36  # of a file, which is held in memory
-MOST_DEFLATED = 1032  # bytes that one byte of a .gz can become (https://zlib.net/zlib_tech.html)
+MAX_BYTES = 1 << 36  # the largest file that is read; it is held in memory
+MOST_DEFLATED = 1032  # the most bytes that one byte of a .gz can expand to (https://zlib.net/zlib_tech.html)
 CHUNK = 1 << 20
 
 
 def open_idx(directory: Path, split: str) -> ArraySource:
-    """One split of the four files in a directory.
+    """Opens one split from the directory's four files.
 
     Raises:
         CannotRead: the operating system refuses to read a file.
-        DatasetError: a file is missing, damaged or of another format, or images and labels do not pair up.
+        DatasetError: a file is missing, damaged or of another format, or there are not as many labels as images.
     """
     if split not in FILES:
         raise DatasetError(f"idx datasets have no split {split!r}; they have {' and '.join(FILES)}")
@@ -53,7 +53,7 @@ def _read(directory: Path, stem: str, magic: int, dimensions: int) -> np.ndarray
         if size > len(data) * (MOST_DEFLATED if compressed else 1):
             raise DatasetError(f"{path} is truncated: {len(data):,} bytes for shape {shape}; fetch it again")
         content = _read_up_to(file, size + 1)
-    except (OSError, EOFError, zlib.error) as error:  # the file's bytes are in memory: this is what gzip raises
+    except (OSError, EOFError, zlib.error) as error:  # from gzip, because the file's bytes are in memory
         raise DatasetError(f"{path} is damaged ({error}); fetch it again") from None
     if len(content) < size:
         raise DatasetError(f"{path} is truncated: {len(content):,} bytes for shape {shape}; fetch it again")
@@ -63,7 +63,7 @@ def _read(directory: Path, stem: str, magic: int, dimensions: int) -> np.ndarray
 
 
 def _shape(path: Path, header: bytes, magic: int, dimensions: int) -> tuple[int, ...]:
-    """Sizes in the file's header: the number of examples first, which may be 0, then the rows and columns of each."""
+    """Returns the sizes in the file's header: the number of examples, which may be 0, then rows and columns of each."""
     if len(header) < 4 * (1 + dimensions) or int.from_bytes(header[:4], "big") != magic:
         raise DatasetError(f"{path} is not an idx file of {dimensions} dimensions; fetch it again")
     shape = tuple(int(size) for size in np.frombuffer(header, ">i4", offset=4))
@@ -73,7 +73,7 @@ def _shape(path: Path, header: bytes, magic: int, dimensions: int) -> tuple[int,
 
 
 def _read_up_to(file: gzip.GzipFile | io.BytesIO, most: int) -> bytearray:
-    """At most so many bytes, without memory for more than there are."""
+    """Reads at most `most` bytes, and takes no more memory than the file's content needs."""
     content = bytearray()
     while len(content) < most and (chunk := file.read(min(CHUNK, most - len(content)))):
         content += chunk

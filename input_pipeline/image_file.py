@@ -1,7 +1,7 @@
-"""Image files: which are read, which formats are opened, how large an image may be. One rule for all who read.
+"""Image files: which files are read, which formats are opened and how large an image may be, for the whole program.
 
-An image is bytes that `read_image_file` takes from a file or a dataset keeps, and `opened` makes a Pillow image of
-them. Pillow knows four dozen formats, one of which starts Ghostscript; here it is asked for the few in `FORMATS`.
+The bytes of an image come from `read_image_file` or from a dataset's record, and `opened` makes a Pillow image of them.
+Pillow knows four dozen formats, one of which starts Ghostscript; this module allows only those in `FORMATS`.
 """
 
 import io
@@ -10,7 +10,7 @@ import os
 import stat
 import warnings
 
-# the seven formats' readers, so that Pillow need not look for more of them when it is given a file
+# importing the seven formats' readers keeps Pillow from looking for more of them when it opens a file
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -26,12 +26,12 @@ from PIL import (  # noqa: F401
 from input_pipeline.examples import DamagedImage, DatasetError, cannot_read
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # Pillow's names; PPM is also PBM, PGM and PNM
-MAX_PIXELS = 178_956_970  # what Pillow, and so torchvision, refuses to open beyond: twice its MAX_IMAGE_PIXELS
-MAX_BYTES = 1 << 30  # of a file; MAX_PIXELS uncompressed with alpha are 0.72e9
+MAX_PIXELS = 178_956_970  # the limit of Pillow, and so of torchvision: twice its MAX_IMAGE_PIXELS
+MAX_BYTES = 1 << 30  # the largest file that is read; MAX_PIXELS uncompressed with alpha take 0.72e9
 
-# Pillow warns from half the limit on, which is no fault of the image
+# Pillow warns of images above half the limit, although they are in order
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# what Pillow logs of a damaged file, the error says that is raised; without a handler Python would print it
+# Pillow logs damage that the error it raises describes as well; without a handler Python would print the log
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
@@ -39,14 +39,14 @@ def read_image_file(path: str | os.PathLike) -> bytes:
     """Reads the whole content of an image file.
 
     Raises:
-        CannotRead: the operating system refuses to open or to read it.
-        DatasetError: it is no regular file, which might never end or never begin, or it is larger than `MAX_BYTES`.
+        CannotRead: the operating system refuses to open or to read the file.
+        DatasetError: the file is larger than `MAX_BYTES`, or not a regular file; reading a pipe might never end.
     """
     return read_regular_file(path, MAX_BYTES)
 
 
 def read_regular_file(path: str | os.PathLike, most: int) -> bytes:
-    """Reads the whole content of a file of at most `most` bytes; it raises what `read_image_file` raises."""
+    """Reads the whole content of a file of at most `most` bytes, with the errors of `read_image_file`."""
     try:
         # without O_NONBLOCK, opening a FIFO that nobody writes to never returns
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ def read_regular_file(path: str | os.PathLike, most: int) -> bytes:
 
 
 def kind_of(mode: int) -> str:
-    """Says in words what kind of file a mode stands for."""
+    """Returns the kind of file that a mode stands for, in words."""
     kinds = {
         stat.S_IFDIR: "a directory",
         stat.S_IFIFO: "a FIFO",
@@ -88,23 +88,23 @@ def opened(data: bytes) -> Image.Image:
     """Opens an encoded image with Pillow, which reads its header and not yet its pixels.
 
     Raises:
-        DamagedImage: the bytes are of none of `FORMATS`, or the image has more than `MAX_PIXELS`.
+        DamagedImage: the bytes have none of the `FORMATS`, or the image has more than `MAX_PIXELS`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except MemoryError:  # says nothing about the image
+    except MemoryError:  # the machine's fault, not the image's
         raise
-    except Exception as error:  # readers of many formats raise what they come across
+    except Exception as error:  # the formats' readers raise exceptions of many kinds
         raise damaged(error) from None
     check_pixels(image.height, image.width)
     return image
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Refuses an image by the size that its header claims, before memory is taken for it.
+    """Refuses an image by the size in its header, before memory is allocated for it.
 
     Raises:
-        DamagedImage: it has more than `MAX_PIXELS`.
+        DamagedImage: the image has more than `MAX_PIXELS`.
     """
     if height * width > MAX_PIXELS:
         raise DamagedImage(
@@ -113,7 +113,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def damaged(error: Exception) -> DatasetError:
-    """Turns what a decoder raised into the error for bytes that are no image; what the system refused stays apart."""
+    """Turns a decoder's exception into `DamagedImage`, or into `CannotRead` if the system refused to read."""
     if isinstance(error, OSError) and error.errno:
         return cannot_read("an image", error)
     known = isinstance(error, UnidentifiedImageError)

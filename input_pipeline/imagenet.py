@@ -1,7 +1,7 @@
-"""What has to be true of ImageNet's two archives before tfds is given them; tfds itself checks none of it.
+"""Checks of ImageNet's two archives before tfds reads them; tfds itself makes none of them.
 
-tfds pairs the validation labels with the sorted names that it finds in the archive: one image fewer, or a directory's
-entry, and all labels after it are wrong. A missing archive it merely warns of.
+tfds pairs the validation labels with the sorted names that it finds in the archive: if an image is missing, or the
+archive has an entry for a directory, all labels after it are wrong. For a missing archive tfds only prints a warning.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from pathlib import Path
 from input_pipeline.examples import DatasetError
 
 CHUNK = 1 << 22
-ROOM = 1.05  # of the archives' size: what tfds writes, its shuffled buckets, which go as the shards come, and a margin
+# Free space needed, as a multiple of the archives' size: the dataset, and a margin. tfds's shuffled buckets are deleted
+# as the shards are written.
+ROOM = 1.05
 GIB = 2**30
-Advance = Callable[[int], None]  # called with the bytes done so far
+Advance = Callable[[int], None]  # a function that is called with the number of bytes done so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Archive:
     """One of the files that image-net.org offers for ILSVRC2012.
 
     Attributes:
-        name, size, md5: of the whole file; size in bytes.
-        images: in it.
+        name, size, md5: the file's name, its size in bytes and its MD5.
+        images: number of images in it.
     """
 
     name: str
@@ -41,10 +43,10 @@ VALIDATION = Archive("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d541
 
 
 def find(manual_dir: Path, archive: Archive, *, subset: bool) -> Path:
-    """The archive's path.
+    """Returns the archive's path.
 
     Raises:
-        DatasetError: it is not there, or, unless `subset`, of another size.
+        DatasetError: the archive is missing, or, unless `subset`, has another size.
     """
     path = manual_dir / archive.name
     if not path.is_file():
@@ -59,11 +61,11 @@ def find(manual_dir: Path, archive: Archive, *, subset: bool) -> Path:
 
 
 def train_images(path: Path, synsets: Collection[str], *, subset: bool, advance: Advance) -> int:
-    """How many images the archive of archives holds, one inner archive a class.
+    """Counts the images in the training archive, which holds one archive per class.
 
     Raises:
-        DatasetError: a member is no known class, or its images are not named after it, or one is there twice, or,
-            unless `subset`, not all are there.
+        DatasetError: a member is no known class, or its images are not named after it, or a member or image is there
+            twice, or, unless `subset`, some are missing.
     """
     known, found, images = set(synsets), set(), 0
     with _opened(path) as outer:
@@ -90,10 +92,10 @@ def train_images(path: Path, synsets: Collection[str], *, subset: bool, advance:
 
 
 def validation_images(path: Path, *, subset: bool, advance: Advance) -> int:
-    """How many images the archive holds: ILSVRC2012_val_00000001.JPEG and on, without a gap.
+    """Counts the images in the validation archive: ILSVRC2012_val_00000001.JPEG and so on, without a gap.
 
     Raises:
-        DatasetError: any other member, a gap, or, unless `subset`, not all.
+        DatasetError: there is any other member or a gap, or, unless `subset`, images are missing.
     """
     numbers: list[int] = []
     with _opened(path) as archive:
@@ -118,10 +120,10 @@ def validation_images(path: Path, *, subset: bool, advance: Advance) -> int:
 
 
 def verify_md5(path: Path, archive: Archive, advance: Advance) -> None:
-    """Reads the whole file.
+    """Reads the whole file and compares its MD5.
 
     Raises:
-        DatasetError: its MD5 is another.
+        DatasetError: the MD5 differs.
     """
     digest, done = hashlib.md5(usedforsecurity=False), 0
     with open(path, "rb") as file:
@@ -133,8 +135,10 @@ def verify_md5(path: Path, archive: Archive, advance: Advance) -> None:
 
 
 def check_room(data_dir: Path, needed: int) -> None:
-    """Raises:
-    DatasetError: the file system of `data_dir` has less than `needed` bytes, and some more, free.
+    """Checks that the file system of `data_dir` has `ROOM` times `needed` bytes free.
+
+    Raises:
+        DatasetError: it has less.
     """
     there = next(path for path in (data_dir.absolute(), *data_dir.absolute().parents) if path.exists())
     free, wanted = shutil.disk_usage(there).free, int(needed * ROOM)
@@ -174,7 +178,7 @@ def _full(path: Path, images: int, expected: int, *, subset: bool) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar file; damage anywhere in it is said with its name."""
+    """Opens a tar file; the error for damage anywhere in it names the file."""
     try:
         with tarfile.open(path, mode="r:") as archive:
             yield archive

@@ -1,18 +1,18 @@
-"""How many files this process may hold open: raised as far as the system lets it, and compared with what is needed."""
+"""The limit on open files: raised as far as the system allows, and compared with the number that a run needs."""
 
 import contextlib
 import resource
 
 from input_pipeline.errors import RequestError
 
-RESERVED = 128  # for all that is no dataset: libraries, logs, checkpoints, connections to other hosts
+RESERVED = 128  # files for everything but the dataset: libraries, logs, checkpoints, connections to other hosts
 UNLIMITED = 1 << 40
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit on open files to the hard one, and returns the limit that holds then.
+    """Raises the soft limit on open files to the hard one, and returns the new limit.
 
-    Shells and schedulers often give 1,024, which a dataset of 1,024 shards alone uses up; the hard limit is what the
+    Shells and schedulers often set 1,024, which a dataset of 1,024 shards alone uses up; the hard limit is what the
     system's administrator meant to allow.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -24,11 +24,11 @@ def raise_descriptor_limit() -> int:
 
 
 def require_descriptors(needed: int, what: object) -> None:
-    """Makes sure that a process may hold so many files open, besides those that it always needs.
+    """Makes sure that this process may hold `needed` files open besides the `RESERVED` ones.
 
     Args:
-        needed: files that are to be open at the same time; see `examples.descriptors`.
-        what: what holds them open, for the message.
+        needed: number of files that are to be open at the same time; see `examples.descriptors`.
+        what: the dataset that they belong to, for the message.
 
     Raises:
         RequestError: even the hard limit is lower.

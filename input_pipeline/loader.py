@@ -1,7 +1,7 @@
-"""Index -> batch: which examples make batch number s, in which order, and which share of it this host reads.
+"""Batches: which examples make up batch number s, in which order, and which of its rows this host reads.
 
-Position, not state: batch s is a function of (source, seed, s) alone. A run continues from a step number; any number
-of hosts reads the same global batches, each its own contiguous rows.
+Batch s is a function of (source, seed, s) alone, so a run continues from a step number without other state. Any number
+of hosts reads the same global batches, and each reads its own contiguous rows.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from input_pipeline.examples import DamagedImage, DatasetError, Source, decoded,
 from input_pipeline.preprocess import Views
 from input_pipeline.terminal import printable
 
-READ_AHEAD = 3  # batches made, placed or waiting while one is in use
-# An array costs little more than the Python around it, which holds Python's lock; more threads would only stand in line
-# for it, and the thread that begins training steps stands there too.
+READ_AHEAD = 3  # batches that are being made, placed or waiting while another one is in use
+# Copying an array takes little longer than the Python code around it, which holds the GIL; more threads would only wait
+# for the GIL, and delay the thread that dispatches training steps.
 THREADS_FOR_ARRAYS = 2
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class Batch(TypedDict):
     image: np.ndarray  # uint8 [batch, crop, crop, 3]
     label: np.ndarray  # int32 [batch]
-    mask: np.ndarray  # bool [batch]; False where a row only fills the last batch
-    index: np.ndarray  # int32 [batch]: which example of the source; -1 where a row only fills, -2 - i where another
-    # example is shown in place of the damaged example i
+    mask: np.ndarray  # bool [batch]; False where a row is padding of the last batch
+    # int32 [batch], the example's index in its source; -1 for padding, -2 - i if another example replaces damaged i
+    index: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Loader:
 
     Attributes:
         source: the examples.
-        views: how they are shown.
+        views: resizing, cropping and flipping of the images.
         global_batch: rows of a batch over all hosts.
-        seed: of order and augmentation; both depend on (seed, epoch, example) only.
-        place: what becomes of a host's batch ahead of its use, such as moving it to the devices.
-        host, hosts: the host whose rows these are, starting at 0, and the number of hosts.
+        seed: seed of order and augmentation, which depend on (seed, epoch, example) only.
+        place: function that is applied to a host's batch ahead of its use, such as moving it to the devices.
+        host, hosts: index of the host that reads, starting at 0, and the number of hosts.
         threads: threads that read, decode and resize, which all release the GIL; by default one for each core, and two
             where the source's images are arrays.
-        skip_damaged: whether training shows the next example in place of a damaged one; each is logged once.
-        said: numbers of the examples that were logged.
+        skip_damaged: whether training uses the next example in place of a damaged one, which is logged once.
+        said: indices of the damaged examples that were logged.
     """
 
     source: Source
@@ -67,11 +67,11 @@ class Loader:
             raise DatasetError(f"global batch {self.global_batch} is not divisible by {self.hosts} hosts")
 
     def train(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(step, placed batch) for start <= step < stop, read from this call on, not from the first batch's use.
+        """Yields (step, placed batch) for start <= step < stop; reading begins with this call, not with the first use.
 
-        An epoch may end within a batch; none is ever short.
+        Every batch is full; an epoch may end within a batch.
         """
-        import grain  # here, because it brings JAX, which those who read only `sources.py` do without
+        import grain  # here, because it imports JAX, which users of `sources.py` alone do not need
 
         order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
@@ -83,7 +83,7 @@ class Loader:
         return self._batches(fill, start, stop)
 
     def evaluation(self) -> Iterator[tuple[int, Any]]:
-        """(number, placed batch), every example exactly once over all hosts; rows that only fill up have mask False."""
+        """Yields (number, placed batch) with every example exactly once over all hosts; padding has mask False."""
 
         def fill(batch: Batch, row: int, position: int) -> None:
             if position < len(self.source):
@@ -94,7 +94,7 @@ class Loader:
         return self._batches(fill, 0, math.ceil(len(self.source) / self.global_batch))
 
     def _fill_training_row(self, batch: Batch, row: int, index: int, rng: np.random.Generator) -> None:
-        """The example, or the first after it that is not damaged; the same on every host and in every run."""
+        """Fills a row with the example, or with the first after it that is not damaged, the same in every run."""
 
         def show(number: int) -> None:
             self._fill_row(batch, row, number, lambda image, into: self.views.train(image, rng, into))
@@ -117,14 +117,14 @@ class Loader:
         batch["label"][row], batch["mask"][row], batch["index"][row] = label, True, index
 
     def _batches(self, fill: Callable[[Batch, int, int], None], start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(number, placed batch); `fill` writes one row of a batch, given the row and its position in the order."""
+        """Yields (number, placed batch); `fill(batch, row, position)` writes the row of that position in the order."""
         import grain
 
         rows, side = self.global_batch // self.hosts, self.views.crop
         cores = len(os.sched_getaffinity(0))
         threads = self.threads or (min(cores, THREADS_FOR_ARRAYS) if decoded(self.source) else cores)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="input")
-        part = math.ceil(rows / threads)  # few hand-overs of Python's lock, at which threads stand in line for it
+        part = math.ceil(rows / threads)  # one part per thread, so that threads rarely wait for the GIL
 
         def make(number: int) -> Any:
             batch: Batch = {
@@ -143,7 +143,7 @@ class Loader:
                 pass
             return self.place(batch)
 
-        # two batches are made at a time, so that the pool's threads find work while one of them is finished and placed
+        # two batches are made at a time, so that the pool's threads have work while one batch is finished and placed
         reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
         ahead: Any = iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(reading))
         ahead.start_prefetch()
@@ -151,10 +151,11 @@ class Loader:
 
 
 class _ReadAhead(Iterator):
-    """The numbered batches. Its threads end when it is exhausted, fails or is closed; forgotten, a few batches later.
+    """Iterator over numbered batches. Its threads end when it is exhausted, fails or is closed; if it is garbage, they
+    end a few batches later.
 
-    No finalizer hurries the last case: garbage is collected at any allocation, also in a thread that holds an
-    executor's lock, and shutting down another executor there takes the same locks in the other order.
+    It has no finalizer, because garbage is collected at any allocation, even in a thread that holds an executor's lock;
+    shutting down another executor there takes the same locks in the opposite order.
     """
 
     def __init__(self, ahead: Any, pool: ThreadPoolExecutor, start: int):

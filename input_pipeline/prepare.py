@@ -1,4 +1,4 @@
-"""A tfds dataset prepared once, as array_record, checked before and after. The only place that needs TensorFlow."""
+"""Prepares a tfds dataset once, as array_record, with checks before and after. Only this needs TensorFlow."""
 
 import contextlib
 import importlib.util
@@ -21,24 +21,24 @@ from input_pipeline.files import write_json
 from input_pipeline.terminal import printable
 from input_pipeline.tfds_source import FILE_FORMAT, is_prepared, open_builder
 
-RECORD = "prepared.json"  # beside the dataset: what it was made from, and what was verified
-STAGED = ".input_pipeline"  # marks a directory of unfinished work as this program's own
+RECORD = "prepared.json"  # file in the dataset's directory that says what it was made from and what was verified
+STAGED = ".input_pipeline"  # file that marks a directory of unfinished work as this program's own
 
 
 def prepare(
     dataset: str, data_dir: Path, manual_dir: Path | None, *, subset: bool, verify_md5: bool, console: Console
 ) -> None:
-    """Leaves the whole dataset under `data_dir`, or nothing of it.
+    """Prepares the whole dataset under `data_dir`, or leaves nothing of it.
 
     Args:
         dataset: a tfds image classification dataset; imagenet2012 is made from the archives in `manual_dir`, others
-            from what tfds downloads.
-        subset: of imagenet2012: the archives hold only some images on purpose.
-        verify_md5: of imagenet2012: read the archives once more to compare their MD5.
+            from files that tfds downloads.
+        subset: whether imagenet2012's archives hold only some images on purpose.
+        verify_md5: whether to read imagenet2012's archives once more to compare their MD5.
 
     Raises:
-        DatasetError: it cannot be prepared; the message names the reason.
-        InUse: another process prepares or converts it.
+        DatasetError: the dataset cannot be prepared; the message names the reason.
+        InUse: another process prepares or converts the dataset.
     """
     builder = open_builder(dataset, data_dir)
     if _prepared_already(builder, console):
@@ -75,11 +75,11 @@ def prepare(
 
 
 def convert(dataset: str, data_dir: Path, console: Console) -> None:
-    """Adds array_record to a dataset that tfds prepared in another format; what an earlier attempt converted is kept.
+    """Adds array_record to a dataset that tfds prepared in another format; shards of an earlier attempt are kept.
 
     Raises:
         DatasetError: there is no such dataset, or it cannot be converted.
-        InUse: another process prepares or converts it.
+        InUse: another process prepares or converts the dataset.
     """
     builder = open_builder(dataset, data_dir)
     target = Path(builder.data_dir)
@@ -110,14 +110,14 @@ def _prepared_already(builder: Any, console: Console) -> bool:
 
 
 def _claimed(data_dir: Path, name: str) -> contextlib.AbstractContextManager[None]:
-    """One process at a time prepares or converts a dataset in a data directory."""
+    """Claims a dataset in a data directory, so that only one process at a time prepares or converts it."""
     return claimed(data_dir / f".{name}{CLAIM}", f"{name} in {data_dir}", "choose another --data-dir")
 
 
 @contextlib.contextmanager
 def _staging(data_dir: Path, name: str, console: Console) -> Iterator[Path]:
-    """A new directory beside the dataset for what is not whole yet. It is gone afterwards; what a killed process left
-    of it, the next one removes. Nothing else is ever deleted: a marker in it says whose it is."""
+    """Makes a new directory beside the dataset for unfinished work, and removes it afterwards. If a process is killed,
+    the next one removes its directory, which it recognizes by a marker; nothing else is ever deleted."""
     staging = data_dir / f".{name}.unfinished"
     if staging.exists() and any(staging.iterdir()):
         if not (staging / STAGED).is_file():
@@ -133,7 +133,7 @@ def _staging(data_dir: Path, name: str, console: Console) -> Iterator[Path]:
 
 
 def _remove(staging: Path) -> None:
-    """Removes the directory, its marker last, so that whatever interrupts this, the next process knows whose it is."""
+    """Removes the directory, its marker last, so that the next process recognizes it even if this is interrupted."""
     for path in staging.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -144,9 +144,9 @@ def _remove(staging: Path) -> None:
 
 
 def _move(staging: Path, data_dir: Path, dataset: Path) -> None:
-    """Gives the finished dataset, NAME/VERSION or NAME/CONFIG/VERSION, its place; it appears there whole."""
+    """Moves the finished dataset, NAME/VERSION or NAME/CONFIG/VERSION, to its place, where it appears whole."""
     (data_dir / dataset).parent.mkdir(parents=True, exist_ok=True)
-    for notes in (staging / dataset.parts[0]).glob(".config/*"):  # which configuration of the dataset is the default
+    for notes in (staging / dataset.parts[0]).glob(".config/*"):  # they say which configuration is the default
         place = data_dir / dataset.parts[0] / ".config" / notes.name
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def _move(staging: Path, data_dir: Path, dataset: Path) -> None:
 def _imagenet_preflight(
     builder: Any, manual_dir: Path, data_dir: Path, subset: bool, verify_md5: bool, console: Console
 ) -> dict[str, Any]:
-    """Everything that can be known before the long part; what it found, for the record."""
+    """Makes every check that is possible before the long part, and returns the results for `RECORD`."""
     archives = (imagenet.TRAIN, imagenet.VALIDATION)
     paths = {archive: imagenet.find(manual_dir, archive, subset=subset) for archive in archives}
     sizes = {archive: path.stat().st_size for archive, path in paths.items()}
@@ -190,7 +190,7 @@ def _imagenet_preflight(
 
 
 def _compare_counts(builder: Any, expected: dict[str, int]) -> None:
-    """Refuses what was written unless it has as many examples as the archives."""
+    """Refuses the written dataset unless it has as many examples as the archives have images."""
     for split, images in expected.items():
         written = builder.info.splits[split].num_examples
         if written != images:
@@ -200,7 +200,7 @@ def _compare_counts(builder: Any, expected: dict[str, int]) -> None:
 def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None) -> None:
     import tensorflow_datasets as tfds
 
-    # downloads that other datasets need are kept beside them; imagenet2012 needs none
+    # downloads are kept beside the datasets; imagenet2012 needs none
     settings = tfds.download.DownloadConfig(manual_dir=manual_dir and os.fspath(manual_dir))
     with _failures(f"tfds cannot prepare {builder.info.full_name}"):
         builder.download_and_prepare(
@@ -209,9 +209,9 @@ def _download_and_prepare(builder: Any, data_dir: Path, manual_dir: Path | None)
 
 
 def _require_tensorflow() -> None:
-    """tfds prepares and converts with TensorFlow's file system and readers."""
+    """Checks that TensorFlow is installed: tfds prepares and converts with its file system and readers."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces them
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # otherwise TensorFlow prints that it uses them
     if importlib.util.find_spec("tensorflow") is None:
         raise DatasetError(
             "preparing a dataset needs TensorFlow, training does not; "
@@ -220,7 +220,7 @@ def _require_tensorflow() -> None:
 
 
 def _conversion() -> Any:
-    """tfds's conversion, which can run on Beam and is imported with it, but does not use it here."""
+    """Imports tfds's conversion without Apache Beam, which its module imports but does not use here."""
     _require_tensorflow()
     beam: Any = types.ModuleType("apache_beam")
     beam.DoFn = object
@@ -231,12 +231,12 @@ def _conversion() -> Any:
 
 @contextlib.contextmanager
 def _failures(what: str) -> Iterator[None]:
-    """Whatever tfds raises is what is wrong with the request or the machine; its first line says it."""
+    """Turns any exception of tfds into a `DatasetError` with the exception's first line."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # a disk that is full, a folder that cannot be written: the sentence for it is another
+            raise  # a full disk or a read-only folder: `exits.exit_code` has a sentence for these
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DatasetError(f"{what}: {lines[0][:400]}") from error
 

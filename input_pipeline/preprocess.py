@@ -1,8 +1,8 @@
-"""One image -> the uint8 square that the model is given.
+"""Turns one image into the uint8 square that the model is given.
 
-What is done to images that are not ordinary: alpha is dropped; grey becomes three equal channels; CMYK and palettes
-become RGB as Pillow converts them; 16 bits keep the upper eight; a rotation noted in EXIF is not carried out; what a
-file is, its first bytes say, never its name. docs/imagenet.md compares this with torchvision and TensorFlow.
+Unusual images are treated as follows: alpha is dropped; grey becomes three equal channels; CMYK and palettes become RGB
+as Pillow converts them; 16 bits keep the upper eight; a rotation noted in EXIF is not carried out; a file's format is
+taken from its first bytes, never from its name. docs/imagenet.md compares this with torchvision and TensorFlow.
 """
 
 import dataclasses
@@ -16,20 +16,21 @@ from input_pipeline.image_file import check_pixels, damaged, opened
 from input_pipeline.resample import Method, Window, resample, scratch
 
 JPEG = b"\xff\xd8"
-# what simplejpeg converts to RGB as Pillow does, bit for bit; it differs for CMYK, which 22 images of ImageNet are
+# simplejpeg converts these to RGB exactly as Pillow does; it differs for CMYK, which 22 images of ImageNet are
 JPEG_COLOURS = ("YCbCr", "RGB", "Gray")
-LOOKED_AT = 16  # examples that a dataset's typical size is taken from
+LOOKED_AT = 16  # examples that a dataset's typical size is computed from
 
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """How an image is shown: training resizes to `resize_to` squared and crops `crop` squared at random; evaluation
-    resizes straight to `crop` squared (BiT, both without keeping the aspect ratio).
+    """Views of images as in BiT: training resizes to a square of side `resize_to` and crops a random square of side
+    `crop`; evaluation resizes straight to a square of side `crop`. Neither keeps the aspect ratio.
 
     Attributes:
-        resize_to, crop: sides of squares.
+        resize_to, crop: sides of the squares in pixels.
         flip: whether half of the training views are mirrored.
-        resize: `pillow`, as BiT's PyTorch code, or `tf`, as its TensorFlow and JAX code; of resizing and decoding.
+        resize: method of resizing and decoding: `pillow`, as in BiT's PyTorch code, or `tf`, as in its TensorFlow and
+            JAX code.
     """
 
     resize_to: int
@@ -42,35 +43,39 @@ class Views:
             raise DatasetError(f"crop {self.crop} does not fit into resize-to {self.resize_to}; crop at most that")
 
     def train(self, image: np.ndarray | bytes, rng: np.random.Generator, into: np.ndarray | None = None) -> np.ndarray:
-        """An encoded file or an array, see `decode` -> uint8 [crop, crop, 3], in `into` where given.
+        """Returns a training view, uint8 [crop, crop, 3], in `into` if that is given.
+
+        Args:
+            image: an encoded file or an array; see `decode`.
 
         Raises:
-            DamagedImage: nothing is drawn from `rng` then.
+            DamagedImage: the image cannot be decoded; nothing was drawn from `rng`.
         """
         pixels = self.pixels(image)
         return resample(pixels, self.resize_to, self.draw(rng), self.resize, into)
 
     def draw(self, rng: np.random.Generator) -> Window:
-        """A training view's window; three draws whatever the flags, so that none shift others."""
+        """Draws a training view's window. It always draws three numbers, so that `flip` does not shift later draws."""
         top, left = rng.integers(self.resize_to - self.crop + 1, size=2)
         mirrored = rng.random() < 0.5
         return Window(int(top), int(left), self.crop, bool(self.flip and mirrored))
 
     def evaluation(self, image: np.ndarray | bytes, into: np.ndarray | None = None) -> np.ndarray:
-        """As `train`, without chance."""
+        """Returns the evaluation view, uint8 [crop, crop, 3], in `into` if that is given; see `train`."""
         return resample(self.pixels(image), self.crop, Window(0, 0, self.crop), self.resize, into)
 
     def pixels(self, image: np.ndarray | bytes) -> np.ndarray:
-        """uint8 [height, width, 3], valid until this thread's next call."""
+        """Decodes an image to uint8 [height, width, 3], valid until this thread's next call."""
         return decode(image, fast=self.resize == "tf", reuse=True)
 
 
 def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False) -> np.ndarray:
-    """RGB pixels, uint8 [height, width, 3], of an encoded file or an array [height, width] or [height, width, 3].
+    """Returns an image's RGB pixels, uint8 [height, width, 3].
 
     Args:
-        fast: JPEGs by the integer transform that TensorFlow takes unless told otherwise.
-        reuse: into memory that this thread's next such call overwrites.
+        image: an encoded file, or an array [height, width] or [height, width, 3].
+        fast: whether to decode JPEGs with the integer transform that is TensorFlow's default.
+        reuse: whether to decode into memory that this thread's next such call overwrites.
 
     Raises:
         DamagedImage: the bytes are not an image that can be read whole.
@@ -87,17 +92,17 @@ def decode(image: np.ndarray | bytes, *, fast: bool = False, reuse: bool = False
                 grey = np.clip(np.asarray(file) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(file.convert("RGB"))
-        except MemoryError:  # says nothing about the image
+        except MemoryError:  # the machine's fault, not the image's
             raise
-        except Exception as error:  # readers of many formats raise what they come across
+        except Exception as error:  # the formats' readers raise exceptions of many kinds
             raise damaged(error) from None
 
 
 def _simplejpeg(image: bytes, fast: bool, reuse: bool) -> np.ndarray | None:
-    """A JPEG's pixels, or None where Pillow has to decide, because the comparison with PyTorch does.
+    """Returns a JPEG's pixels, or None where Pillow must decode it or report its damage, as in BiT's PyTorch code.
 
-    Besides damage, simplejpeg refuses some whole files, by whatever its tables happen to raise: a KeyError for the
-    4:4:1 subsampling that rotating a 4:1:1 file by 90 degrees makes.
+    Besides damaged files, simplejpeg refuses some whole ones with unrelated exceptions, such as a KeyError for the
+    4:4:1 subsampling that comes from rotating a 4:1:1 file by 90 degrees.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
@@ -126,16 +131,16 @@ def native_area(image: np.ndarray | bytes) -> int:
 
 
 def typical_area(source: Source, *, skip_damaged: bool) -> tuple[int, str]:
-    """Finds how many pixels a dataset's images have as they are stored: the median of some, evenly spread over all.
+    """Finds the typical number of pixels of a dataset's stored images: the median of `LOOKED_AT` evenly spread ones.
 
-    It depends on the source alone, so whoever chooses a resolution by it should give the whole training split, before
-    some examples of each class are selected by a seed.
+    To choose a resolution by it, give the whole training split, not a few-shot selection: then the resolution does not
+    depend on the seed.
 
     Args:
-        skip_damaged: whether the example after a damaged one stands for it, as in training.
+        skip_damaged: whether the example after a damaged one replaces it, as in training.
 
     Returns:
-        The median, and a sentence for the log that says what was found.
+        The median, and a sentence for the log with the smallest, largest and median number of pixels.
 
     Raises:
         DamagedImage: an image's header cannot be read; the message names the example.

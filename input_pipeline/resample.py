@@ -1,7 +1,7 @@
-"""Resizing to a square, cropping and mirroring in one go, bit for bit as Pillow or as TensorFlow 2 would in three.
+"""Resizes to a square, crops and mirrors in one pass, with the same bits as Pillow or TensorFlow 2 in three steps.
 
-Pillow computes whole images, one channel value at a time; here only the pixels of the crop are computed, whole rows at
-a time, and mirrored on the way. Numba compiles it once a machine and keeps the result.
+Pillow computes whole images, one channel value at a time; this module computes only the pixels of the crop, whole rows
+at a time, and mirrors them on the way. Numba compiles it once per machine and keeps the result.
 """
 
 import math
@@ -13,25 +13,25 @@ import numba
 import numpy as np
 
 Method = Literal["pillow", "tf"]
-BITS = 22  # of Pillow's fixed-point weights: 32 less 8 for the pixel and 2 of head-room
+BITS = 22  # fractional bits of Pillow's fixed-point weights: 32, less 8 for the pixel and 2 of head-room
 HALF = np.int32(1 << (BITS - 1))
-KEPT = 48 << 20  # bytes that a thread keeps for each use: an image of 16 megapixels
+KEPT = 48 << 20  # the most bytes that a thread keeps for each use: an image of 16 megapixels
 _kept = threading.local()
 
 
 def _compiled(function: Callable) -> Any:
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder to keep it in can be written: it is compiled in every process
+    except RuntimeError:  # no cache folder can be written, so it is compiled in every process
         return numba.njit(nogil=True)(function)
 
 
 class Window(NamedTuple):
-    """Which part of the resized image is shown.
+    """A square part of the resized image.
 
     Attributes:
-        top, left: its first row and column.
-        side: of the square.
+        top, left: the window's first row and column.
+        side: the window's side in pixels.
         mirrored: whether left and right change places, after cropping.
     """
 
@@ -44,22 +44,22 @@ class Window(NamedTuple):
 def resample(
     pixels: np.ndarray, side: int, window: Window, method: Method = "pillow", into: np.ndarray | None = None
 ) -> np.ndarray:
-    """A window of an image that is resized to a square, aspect ratio not kept.
+    """Returns a window of an image that is resized to a square without keeping the aspect ratio.
 
     Args:
-        pixels: uint8 [height, width, 3].
-        side: of the square that the whole image becomes.
-        window: the part of it that is wanted.
-        method: `pillow`: bilinear with antialiasing, as `Image.resize((side, side), BILINEAR)` and so torchvision's
-            `Resize` on Pillow images. `tf`: bilinear from the four nearest pixels, as `tf.image.resize`, rounded to
+        pixels: the image, uint8 [height, width, 3].
+        side: the side in pixels of the square that the whole image is resized to.
+        window: the part of the square to return.
+        method: `pillow`: bilinear with antialiasing, like `Image.resize((side, side), BILINEAR)` and so torchvision's
+            `Resize` on Pillow images. `tf`: bilinear from the four nearest pixels, like `tf.image.resize`, rounded to
             whole grey levels.
-        into: receives the result; None: new memory.
+        into: array that receives the result; None: new memory.
 
     Returns:
         uint8 [window.side, window.side, 3].
     """
     shown = np.empty((window.side, window.side, 3), np.uint8) if into is None else into
-    if pixels.shape[:2] == (side, side):  # as every method has it, of as many pixels each is itself
+    if pixels.shape[:2] == (side, side):  # both methods leave the pixels as they are if the size does not change
         rows = slice(window.top, window.top + window.side)
         if window.mirrored:
             _mirrored(_flat(np.ascontiguousarray(pixels[rows])), window.left, _flat(shown))
@@ -87,7 +87,8 @@ def _pillow(pixels: np.ndarray, side: int, top: int, left: int, size: int, mirro
 
 
 def _vertical_first(height: int, width: int, side: int) -> bool:
-    """Which pass Pillow makes first, and rounds after; from version 13 on, columns where they shrink much more."""
+    """Whether Pillow makes the vertical pass first, and rounds after it; from version 13 on it does if columns shrink
+    much more."""
     return side < height and 2 * width * side < side * (height + side)
 
 
@@ -99,11 +100,11 @@ def _tensorflow(
 
 
 def scratch(use: str, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3] of any content, valid until this thread asks again for the same use.
+    """Returns uint8 [height, width, 3] of any content, valid until this thread asks again for the same use.
 
-    An image's memory is large enough for malloc to take it from the system and give it back every time, at a page fault
-    each 4 KiB: without this, decoding and resizing take 2.4 ms instead of 1.7. What a rare huge image needs is not
-    kept: every thread would hold it until the program ends.
+    An image is so large that malloc would take its memory from the system and give it back every time, with a page
+    fault for every 4 KiB; decoding and resizing would take 2.4 ms instead of 1.7. The memory of a rare huge image is
+    not kept, because every thread would hold it until the program ends.
     """
     size = height * width * 3
     if size > KEPT:
@@ -114,12 +115,12 @@ def scratch(use: str, height: int, width: int) -> np.ndarray:
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:
-    """[height, width, 3] -> [height, 3 width], the same memory."""
+    """Returns [height, width, 3] as [height, 3 width] in the same memory."""
     return pixels.reshape(len(pixels), -1)
 
 
 def _nearest(size: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `side` resized positions the two pixels beside it and the share of the second, in float32 as
+    """Returns for each of `side` resized positions the two nearest pixels and the weight of the second, in float32 as
     TensorFlow's kernel computes them with half-pixel centres."""
     scale = np.float32(size) / np.float32(side)
     at = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
@@ -131,9 +132,10 @@ def _nearest(size: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @_compiled
 def _antialiased(size: int, side: int):
-    """For each of `side` resized positions: its first pixel, how many count, and their weights in fixed point.
+    """Returns for each of `side` resized positions its first pixel, the number of pixels, and their weights in fixed
+    point.
 
-    A triangle as wide as a resized pixel, at least one, around the position's centre, normalized.
+    The weights are a normalized triangle around the position's centre, as wide as a resized pixel, but at least one.
     """
     scale = size / side
     width = max(scale, 1.0)
@@ -154,7 +156,7 @@ def _antialiased(size: int, side: int):
 
 @_compiled
 def _mirrored(source, start, target):
-    """Pixels of `source` [height, 3 width] from position `start` on, the last one first: a tenth of numpy's time."""
+    """Copies pixels of `source` [height, 3 width] from position `start` on, mirrored, in a tenth of numpy's time."""
     n = target.shape[1] // 3
     for y in range(target.shape[0]):
         for x in range(n):
@@ -164,7 +166,7 @@ def _mirrored(source, start, target):
 
 @_compiled
 def _along_columns(source, first, count, weights, start, target):
-    """Rows of `target` [rows, n] as weighted sums of rows of `source` [height, n], from position `start` on."""
+    """Computes rows of `target` [rows, n] as weighted sums of rows of `source` [height, n], from position `start`."""
     n = target.shape[1]
     total = np.empty(n, np.int32)
     for y in range(target.shape[0]):
@@ -181,9 +183,10 @@ def _along_columns(source, first, count, weights, start, target):
 
 @_compiled
 def _along_rows(source, first, count, weights, start, mirrored, target):
-    """Pixels of `target` [height, 3 n] as weighted sums of pixels of `source` [height, 3 width] in the same row.
+    """Computes pixels of `target` [height, 3 n] as weighted sums of pixels of `source` [height, 3 width] in the same
+    row.
 
-    Bytes are gathered first and multiplied then, because that loop becomes vector instructions.
+    Bytes are first gathered and then multiplied, because the second loop then becomes vector instructions.
     """
     n = target.shape[1] // 3
     taps = count[start : start + n].max()
@@ -191,7 +194,7 @@ def _along_rows(source, first, count, weights, start, mirrored, target):
     shares = np.zeros((taps, 3 * n), np.int32)
     for x in range(n):
         position = start + (n - 1 - x if mirrored else x)
-        # a position with fewer taps than others begins early enough to have as many; those have no weight
+        # a position with fewer taps than others gets taps of weight 0, and begins earlier where the row would end
         place = min(first[position], source.shape[1] // 3 - taps)
         for channel in range(3):
             places[3 * x + channel] = 3 * place + channel
@@ -213,14 +216,14 @@ def _along_rows(source, first, count, weights, start, mirrored, target):
 
 @_compiled
 def _between_four(source, above, below, down, before, after, across, top, left, mirrored, target):
-    """Bilinear interpolation in float32, first along two rows, then between them; rounded half up."""
+    """Interpolates bilinearly in float32, first along two rows, then between them, and rounds half up."""
     n = target.shape[1] // 3
     near, far, shares = np.empty(3 * n, np.int64), np.empty(3 * n, np.int64), np.empty(3 * n, np.float32)
     for x in range(3 * n):
         position = left + (n - 1 - x // 3 if mirrored else x // 3)
         near[x], far[x] = 3 * before[position] + x % 3, 3 * after[position] + x % 3
         shares[x] = across[position]
-    lines, held = np.empty((2, 3 * n), np.float32), np.full(2, -1)  # rows are often wanted again for the next one
+    lines, held = np.empty((2, 3 * n), np.float32), np.full(2, -1)  # the next row often needs them again
     gathered = np.empty((2, 3 * n), np.uint8)
     for y in range(target.shape[0]):
         for number, other in ((above[top + y], below[top + y]), (below[top + y], above[top + y])):

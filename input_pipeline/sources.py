@@ -1,4 +1,4 @@
-"""Datasets by name: `open_source` finds one, whatever it is kept in."""
+"""Datasets by name: `open_source` opens one, whatever its format."""
 
 import os
 from collections.abc import Callable
@@ -23,13 +23,13 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
     Args:
         dataset: `digits` (scikit-learn's scanned digits), `synthetic` (noise, to measure training without reading),
             `folder:PATH` (PATH/SPLIT/CLASS/IMAGE), `idx:DIRECTORY` (MNIST's file format), or a tfds image
-            classification dataset prepared as array_record, such as `cifar10`, `cifar10:3.0.2` or `imagenet2012`, or
-            one's own that lies in `data_dir`.
+            classification dataset prepared as array_record, such as `cifar10`, `cifar10:3.0.2`, `imagenet2012` or a
+            dataset of the user's own in `data_dir`.
         split: `train`, `test`, `train-small`, or a slice such as `train[:98%]`.
-        data_dir: where tfds keeps its datasets.
+        data_dir: directory with the prepared tfds datasets; None: tfds's default directory.
 
     Raises:
-        DatasetError: no such dataset or split, it is not prepared, or it is empty.
+        DatasetError: there is no such dataset or split, or it is not prepared, or it is empty.
         RequestError: a path is a URL, or its home directory is not known.
     """
     kind, _, place = dataset.partition(":")
@@ -50,7 +50,7 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
 
 
 def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list[str]:
-    """The names of all splits that the dataset has.
+    """Returns the names of all splits that the dataset has.
 
     Raises:
         DatasetError: there is no such dataset.
@@ -66,8 +66,8 @@ def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list
 
 
 class SyntheticSource:
-    """As many examples as ImageNet-1k, of a few images of noise as large as its recipe resizes to: nothing to read, to
-    decode or to resize, so that a run measures the devices."""
+    """A few images of noise, repeated for as many examples as ImageNet-1k has, in the size that its recipe resizes to.
+    Nothing is read, decoded or resized, so a run measures the devices."""
 
     decoded = True
 
@@ -90,7 +90,7 @@ class SyntheticSource:
 
 def _digits(split: str) -> ArraySource:
     """1,797 scanned digits of 8x8 pixels and 17 grey levels, from UCI's "Optical Recognition of Handwritten Digits"."""
-    from sklearn.datasets import load_digits  # a second of imports that other datasets need not pay
+    from sklearn.datasets import load_digits  # this import takes a second, which other datasets do not need
 
     if split not in ("train", "test"):
         raise DatasetError(f"digits has no split {split!r}; it has train and test")

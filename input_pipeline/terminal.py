@@ -1,4 +1,4 @@
-"""What a person is shown: names as they are, without markup, colour codes or bytes that no terminal can print."""
+"""Terminal output: names are shown as they are, without markup, colour codes or bytes that no terminal can print."""
 
 import sys
 import unicodedata
@@ -6,14 +6,14 @@ from typing import IO, Any
 
 from rich.console import Console as RichConsole
 
-WIDTH = 140  # columns of a table that goes to a file or a pipe
+WIDTH = 140  # columns of a table that is written to a file or a pipe
 
 
 def printable(text: object) -> str:
-    """The text with control characters and undecodable bytes of file names written as escapes.
+    """Returns the text with control characters and undecodable bytes of file names written as escapes.
 
-    A class directory may be called anything: an ESC in its name must not recolour the terminal, and a byte that is no
-    UTF-8 (which Python keeps as a surrogate) must not end the program when it is printed.
+    A class directory may have any name: an ESC in it must not recolour the terminal, and a byte that is not UTF-8
+    (which Python keeps as a surrogate) must not end the program when it is printed.
     """
     return "".join(_escaped(character) for character in str(text))
 
@@ -27,7 +27,7 @@ def _escaped(character: str) -> str:
 
 
 class Console(RichConsole):
-    """rich's console, which would end the process with exit code 1 where nobody reads a pipe any more."""
+    """rich's console, except that a closed pipe raises BrokenPipeError; rich would end the process with exit code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -36,12 +36,12 @@ class Console(RichConsole):
 def console(
     *, stderr: bool = False, file: IO[str] | None = None, width: int = WIDTH, quiet: bool = False
 ) -> RichConsole:
-    """A console that prints text as it is: no markup, no highlighting, and lines that are not folded.
+    """Makes a console that prints text as it is: no markup, no highlighting, and lines that are not folded.
 
     Args:
         stderr: whether it writes to standard error.
-        file: what it writes to instead.
-        width: columns where the output is no terminal; a terminal has its own.
+        file: file that it writes to instead.
+        width: columns if the output is not a terminal; a terminal has its own width.
         quiet: whether nothing is printed at all.
     """
     terminal = (file or (sys.stderr if stderr else sys.stdout)).isatty()

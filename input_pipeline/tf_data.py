@@ -1,7 +1,7 @@
-"""BiT's TensorFlow input as tf.data, to compare with: `python -m input_pipeline.tf_data tf.data FOLDER BATCH`.
+"""BiT's TensorFlow input as tf.data, for comparison: `python -m input_pipeline.tf_data tf.data FOLDER BATCH`.
 
-After google-research/big_transfer's `input_pipeline_tf2_or_jax.py`: decode, resize without antialiasing in float32,
-crop, flip, scale to [-1, 1]; there every image is flipped, here half are.
+It follows google-research/big_transfer's `input_pipeline_tf2_or_jax.py`: decode, resize without antialiasing in
+float32, crop, flip, scale to [-1, 1]. That file flips every image, this one flips half of them.
 """
 
 import sys
@@ -14,7 +14,7 @@ from input_pipeline.sources import open_source
 
 
 def batches(folder: str, batch: int) -> Iterator[Any]:
-    """float32 [batch, CROP, CROP, 3] and labels, without end."""
+    """Yields images, float32 [batch, CROP, CROP, 3], and labels without end."""
     import tensorflow as tf
 
     source: Any = open_source(f"folder:{folder}", "train")

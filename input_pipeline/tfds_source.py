@@ -16,10 +16,10 @@ FILE_FORMAT = "array_record"
 
 
 class TfdsSource:
-    """A split; images stay encoded.
+    """One split of a tfds dataset; images stay encoded.
 
     Attributes:
-        descriptors: the files that reading all of it comes to hold open: a reader for each shard, or part of a shard,
+        descriptors: number of files that stay open while all of it is read: one for each shard, or part of a shard,
             which all threads share and which is opened when its first record is read.
     """
 
@@ -30,7 +30,7 @@ class TfdsSource:
 
     @property
     def labels(self) -> np.ndarray:
-        """Reads every record the first time."""
+        """Labels of all examples, int32; the first use reads every record."""
         if self._labels is None:
             self._labels = np.array([self[index]["label"] for index in range(len(self))], np.int32)
         return self._labels
@@ -41,14 +41,14 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-        except Exception as error:  # the reader raises what its C++ side and the protocol buffers raise
+        except Exception as error:  # the reader passes on exceptions of its C++ code and of protocol buffers
             refused = _system_error(error)
             if refused:
                 raise cannot_read(f"record {index} of {self.name}", refused, "the dataset's directory") from None
             raise DatasetError(
                 f"record {index} of {self.name} cannot be read ({_innermost(error)}); are the dataset's files whole?"
             ) from None
-        if record["label"] is None or not record["image"]:  # what array_record makes of a place beyond the file's end
+        if record["label"] is None or not record["image"]:  # array_record returns this beyond a truncated file's end
             raise DatasetError(
                 f"record {index} of {self.name} cannot be read (it is empty); are the dataset's files whole?"
             )
@@ -58,20 +58,20 @@ class TfdsSource:
 
 
 def open_tfds(dataset: str, split: str, data_dir: str | os.PathLike | None) -> TfdsSource:
-    """One split, or a slice of one, of a dataset by its name, `name/config` or `name:version`.
+    """Opens a split, or a slice of one, of the dataset `name`, `name/config` or `name:version`.
 
     Raises:
-        DatasetError: no such dataset, version or split, or it is not prepared, or it has other features.
+        DatasetError: there is no such dataset, version or split, or it is not prepared, or it has other features.
     """
-    import tensorflow_datasets as tfds  # seconds of imports that the embedded digits need not pay
+    import tensorflow_datasets as tfds  # this import takes seconds, which the embedded digits do not need
 
     builder = open_builder(dataset, data_dir)
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        len(records)  # asks for the files
+        len(records)  # this looks for the files
         splits = builder.info.splits  # empty for tfds's mock data
         shards = len(splits[split].file_instructions) if splits else 0
-    except Exception as error:  # tfds and the reader raise what they come across
+    except Exception as error:  # tfds and the reader raise exceptions of many kinds
         refused = _system_error(error)
         if refused:
             raise cannot_read(f"{dataset}/{split}", refused, builder.data_dir) from None
@@ -98,14 +98,13 @@ def _why_not(dataset: str, split: str, data_dir: str | os.PathLike | None, build
 
 
 def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
-    """tfds's builder of an image classification dataset: one that tfds knows, or whatever lies prepared in `data_dir`.
+    """Returns tfds's builder of an image classification dataset that tfds knows or that is prepared in `data_dir`.
 
-    A dataset of one's own needs no code to be read; of several versions the newest is taken, unless the name says
-    which.
+    A dataset of the user's own needs no code. Unless the name has a version, the newest one is taken.
 
     Raises:
         CannotRead: the operating system refuses to look into the directory.
-        DatasetError: there is none of that name or version, or it has other features.
+        DatasetError: there is no dataset of that name or version, or it has other features.
     """
     import tensorflow_datasets as tfds
 
@@ -128,21 +127,21 @@ def open_builder(dataset: str, data_dir: str | os.PathLike | None) -> Any:
 
 
 def _known(dataset: str, data_dir: str | os.PathLike | None) -> Any:
-    """The builder of a dataset whose code tfds has."""
+    """Returns the builder of a dataset whose code is in tfds."""
     import tensorflow_datasets as tfds
 
     try:
         builder: Any = tfds.builder(dataset, data_dir=data_dir)
     except (ValueError, AssertionError) as error:  # an unknown version or configuration
-        reason = _innermost(error).split('}": ')[-1]  # what comes before repeats the request
+        reason = _innermost(error).split('}": ')[-1]  # the part before repeats the request
         raise DatasetError(f"{dataset} cannot be had from tfds: {reason}") from None
     if builder.info.splits and not is_prepared(builder) and (Path(builder.data_dir) / "features.json").exists():
-        builder = tfds.builder_from_directory(builder.data_dir)  # the other one forgets formats that were added
+        builder = tfds.builder_from_directory(builder.data_dir)  # the first builder ignores formats that were added
     return builder
 
 
 def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | None) -> Any | None:
-    """A builder that only reads what lies in DATA_DIR/NAME; None where there is no such directory."""
+    """Returns a builder that only reads what is prepared in DATA_DIR/NAME, or None if nothing is."""
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core.utils import file_utils
 
@@ -153,7 +152,7 @@ def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | N
         return None
     try:
         return read_only_builder.builder_from_files(dataset, data_dir=data_dir)
-    except Exception as error:  # tfds and the reader of its descriptions raise what they come across
+    except Exception as error:  # tfds and the reader of its descriptions raise exceptions of many kinds
         refused = _system_error(error)
         if refused:
             raise cannot_read(dataset, refused, data_dir) from None
@@ -163,7 +162,7 @@ def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | N
 
 
 def _prepared_names(directory: Path) -> list[str]:
-    """What lies prepared in a dataset's directory, as one asks for it: NAME:VERSION or NAME/CONFIG:VERSION."""
+    """Names of what is prepared in a dataset's directory, as for --dataset: NAME:VERSION or NAME/CONFIG:VERSION."""
     try:
         inside = sorted(path for path in directory.iterdir() if path.is_dir())
         versions = [path for path in inside if (path / "features.json").exists()]
@@ -178,19 +177,19 @@ def _prepared_names(directory: Path) -> list[str]:
 
 
 def _root(builder: Any) -> Path:
-    """The data directory that a dataset lies in, two levels up, or three with a configuration."""
+    """Returns the data directory of a dataset: two levels up, or three if the dataset has a configuration."""
     directory = Path(builder.data_dir)
     return directory.parents[len(Path(builder.info.full_name).parts) - 1]
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether all of it is there as array_record; tfds itself announces a format only when every shard is written."""
+    """Whether the whole dataset is there as array_record; tfds lists a format only when every shard is written."""
     there = [builder.info.file_format, *builder.info.alternative_file_formats]
     return bool(builder.info.splits) and any(str(getattr(kind, "value", kind)) == FILE_FORMAT for kind in there)
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of what was raised first; tfds wraps it in what it was doing."""
+    """Returns the first line of the original exception, which tfds wraps in exceptions about its own work."""
     return (str(_first(error)).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -201,7 +200,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _system_error(error: BaseException) -> int:
-    """The number of the operating system's error that is behind an exception; 0 where there is none.
+    """Returns the number of the operating system's error that caused an exception, or 0 if there is none.
 
     array_record's reader, which is C++, writes it into its message: "open() failed: Too many open files; opening ...".
     """

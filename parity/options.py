@@ -1,4 +1,7 @@
-"""What a comparison is told; every default stands here once."""
+"""The flags of a comparison, each default written once.
+
+`--help` shows the fields' docstrings with their line breaks, so each line of one is a whole sentence or clause.
+"""
 
 import dataclasses
 import re
@@ -15,67 +18,77 @@ class Options:
     """Flags that all rungs share."""
 
     weights: str = "embedded"
-    """A published name, the path of an .npz, `embedded`, or random:R50x1 for random weights in that architecture."""
+    """Weights to compare with: a published name, the path of an .npz, `embedded`,
+    or random:R50x1 for random weights in that architecture."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
-    """What is judged against float64 once float64 itself agrees. fp16: gradients are of the scaled loss, as in
-    training. fp64: float64 alone."""
+    """Precision to judge against float64, once both sides agree in float64; fp64 compares in float64 alone.
+    With fp16, gradients are those of the scaled loss, as in training."""
     reference: str = "torch"
-    """torch[:devices=N,compile,channels_last,hugepages], or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,
-    hugepages,flags=NAME=VALUE+NAME=VALUE], with flags of XLA."""
+    """Reference side: torch[:devices=N,compile,channels_last,hugepages]
+    or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,hugepages,flags=NAME=VALUE+NAME=VALUE],
+    where flags are XLA's."""
     candidate: str = "jax"
-    """As --reference; on a CPU the devices are virtual."""
+    """Candidate side, written like --reference. On a CPU, JAX's devices are virtual."""
     torch_model: str | None = None
-    """package.module:factory in place of the PyTorch reference; it is called with the .npz path and returns an
-    nn.Module that maps NCHW images to logits."""
+    """PyTorch model to compare in place of this project's, as package.module:factory.
+    The factory is called with the .npz path and returns an nn.Module that maps NCHW images to logits."""
     torch_weights: UserPath | None = None
-    """A state dict that is then loaded into that model."""
+    """File with a state dict to load into the PyTorch model. None: the model keeps the parameters that it has."""
 
     size: str = "64"
-    """Of the images the model is given: 224, or 97x131 for height x width."""
+    """Side in pixels of the square images that the model is given, or 97x131 for height x width."""
     rows: int = 8
-    """Images a batch."""
+    """Images per batch; the number must be even."""
     batches: int = 3
-    """Batches of gradients; each array's best one counts against float64."""
+    """Batches on which gradients are compared; against float64, each array's best batch counts."""
     disturbances: int = 3
-    """Float64 runs, disturbed as much as rounding disturbs, that tell which error to expect. More are fairer to arrays
-    of few values."""
+    """Float64 runs with disturbances as large as rounding errors, which show what error to expect.
+    More of them judge arrays of few values more fairly."""
     seed: int = 0
-    """Of pictures, batches and disturbances."""
+    """Seed of pictures, batches and disturbances."""
     images: tuple[UserPath, ...] = ()
-    """Image files for the pixels rung; none: a few are drawn, one of each kind."""
+    """Image files for the pixels rung. Without any, the rung draws a few, one of each kind."""
 
     dataset: str = "digits"
-    """For curve and accuracy, as train.py's: digits, folder:PATH, idx:DIRECTORY, or a tfds name."""
+    """Dataset for the curve and accuracy rungs, as for train.py: digits, folder:PATH, idx:DIRECTORY, or a tfds name."""
     data_dir: UserPath | None = None
-    """Where tfds keeps its datasets."""
+    """Directory with the prepared tfds datasets. None: tfds's default directory."""
     train_split: str = "train"
+    """Split, or slice of one such as train[:98%], that the curve rung trains on."""
     eval_split: str = "test"
+    """Split, or slice of one such as test[:10%], that the accuracy rung evaluates."""
     limit: int | None = None
-    """Evaluate only so many examples."""
+    """Number of examples to evaluate, from the start of the split. None: all of them."""
     eval_size: int | None = None
-    """Side of evaluation's images; none: what the weights were trained with, else --size."""
+    """Side in pixels of the square images in evaluation.
+    None: the size that the weights were trained at, where their config.json says so, else --size."""
     margin: float = 0.1
-    """Within how many percentage points two accuracies count as the same."""
+    """Percentage points within which two accuracies count as the same."""
 
     steps: int = 10
-    """Of the curve."""
+    """Number of training steps in the curve rung."""
     base_lr: float = 0.003
+    """Learning rate after warm-up, in the optimizer and curve rungs."""
     momentum: float = 0.9
+    """Momentum of SGD in the optimizer and curve rungs."""
     warmup_steps: int = 4
+    """Steps over which the learning rate rises linearly from 0 to --base-lr."""
     decay_steps: tuple[int, ...] = (7,)
+    """Steps after each of which the learning rate is divided by 10."""
 
     run: UserPath | None = None
-    """Folder that keeps the report and the logits; none: runs/parity/ and the time."""
+    """Folder that keeps the report and the logits. None: a folder below runs/parity/, named by the time."""
     json: UserPath | None = None
-    """Also write the report here."""
+    """File to write the report to as JSON, too. None: only the run's folder has it."""
     html: UserPath | None = None
-    """Also write the page here."""
+    """File to write the report to as a web page, too. None: only the run's folder has it."""
     junit: UserPath | None = None
-    """Write JUnit XML here, a test case an array."""
+    """File to write JUnit XML to, with one test case per array. None: no JUnit XML is written."""
     fail_fast: bool = False
-    """End a rung at its first array that differs."""
+    """End a rung at the first array that differs."""
 
-    fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected on one side, see `faults.py`
+    # a fault that the self-test injects on one side, see `faults.py`
+    fault: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", self.size):

@@ -1,4 +1,4 @@
-"""The GPUs that `plan` knows: what XLA compiles for, and the published rates that a roofline is made of."""
+"""The GPUs that `plan` knows: their properties for XLA's compiler, and their published peak rates for rooflines."""
 
 import dataclasses
 
@@ -12,15 +12,15 @@ class Accelerator:
     """One GPU, and its links to the others of its host.
 
     Attributes:
-        title: as the driver calls it.
-        memory: bytes that the driver reports.
+        title: the driver's name for it.
+        memory: bytes of memory that the driver reports.
         bandwidth: bytes/s of that memory.
-        cores, lanes, clock: streaming multiprocessors, float32 lanes of each, GHz.
-        shared, shared_optin: bytes of shared memory a multiprocessor has, and a kernel may ask for.
-        cache: bytes of the second level.
-        capability: CUDA's major number.
-        flops: peak dense products, 2 an accumulated product, per second, by precision.
-        link: bytes/s that it can send to the others of its host while receiving as much.
+        cores, lanes, clock: number of streaming multiprocessors, float32 lanes of each, and clock in GHz.
+        shared, shared_optin: bytes of shared memory that a multiprocessor has, and that a kernel may ask for.
+        cache: bytes of the L2 cache.
+        capability: major number of CUDA's compute capability.
+        flops: {precision: peak operations per second of dense products, 2 for each accumulated product}.
+        link: bytes/s that it can send to the other GPUs of its host while it receives as much.
 
     Sources: NVIDIA's A100 and H100 data sheets; OpenXLA's gpu_specs for what the compiler reads.
     """
@@ -39,10 +39,10 @@ class Accelerator:
     link: float
 
     def target(self, memory: int) -> str:
-        """XLA's GpuTargetConfigProto as text.
+        """Returns XLA's GpuTargetConfigProto as text.
 
         Args:
-            memory: bytes that XLA is told of; near them it begins to rematerialize.
+            memory: bytes of memory that XLA assumes; it rematerializes if a program needs nearly as much.
         """
         return f"""
             gpu_device_info {{
@@ -100,7 +100,7 @@ ACCELERATORS = {
 
 
 def accelerator(name: str) -> Accelerator:
-    """Raises RequestError for a name that is not in the table."""
+    """Returns the GPU of that name; raises RequestError for a name that is not in the table."""
     if name not in ACCELERATORS:
         raise RequestError(f"unknown --device {name!r}; there are {', '.join(ACCELERATORS)}")
     return ACCELERATORS[name]

@@ -1,6 +1,6 @@
-"""What an optimized HLO module says of itself: convolutions, floating-point operations, memory traffic, collectives.
+"""Reads an optimized HLO module: its convolutions, floating-point operations, memory traffic and collectives.
 
-`Module(compiled.as_text())` reads the text of a GPU executable. All figures are of one device. An instruction inside a
+`Module(compiled.as_text())` reads the text of a GPU executable. All figures are for one device. An instruction inside a
 loop counts as often as the loop runs.
 """
 
@@ -15,7 +15,7 @@ BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
 CONVOLUTION = "__cudnn$conv"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# what moves nothing: names, views and the ends of what was counted where it started
+# opcodes that move nothing: names and views
 _FREE = set(
     "parameter constant get-tuple-element tuple bitcast after-all optimization-barrier partition-id replica-id".split()
 )
@@ -28,14 +28,14 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation, in the order in which it is scheduled.
+    """One line of a computation, whose lines are in the order of execution.
 
     Attributes:
-        name, opcode: as the text has them.
-        root: it is its computation's result.
-        shape: the result's, as text; several arrays where it is a tuple.
-        operands: names; of a parameter, its number.
-        attributes: what follows the operands.
+        name, opcode: name and opcode in the text.
+        root: whether it is its computation's result.
+        shape: shape of the result, as text; a tuple has several arrays.
+        operands: names of the operands; for a parameter, its number.
+        attributes: the text after the operands.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Instruction:
         return shape_bytes(self.shape)
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.attributes)
-        return found and found[1]
+        match = re.search(pattern, self.attributes)
+        return match and match[1]
 
     def called(self) -> str | None:
-        """The computation that a fusion, loop body or asynchronous wrapper runs."""
+        """Returns the name of the computation that a fusion, loop or asynchronous wrapper runs, or None."""
         return self.attribute(r"(?:calls|body|to_apply)=%([\w.\-]+)")
 
 
@@ -63,11 +63,11 @@ class Collective:
     """One collective of the program.
 
     Attributes:
-        kind: such as "all-reduce".
-        bytes: of its larger side (what is reduced or gathered), on one device, by dtype.
-        overlapped: it is asynchronous and computation is scheduled between its start and its end.
-        times: how often it runs a step.
-        group: devices that take part together.
+        kind: its opcode, such as "all-reduce".
+        bytes: {dtype: bytes on one device} of its operands or its result, whichever is larger.
+        overlapped: whether it is asynchronous and computation is scheduled between its start and its end.
+        times: number of times that it runs in a step.
+        group: number of devices that take part together.
     """
 
     kind: str
@@ -78,10 +78,10 @@ class Collective:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """[(dtype, sizes)] of a shape's text."""
+    """Parses a shape's text into [(dtype, sizes)]."""
     return [
-        (found["dtype"], tuple(int(size) for size in found["sizes"].split(",") if size))
-        for found in _ARRAY.finditer(shape)
+        (array["dtype"], tuple(int(size) for size in array["sizes"].split(",") if size))
+        for array in _ARRAY.finditer(shape)
     ]
 
 
@@ -97,7 +97,7 @@ def shape_bytes(shape: str) -> int:
 
 
 class Module:
-    """The computations of a module, by name."""
+    """An HLO module: its computations by name."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -124,9 +124,9 @@ class Module:
         return {instruction.name: instruction for lines in self.computations.values() for instruction in lines}
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-        """(instruction, how often it runs) of the entry and of the loops and asynchronous parts that it runs.
+        """Yields (instruction, number of times it runs) for the entry and the loops and asynchronous parts in it.
 
-        What a fusion or reduction consists of is no instruction of its own: it touches no memory.
+        The parts of a fusion or reduction are not instructions of their own, because they touch no memory.
         """
         for instruction in self.computations[computation or self.entry]:
             if instruction.opcode == "while":
@@ -142,18 +142,24 @@ class Module:
                 yield instruction, times
 
     def rematerialized(self) -> int:
-        """Instructions that XLA itself repeats to save memory."""
+        """Counts the instructions that XLA itself repeats to save memory."""
         return sum(times for instruction, times in self.executed() if ".remat" in instruction.name)
 
     def convolutions(self) -> int:
         return sum(times for instruction, times in self.executed() if is_convolution(instruction))
 
     def flops(self) -> float:
-        """Of convolutions and matrix products, two an accumulated product; what is padding counts too."""
+        """Counts the operations of convolutions and matrix products, padding included: 2 for an accumulated product."""
         return sum(times * self._flops(instruction) for instruction, times in self.executed())
 
     def roofline(self, flops: float, bandwidth: float) -> float:
-        """Seconds of the computation: of each instruction, its products' at so many a second or its bytes'."""
+        """Returns a lower bound of the computation's seconds: the sum over instructions of the longer of the time for
+        its operations and the time for its bytes.
+
+        Args:
+            flops: peak operations per second.
+            bandwidth: peak bytes per second.
+        """
         return sum(
             times * max(self._flops(line) / flops, self._moved(line) / bandwidth)
             for line, times in self.executed()
@@ -161,14 +167,14 @@ class Module:
         )
 
     def work(self, line: Instruction) -> tuple[float, int]:
-        """(floating-point operations, bytes moved) of one instruction, each time it runs."""
+        """Returns (floating-point operations, bytes moved) of one run of an instruction."""
         return self._flops(line), 0 if _moves_nothing(line) else self._moved(line)
 
     def traffic(self) -> dict[str, int]:
-        """Bytes read from and written to device memory, by what moves them: convolutions, collectives, copies, other.
+        """Returns the bytes read from and written to device memory by convolutions, collectives, copies and others.
 
-        The sum over instructions of operands and results, as if nothing stayed in a cache between two of them. Of an
-        array that a fusion only slices, the slices count.
+        They are the sum over instructions of operands and results, as if nothing stayed in a cache between two
+        instructions. If a fusion only slices an array, the slices count.
         """
         total: dict[str, int] = dict.fromkeys(("convolutions", "collectives", "copies", "other"), 0)
         for instruction, times in self.executed():
@@ -186,7 +192,7 @@ class Module:
         return total
 
     def collectives(self) -> list[Collective]:
-        found = []
+        collectives = []
         for computation, times in self._running():
             lines = self.computations[computation]
             for place, line in enumerate(lines):
@@ -194,16 +200,16 @@ class Module:
                 kind = inner.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                given = _by_dtype(" ".join(self.instructions[name].shape for name in inner.operands))
-                made = _by_dtype(_result_shape(inner))
-                larger = max(given, made, key=lambda side: sum(side.values()))
+                operands = _by_dtype(" ".join(self.instructions[name].shape for name in inner.operands))
+                result = _by_dtype(_result_shape(inner))
+                larger = max(operands, result, key=lambda side: sum(side.values()))
                 asynchronous = line.opcode.endswith("-start") and '"is_sync":true' not in line.attributes
                 overlapped = asynchronous and any(map(_computes, _until_done(line, lines[place + 1 :])))
-                found.append(Collective(kind, larger, overlapped, times, _group(inner)))
-        return found
+                collectives.append(Collective(kind, larger, overlapped, times, _group(inner)))
+        return collectives
 
     def _running(self) -> Iterator[tuple[str, int]]:
-        """(computation, how often it runs) of the entry and of loops' bodies."""
+        """Yields (computation, number of times it runs) for the entry and the bodies of loops."""
 
         def inside(computation: str, times: int) -> Iterator[tuple[str, int]]:
             yield computation, times
@@ -217,7 +223,7 @@ class Module:
         return inside(self.entry, 1)
 
     def _asynchronous(self, line: Instruction) -> Instruction:
-        """What an asynchronous start wraps, or the line itself."""
+        """Returns the instruction that an asynchronous start wraps, or the line itself if it wraps none."""
         body = line.called() if line.opcode == "async-start" else None
         return self.computations[body][-1] if body else line
 
@@ -245,7 +251,7 @@ class Module:
         return 0
 
     def _convolution_flops(self, line: Instruction) -> float:
-        """2 products an output value and kernel value that feeds it, in all three of a convolution's passes."""
+        """Counts 2 operations for each output value and each kernel value that feeds it, in any of the three passes."""
         kernel_labels = line.attribute(r"dim_labels=\w+_(\w+)->")
         assert kernel_labels is not None
         left, right = (arrays(self.instructions[name].shape)[0][1] for name in line.operands[:2])
@@ -260,8 +266,8 @@ class Module:
 
 
 def _result_shape(line: Instruction) -> str:
-    """Of the result alone: the tuple of `all-gather-start` and its like holds the operands too, since JAX 0.11 that of
-    `all-reduce-start` as well."""
+    """Returns the shape of the result without the operands, which `all-gather-start` and others (since JAX 0.11 also
+    `all-reduce-start`) have in their tuple."""
     parts = [found[0] for found in _ARRAY.finditer(line.shape)]
     if line.opcode.endswith("-start") and len(parts) > len(line.operands):
         return " ".join(parts[len(line.operands) :])
@@ -305,7 +311,8 @@ def _computes(line: Instruction) -> bool:
 
 
 def _group(line: Instruction) -> int:
-    """Devices of one group: `replica_groups={{0,1},{2,3}}`, `[groups,devices]<=...` or `mesh['a'=2,'b'=4] {'b'}`."""
+    """Counts the devices of one group in `replica_groups={{0,1},{2,3}}`, `[groups,devices]<=...` or
+    `mesh['a'=2,'b'=4] {'b'}`."""
     explicit = line.attribute(r"replica_groups=\{\{([\d,]*)\}")
     if explicit is not None:
         return explicit.count(",") + 1
@@ -317,7 +324,7 @@ def _group(line: Instruction) -> int:
 
 
 def _read(fused: list[Instruction], number: int, operand: Instruction) -> int:
-    """Bytes that a fusion reads of its operand `number`."""
+    """Returns the number of bytes that a fusion reads of its operand `number`."""
     names = {line.name for line in fused if line.opcode == "parameter" and line.operands == (str(number),)}
     for line in fused:  # in order of use
         if line.opcode == "bitcast" and line.operands[0] in names:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of work: `train.py --profile N`.
+"""Profiles training steps: the time by kind of work, for `train.py --profile N`.
 
     python -m bit_jax.profile WORKDIR [--instructions 20]
 
@@ -28,7 +28,7 @@ from input_pipeline.files import read_json, replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
 
-SETTLED = 3  # steps that are taken before the first that is traced
+SETTLED = 3  # steps before the first traced one
 PROGRAM, TABLE = "train_step.hlo.txt", "profile.json"
 
 FORWARD, BY_INPUT, BY_KERNEL = (f"convolutions, {which}" for which in ("forward", "by input", "by kernel"))
@@ -37,18 +37,18 @@ UPDATE, COLLECTIVES, COPIES = "mixup, loss and update", "collectives", "copies"
 GRAPHS, OTHER = "in CUDA graphs", "other"
 KINDS = (FORWARD, BY_INPUT, BY_KERNEL, NORM, STANDARDIZATION, POOL, HEAD, UPDATE, COLLECTIVES, COPIES, GRAPHS, OTHER)
 IDLE = "idle"
-LAUNCHED = "XLA_FLAGS=--xla_gpu_enable_command_buffer="  # has kernels launched one by one
+LAUNCHED = "XLA_FLAGS=--xla_gpu_enable_command_buffer="  # makes XLA launch kernels one by one
 
 
 class Recorder:
-    """Traces some steps of training into a folder, after the first few where so many are left.
+    """Traces some steps of training into a folder, after the first few if enough steps are left.
 
     Args:
-        folder: receives the trace, the program and the table.
+        folder: folder that receives the trace, the program and the table.
         program: the compiled training step.
-        precision: of its products, by name.
-        left: numbers of the steps that are to be taken.
-        wanted: how many of them to trace.
+        precision: name of the precision of its products.
+        left: numbers of the steps that the run will take.
+        wanted: number of steps to trace.
     """
 
     def __init__(self, folder: Path, program: Any, precision: str, *, left: range, wanted: int):
@@ -59,11 +59,15 @@ class Recorder:
         self._began = 0.0
 
     def waits_for(self, step: int) -> bool:
-        """Whether the step must have finished before anything else begins, because the trace begins or ends with it."""
+        """Whether the step must finish before anything else begins, because the trace begins or ends after it."""
         return self.first <= self.last and step in (self.first - 1, self.last)
 
     def before(self, step: int, trained: float) -> str | None:
-        """Begins the trace, after so many seconds of steps and of reading for them; a sentence where that fails."""
+        """Begins the trace if the step is the first to trace, and returns a sentence if that fails.
+
+        Args:
+            trained: seconds that the run has spent on steps and on waiting for their input so far.
+        """
         sentence = None
         if step == self.first <= self.last:
             options = ProfileOptions()
@@ -77,7 +81,8 @@ class Recorder:
         return sentence
 
     def after(self, step: int, trained: float) -> str | None:
-        """A sentence for the log, once the last traced step has finished: what the table says, or why there is none."""
+        """Ends the trace once the last traced step has finished, and returns a sentence for the log: a summary of the
+        table, or why there is none."""
         if not step == self.last >= self.first:
             return None
         try:
@@ -98,20 +103,20 @@ class Recorder:
 
 
 def newest_trace(folder: Path) -> Any:
-    """Raises RunFailed where there is none."""
-    found = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    """Returns the newest trace in the folder; raises RunFailed if there is none."""
+    traces = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not traces:
         raise RunFailed(f"{folder} holds no trace (*.xplane.pb)")
-    return ProfileData.from_file(str(found[-1]))
+    return ProfileData.from_file(str(traces[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that a device did.
+    """One piece of work of a device.
 
     Attributes:
-        instruction: of the program, by name.
-        start, end: nanoseconds.
+        instruction: name of the program's instruction.
+        start, end: times in nanoseconds.
     """
 
     instruction: str
@@ -120,8 +125,8 @@ class Event:
 
 
 def events(trace: Any, program: str) -> Iterator[tuple[str, Event]]:
-    """(device, event) of what devices did for the program of that name: on GPUs kernels and copies, on CPUs
-    instructions. Between two traced steps there may have been an evaluation."""
+    """Yields (device, event) for the program of that name: kernels and copies on GPUs, instructions on CPUs. Events of
+    other programs are left out, because there may be an evaluation between two traced steps."""
     for plane in trace.planes:
         gpu = plane.name.startswith("/device:GPU")
         for line in plane.lines:
@@ -134,14 +139,14 @@ def events(trace: Any, program: str) -> Iterator[tuple[str, Event]]:
 
 
 def tabulate(trace: Any, module: hlo.Module, steps: int, seconds: float, device: str, precision: str) -> dict[str, Any]:
-    """Seconds of a step by kind of work, of one device: the mean over traced steps and devices.
+    """Returns the seconds of a step by kind of work on one device: the mean over traced steps and devices.
 
     Args:
-        module: of the program that was traced.
-        steps: how many were traced.
-        seconds: that they took together, with reading for them.
-        device: its kind; of those that `accelerators` knows, each row has its roofline.
-        precision: whose peak the products' roofline is made of.
+        module: the program that was traced.
+        steps: number of traced steps.
+        seconds: seconds that they took together, with waiting for their input.
+        device: kind of the device; rows have a roofline if `gpus.ACCELERATORS` knows it.
+        precision: precision whose peak rate the roofline of products uses.
 
     Raises:
         RunFailed: the trace does not show the program.
@@ -179,15 +184,15 @@ def tabulate(trace: Any, module: hlo.Module, steps: int, seconds: float, device:
 def _by_kind(instructions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        own = [one for one in instructions if one["kind"] == kind]
+        own = [instruction for instruction in instructions if instruction["kind"] == kind]
         if own:
             names = ("seconds", "calls", "flops", "bytes", "roofline")
-            rows[kind] = {name: sum(one[name] for one in own) for name in names if own[0].get(name) is not None}
+            rows[kind] = {name: sum(row[name] for row in own) for name in names if own[0].get(name) is not None}
     return rows
 
 
 def _described(module: hlo.Module, name: str, peaks: tuple[float, float] | None) -> dict[str, Any]:
-    """What an instruction is, from the program; what it does not name has no work."""
+    """Describes an instruction of the program; one that the program does not contain counts as no work."""
     line = module.instructions.get(name)
     if line is None:
         of_graph = name.startswith("command_buffer")
@@ -209,7 +214,7 @@ def _described(module: hlo.Module, name: str, peaks: tuple[float, float] | None)
 
 
 def _covered(spans: Iterable[Event]) -> float:
-    """Seconds in which at least one of them ran."""
+    """Returns the seconds in which at least one of the events ran."""
     total, until = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start):
         total += max(span.end - max(span.start, until), 0.0)
@@ -218,14 +223,14 @@ def _covered(spans: Iterable[Event]) -> float:
 
 
 def operation(module: hlo.Module, line: hlo.Instruction) -> str:
-    """What JAX called it: `jit(train_step)/jvp(ResNetV2)/block1/unit01/a/group_norm/...`; of a fusion without a name,
-    its first part's."""
+    """Returns JAX's name of an instruction: `jit(train_step)/jvp(ResNetV2)/block1/unit01/a/group_norm/...`. A fusion
+    without a name gets its first part's."""
     parts = [line, *module.computations.get(line.called() or "", [])]
     return next((name for part in parts if (name := part.attribute(r'op_name="([^"]*)"'))), "")
 
 
 def kind(module: hlo.Module, line: hlo.Instruction) -> str:
-    """One of `KINDS`."""
+    """Returns the instruction's kind of work, one of `KINDS`."""
     if hlo.is_collective(line):
         return COLLECTIVES
     name = operation(module, line)
@@ -244,12 +249,12 @@ def kind(module: hlo.Module, line: hlo.Instruction) -> str:
         if mark in name:
             return of_mark
     if "/ResNetV2" in name or "(ResNetV2)" in name:
-        return NORM if "/block" in name else HEAD  # residual additions run with what reads them
+        return NORM if "/block" in name else HEAD  # residual additions are fused with the GroupNorm that reads them
     return UPDATE if name else OTHER
 
 
 def _is_by_kernel(product: hlo.Instruction) -> bool:
-    """Whether a gradient is that by a convolution's kernel: its result has no batch."""
+    """Whether a gradient is the one by a convolution's kernel, whose result has no batch axis."""
     if "BackwardFilter" in product.attributes:
         return True
     labels = product.attribute(r"dim_labels=\w+->(\w+)")
@@ -260,16 +265,16 @@ def _is_by_kernel(product: hlo.Instruction) -> bool:
 
 
 def load(workdir: Path) -> dict[str, Any]:
-    """The table of a run.
+    """Reads the table of a run.
 
     Raises:
-        RequestError: it has none.
+        RequestError: the run has none.
     """
     return read_json(workdir / "profile" / TABLE, dict, f"train with --profile N and --workdir {workdir} to make it")
 
 
 def show(table: dict[str, Any], console: Console, instructions: int = 0) -> None:
-    """The table by kind, and the instructions that take longest beyond their roofline, or longest."""
+    """Shows the table by kind, and the instructions that exceed their roofline most, or take longest without one."""
     step = table["seconds"]
     shown = Table(title=f"a training step on {table['device']}: {step * 1e3:.2f} ms, the mean of {table['steps']}")
     shown.add_column("kind of work")
@@ -316,7 +321,7 @@ def main(workdir: tyro.conf.Positional[UserPath], instructions: int = 20) -> Non
     """Shows the profile of a run that was trained with --profile.
 
     Args:
-        workdir: of the run.
-        instructions: how many of the program's instructions to list, those that lose most time first.
+        workdir: Work directory of the run.
+        instructions: Number of the program's instructions to list, those that lose most time first.
     """
     show(load(workdir), terminal.console(), instructions)

@@ -1,4 +1,4 @@
-"""What the config.json that training leaves beside final.npz says about those weights."""
+"""Reads the config.json that training leaves beside final.npz, which describes those weights."""
 
 import dataclasses
 import os
@@ -14,12 +14,12 @@ REMEDY = "move it away from the weights to go on without it"
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """How the weights were trained; None where nothing is known.
+    """The training of a weight file; an attribute is None if it is not known.
 
     Attributes:
-        class_names: one for each class, in label order, as the dataset has them.
-        crop: side of the square that the model was evaluated at.
-        resize: how images were resized.
+        class_names: the dataset's name for each class, in label order.
+        crop: side in pixels of the square that the model was evaluated at.
+        resize: method by which images were resized.
     """
 
     class_names: list[str] | None = None
@@ -28,10 +28,10 @@ class Description:
 
 
 def described(weight_file: Path) -> Description:
-    """What is known about a weight file from the config.json beside it, which need not be there.
+    """Returns what the config.json beside a weight file says about it; the file need not be there.
 
     Raises:
-        RequestError: it cannot be read, is damaged, or says something that a run does not write.
+        RequestError: the config.json cannot be read, is damaged, or has a value that a run does not write.
     """
     path = weight_file.parent / "config.json"
     if not os.path.exists(path):

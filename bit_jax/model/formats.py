@@ -1,4 +1,4 @@
-"""What a file or directory that is no BiT `.npz` is, by its content, and what can be done with it."""
+"""Recognizes files and directories that are not a BiT `.npz` by their content, and says what to do with them."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 OFFICIAL = "the official .npz is wanted; `python -m bit_jax.zoo list` names those that can be fetched"
 CONVERTED = f"PyTorch, timm and TensorFlow weights are not converted: {OFFICIAL}"
 
-# The first bytes of files that are taken for weights, what such a file is, and what to do about it.
+# (first bytes, description, remedy) of files that people may take for weights
 BEGINNINGS = (
     (b"\x93NUMPY", "a single NumPy array (.npy)", OFFICIAL),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them", CONVERTED),
@@ -27,11 +27,11 @@ BEGINNINGS = (
     (b"Rar!", "a RAR archive", "unpack it first"),
     (b"%PDF", "a PDF document", OFFICIAL),
 )
-TAR_MAGIC = slice(257, 262)  # where a tar archive says "ustar"
-START = 1024  # bytes that are enough to tell
+TAR_MAGIC = slice(257, 262)  # a tar archive has "ustar" here
+START = 1024  # bytes of a file that are read to recognize it
 HEADER = 100_000_000  # bytes: the longest header that a safetensors file may have
 
-# What lies in directories that are taken for weights.
+# (name of an entry, description, remedy) of directories that people may take for weights
 CONTENTS = (
     ("saved_model.pb", "a TensorFlow SavedModel", CONVERTED),
     ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
@@ -43,12 +43,12 @@ CONTENTS = (
 
 
 def recognize(path: Path) -> str | None:
-    """A clause that says what the file or directory is and what can be done; None where it may be an .npz.
+    """Returns a clause that says what the file or directory is and what to do, or None if it may be an .npz.
 
-    Only the first bytes, the names in a zip file and those in a directory are looked at.
+    It reads only the first bytes of a file, and the names in a zip file or directory.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file or directory cannot be read.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):

@@ -1,7 +1,6 @@
-"""The operations that BiT's ResNetV2 is made of, written so that XLA moves little memory.
+"""The operations of BiT's ResNetV2, written so that XLA moves little memory.
 
-Most have their gradient in closed form. The sentence beside each says what that brings; docs/performance.md has the
-figures, and what was tried beside it.
+Most have a gradient in closed form; a comment beside each says what that saves. docs/performance.md has the figures.
 """
 
 import functools
@@ -14,33 +13,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 FEEDS = (0, 1, 2)  # a kernel's axes that feed one output channel
-SUMS = 2048  # of an image at a time, in `_over_places`
-STATISTICS = "statistics"  # the name of what GroupNorm and standardization keep for the backward pass
+SUMS = 2048  # sums per image that `_over_places` computes in its first pass
+STATISTICS = "statistics"  # checkpoint name of what GroupNorm and standardization keep for the backward pass
 
 
 def standardize(kernel: Float[Array, "kh kw cin cout"], eps: float) -> Float[Array, "kh kw cin cout"]:
-    """(kernel - mean) / sqrt(variance + eps) over everything that feeds one output channel."""
+    """Returns (kernel - mean) / sqrt(variance + eps), with statistics over all values that feed one output channel."""
     return jax.jit(_standardize, static_argnums=1)(kernel, eps)  # see `group_norm_relu`
 
 
-# The gradient in closed form, from the kernel and two numbers a channel: differentiated by JAX it keeps and rereads
-# centred kernels, 2 % more memory traffic in a step of R152x2.
+# The gradient in closed form needs the kernel and two numbers per channel. Differentiated by JAX, the centred kernels
+# are kept and reread: 2 % more memory traffic in a step of R152x2.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _standardize(kernel, eps):
     return _standardize_forward(kernel, eps)[0]
 
 
 def _standardize_forward(kernel, eps):
-    mean, scale = (checkpoint_name(each, STATISTICS) for each in _kernel_statistics(kernel, eps))
+    mean, scale = (checkpoint_name(statistic, STATISTICS) for statistic in _kernel_statistics(kernel, eps))
     return (kernel - mean) * scale, (kernel, mean, scale)
 
 
 def _standardize_backward(eps, saved, gradient):
     kernel, mean, scale = saved
-    # The barrier keeps XLA's GPU compiler from reading the forward pass's result instead of computing it again: 0.4 %
-    # less memory traffic in a float32 step of R152x2.
+    # The barrier makes XLA's GPU compiler compute this again instead of reading the forward pass's result: 0.4 % less
+    # memory traffic in a float32 step of R152x2.
     standard = (kernel - lax.optimization_barrier(mean)) * scale
-    across, along = (each.mean(axis=FEEDS) for each in (gradient, gradient * standard))
+    across, along = (array.mean(axis=FEEDS) for array in (gradient, gradient * standard))
     return (scale * (gradient - across - standard * along),)
 
 
@@ -48,13 +47,13 @@ _standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 def _kernel_statistics(kernel: Array, eps: float) -> tuple[Array, Array]:
-    """Mean and 1 / standard deviation, [cout], in one pass over the kernel, as `_group_statistics`.
+    """Returns mean and 1 / standard deviation, [cout], in one pass over the kernel, like `_group_statistics`.
 
-    The sample is a sixteenth of the values, so that E[d^2] is at most 16 times the variance whatever the kernel.
+    The sample is a sixteenth of the values, so that E[d^2] is at most 16 times the variance for any kernel.
     """
     sample = kernel[:, :, : max(1, kernel.shape[2] // 16)].mean(axis=FEEDS)
     d = kernel - sample
-    mean, square = (each.mean(axis=FEEDS) for each in (d, d * d))
+    mean, square = (array.mean(axis=FEEDS) for array in (d, d * d))
     return sample + mean, lax.rsqrt(square - mean * mean + eps)
 
 
@@ -66,24 +65,30 @@ def group_norm_relu(
     eps: float,
     recompute: bool,
 ) -> Float[Array, "batch height width channels"]:
-    """max(0, gamma * (x - mean) / sqrt(variance + eps) + beta), mean and variance over groups of neighbouring channels.
+    """Returns max(0, gamma * (x - mean) / sqrt(variance + eps) + beta), with statistics over groups of neighbouring
+    channels.
 
-    In x's dtype, computed in gamma's; `recompute`: the result will be computed again in the backward pass.
+    Args:
+        recompute: whether the backward pass computes the result again.
+
+    Returns:
+        The result in x's dtype; it is computed in gamma's.
     """
-    # Under a jit of its own it is traced once for each shape, not for each layer, and called in what XLA is given (and
-    # inlines). With `standardize`: 30 % of the lines, and less than half of the time, to trace and lower R152x2.
+    # Under a jit of its own, this is traced once per shape, not once per layer, and XLA gets (and inlines) calls of it.
+    # With the same for `standardize`, R152x2 is lowered to 30 % of the lines in less than half of the time.
     return jax.jit(_group_norm_relu, static_argnums=(3, 4, 5))(x, gamma, beta, groups, eps, recompute)
 
 
-# The gradient in closed form keeps x and two numbers a group. Differentiated by JAX it reads and writes the layer's
-# size 8.5 times where 5 would do: 13 % more memory traffic in a step of R152x2.
+# The gradient in closed form keeps x and two numbers per group. Differentiated by JAX, it reads and writes the layer's
+# size 8.5 times instead of 5: 13 % more memory traffic in a step of R152x2.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _group_norm_relu(x, gamma, beta, groups, eps, recompute):
     return _group_norm_relu_forward(x, gamma, beta, groups, eps, recompute)[0]
 
 
 def _group_norm_relu_forward(x, gamma, beta, groups, eps, recompute):
-    mean, scale = (checkpoint_name(each, STATISTICS) for each in _group_statistics(x, groups, eps, gamma.dtype))
+    statistics = _group_statistics(x, groups, eps, gamma.dtype)
+    mean, scale = (checkpoint_name(statistic, STATISTICS) for statistic in statistics)
     active = nn.relu(_normalized(x, mean, scale, gamma, beta)).astype(x.dtype)
     return active, (x, mean, scale, gamma, beta)
 
@@ -93,13 +98,13 @@ def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
     batch, height, width, channels = x.shape
 
     def inside(x, gradient):
-        """The gradient past ReLU, and the centred input."""
+        """Returns the gradient of ReLU's input, and the centred x."""
         before_relu = _normalized(x, mean, scale, gamma, beta)
         gradient = gradient.astype(gamma.dtype)
         centred = x.astype(gamma.dtype) - _spread(mean, channels)
         if recompute:
-            # XLA then writes the activation, which the next convolution's gradient needs, in the same pass over x as
-            # the sums below: 6 % less memory traffic than with a comparison, which it would store and read again
+            # With this, XLA writes the activation, which the next convolution's gradient needs, in the same pass over x
+            # as the sums below. It would store and reread a comparison: 6 % more memory traffic.
             return gradient * jnp.sign(nn.relu(before_relu)), centred
         return jnp.where(before_relu > 0, gradient, 0), centred
 
@@ -109,7 +114,7 @@ def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
 
     inner, centred = inside(x, gradient)
     of_beta, of_scaled = _over_places(inner, inner * centred)
-    # two passes that share nothing large: the second computes its inputs again instead of rereading them
+    # the barrier keeps the two passes from sharing large arrays: the second computes them again instead of reading them
     x, gradient, of_beta, of_scaled = lax.optimization_barrier((x, gradient, of_beta, of_scaled))
     inner, centred = inside(x, gradient)
     shift, tilt = scale * group_mean(of_beta), scale**3 * group_mean(of_scaled)
@@ -122,25 +127,25 @@ _group_norm_relu.defvjp(_group_norm_relu_forward, _group_norm_relu_backward)
 
 
 def _over_places(*arrays: Array) -> list[Array]:
-    """The sums of each over height and width, [batch, channels], by stripes of rows first.
+    """Returns each array's sums over height and width, [batch, channels]; stripes of rows are summed first.
 
-    A GPU has too little to do with as few sums as that, thinks XLA, to compute also what is summed, and writes it to
+    Without stripes there are so few sums that XLA does not fuse the summands into them, but writes the summands to
     memory first: 3 % more memory traffic in a bfloat16 step of R152x2.
     """
     batch, height, width, channels = arrays[0].shape
     wanted = max(1, SUMS // channels)
     stripes = max(count for count in range(1, wanted + 1) if height % count == 0)
     shape = (batch, stripes, height // stripes * width, channels)
-    # the barrier keeps XLA from making one sum of both
-    of_stripes = lax.optimization_barrier([each.reshape(shape).sum(axis=2) for each in arrays])
-    return [each.sum(axis=1) for each in of_stripes]
+    # the barrier keeps XLA from merging the two sums into one
+    of_stripes = lax.optimization_barrier([array.reshape(shape).sum(axis=2) for array in arrays])
+    return [stripes.sum(axis=1) for stripes in of_stripes]
 
 
 def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Mean and 1 / standard deviation, [batch, groups], in one pass over x.
+    """Returns mean and 1 / standard deviation, [batch, groups], in one pass over x.
 
-    E[d^2] - E[d]^2 loses digits where the mean is large beside the deviation; so d is what the values differ by from
-    the mean of a sample, the middle row.
+    E[d^2] - E[d]^2 loses digits if the mean of d is large compared with its deviation; so d is the difference between
+    the values and the mean of a sample, the middle row.
     """
     batch, height, width, channels = x.shape
 
@@ -149,19 +154,19 @@ def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tu
 
     sample = group_mean(x[:, height // 2].astype(dtype).sum(axis=1), width)
     d = x.astype(dtype) - _spread(sample, channels)
-    mean, square = (group_mean(each.sum(axis=(1, 2)), height * width) for each in (d, d * d))
+    mean, square = (group_mean(array.sum(axis=(1, 2)), height * width) for array in (d, d * d))
     return sample + mean, lax.rsqrt(square - mean * mean + eps)
 
 
 def _normalized(x: Array, mean: Array, scale: Array, gamma: Array, beta: Array) -> Array:
-    """(x - mean) * scale * gamma + beta, as one product and one sum for each value."""
+    """Returns (x - mean) * scale * gamma + beta, with one product and one sum per value."""
     channels = x.shape[-1]
     slope = _spread(scale, channels) * gamma
     return x.astype(gamma.dtype) * slope + (beta - _spread(mean, channels) * slope)
 
 
 def _spread(of_groups: Array, channels: int) -> Array:
-    """[batch, groups] -> [batch, 1, 1, channels]."""
+    """Repeats values of groups, [batch, groups], for their channels: [batch, 1, 1, channels]."""
     return jnp.repeat(of_groups, channels // of_groups.shape[-1], axis=-1)[:, None, None]
 
 
@@ -173,7 +178,11 @@ def convolve(
     *,
     products: bool,
 ) -> Float[Array, "batch out_h out_w cout"]:
-    """Padded by (size - 1) / 2 on each side; with `products` a product of matrices, where that is faster on a CPU."""
+    """Convolves x, padded by (size - 1) / 2 on each side.
+
+    Args:
+        products: whether to compute a matrix product instead where that is faster on a CPU.
+    """
     size, (batch, height, width, channels) = kernel.shape[0], x.shape
     pad = (size - 1) // 2
     few_places = batch * height * width <= channels * stride**2
@@ -191,15 +200,15 @@ def convolve(
 
 
 def _patches(x: Array, size: int, stride: int) -> Array:
-    """What each place of a convolution sees, [batch, out_h, out_w, size * size * channels]."""
+    """Returns the input patch of every output position, [batch, out_h, out_w, size * size * channels]."""
     height, width = (side - size + 1 for side in x.shape[1:3])
-    seen = [x[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
-    return jnp.concatenate(seen, axis=-1)
+    shifted = [x[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(shifted, axis=-1)
 
 
-# The kernel's gradient as one product of matrices, which Eigen takes as they lie. Differentiated by JAX it is a product
-# of arrays of rank 4, one of which XLA's CPU compiler first transposes, with all that it is computed from: a seventh
-# of a training step of R50x1.
+# The kernel's gradient is written as one matrix product, which Eigen computes without a copy. Differentiated by JAX, it
+# is a product of arrays of rank 4, and XLA's CPU compiler first transposes one of them together with everything that it
+# is computed from, which takes a seventh of a training step of R50x1.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, kernel: Array, precision: lax.Precision) -> Array:
     return jnp.tensordot(x, kernel, axes=1, precision=precision)
@@ -211,7 +220,7 @@ def _product_forward(x, kernel, precision):
 
 def _product_backward(precision, saved, gradient):
     x, kernel = saved
-    rows, of_rows = (each.reshape(-1, each.shape[-1]) for each in (x, gradient))
+    rows, of_rows = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
     of_x = lax.dot_general(gradient, kernel, (((3,), (1,)), ((), ())), precision=precision)
     return of_x, lax.dot_general(rows, of_rows, (((0,), (0,)), ((), ())), precision=precision)
 
@@ -220,11 +229,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch out_h out_w channels"]:
-    """Maxima of 3x3 windows at every second place; the gradient goes to the first of equals in reading order."""
+    """Returns maxima of 3x3 windows with stride 2; the gradient goes to the first of equal maxima in reading order."""
     return _max_of_three(_max_of_three(x, 2), 1)
 
 
-# The gradient in closed form: XLA's own carries the place of each maximum through four index arrays.
+# The gradient has a closed form, because XLA's own carries the position of each maximum in four index arrays.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_of_three(x, axis):
     return functools.reduce(jnp.maximum, _thirds(x, axis))
@@ -237,7 +246,7 @@ def _max_of_three_forward(x, axis):
 
 def _max_of_three_backward(axis, saved, gradient):
     x, largest = saved
-    first, second, _ = (each == largest for each in _thirds(x, axis))
+    first, second, _ = (third == largest for third in _thirds(x, axis))
     of_first, of_second = jnp.where(first, gradient, 0), jnp.where(second & ~first, gradient, 0)
     of_third = jnp.where(first | second, 0, gradient)
 
@@ -253,6 +262,6 @@ _max_of_three.defvjp(_max_of_three_forward, _max_of_three_backward)
 
 
 def _thirds(x: Array, axis: int) -> list[Array]:
-    """The first, second and third of every window."""
+    """Returns the first, second and third elements of all windows of three along an axis, at every second position."""
     windows = (x.shape[axis] - 1) // 2
     return [lax.slice_in_dim(x, start, start + 2 * windows - 1, 2, axis) for start in range(3)]

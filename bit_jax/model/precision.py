@@ -1,4 +1,4 @@
-"""What fp32, tf32, bf16, fp16 and fp64 mean, in one place.
+"""The precisions fp32, tf32, bf16, fp16 and fp64, defined in one place.
 
 | name | products | activations between layers | parameters, statistics, loss, updates |
 |---|---|---|---|
@@ -6,7 +6,7 @@
 | tf32 | float32 inputs rounded to TF32 where the hardware has it (JAX's default on A100) | float32 | float32 |
 | bf16 | bfloat16; FlagPerf's amp | bfloat16 | float32 |
 | fp16 | float16, the loss scaled dynamically (see `LossScale` in steps.py) | float16 | float32 |
-| fp64 | float64; the correctness gate, on CPU | float64 | float64 |
+| fp64 | float64; for the correctness check, on CPU | float64 | float64 |
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Precision:
 
     @property
     def scales_loss(self) -> bool:
-        """Small gradients would be lost without."""
+        """Whether the loss is scaled; without that, float16 would lose small gradients."""
         return self.dtype == jnp.float16
 
 
@@ -43,14 +43,14 @@ PRECISIONS = {
 
 
 def choose(name: str) -> Precision:
-    """The named precision; fp64 turns JAX's 64-bit mode on, which has to happen before any array is made."""
+    """Returns the named precision; for fp64 it turns on JAX's 64-bit mode, so call it before any array is made."""
     if name == "fp64":
         jax.config.update("jax_enable_x64", True)
     return PRECISIONS[name]
 
 
 def products(precision: Precision) -> tuple[str, str]:
-    """What a matrix product and a convolution really multiply with on the default device: see `probe`."""
+    """Returns the precisions in which the default device really computes a matrix product and a convolution."""
     left, right = (jnp.asarray(operand, precision.dtype) for operand in probe.operands())
     matrix = jax.jit(lambda a, b: jnp.dot(a, b, precision=precision.product))(left, right)
     image, kernel = left[None, :, None, :], right[None, None]

@@ -1,4 +1,4 @@
-"""JAX's coordination service in a process of its own, which outlives the host that started it by a while."""
+"""JAX's coordination service in a process of its own, which lives a while longer than the host that started it."""
 
 import os
 import socket
@@ -8,15 +8,15 @@ import time
 
 from input_pipeline.errors import RequestError
 
-LINGER = 2.0  # times the heartbeat timeout: hosts that look for a dead one need the service
+LINGER = 2.0  # multiple of the shutdown timeout: the other hosts need the service to notice which host died
 LISTENING = "listening"
 
 
 class Coordinator:
-    """The service's process; it ends when the pipe to it closes, with this process at the latest.
+    """The process of the service; it ends when the pipe to it closes, at the latest with this process.
 
     Raises:
-        RequestError: it cannot listen on the port.
+        RequestError: the service cannot listen on the port.
     """
 
     def __init__(self, command: list[str]):
@@ -32,11 +32,11 @@ class Coordinator:
         with self._process.stdout as answers:
             answer = answers.readline().strip()
         if answer != LISTENING:
-            self._process.communicate()  # it has ended
+            self._process.communicate()  # the process has ended
             raise RequestError(answer or f"the coordinator ended with exit code {self._process.returncode}")
 
     def shutdown(self) -> None:
-        """Ends it at once."""
+        """Ends the service at once."""
         assert self._process.stdin is not None
         self._process.stdin.write("end\n")
         self._process.stdin.close()
@@ -44,19 +44,19 @@ class Coordinator:
 
 
 def start(address: str, hosts: int, *, heartbeat_timeout: int, shutdown_timeout: int, **_: object) -> Coordinator:
-    """In place of JAX's `get_distributed_runtime_service`."""
+    """Starts the service in a process of its own; it replaces JAX's `get_distributed_runtime_service`."""
     numbers = (hosts, heartbeat_timeout, shutdown_timeout)
     return Coordinator([sys.executable, "-m", "bit_jax.scale.coordinator", address, *map(str, numbers)])
 
 
 def refusal(port: int) -> str:
-    """Why nothing can listen on the port; empty where something can.
+    """Returns why nobody can listen on the port, or an empty string if it is free.
 
-    gRPC would not notice: it lets several servers share a port, and hosts of two runs would meet.
+    gRPC would not notice, because it lets several servers share a port; hosts of two runs would then meet.
     """
     both = socket.has_dualstack_ipv6()
     with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended service do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections of a service that has ended
         if both:
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
@@ -71,7 +71,7 @@ def refusal(port: int) -> str:
 
 
 def main() -> None:
-    """The service's process."""
+    """Runs the service until the host that started it ends it or dies."""
     address, hosts, heartbeat_timeout, shutdown_timeout = sys.argv[1:]
     why = refusal(int(address.rsplit(":", 1)[1]))
     if why:
@@ -83,7 +83,7 @@ def main() -> None:
         address, int(hosts), heartbeat_timeout=int(heartbeat_timeout), shutdown_timeout=int(shutdown_timeout)
     )
     print(LISTENING, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who waits for the first host's output need not wait for this
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a reader of the first host's output must not wait for this process
     if not sys.stdin.readline():  # its host died
         time.sleep(LINGER * int(shutdown_timeout))
     service.shutdown()

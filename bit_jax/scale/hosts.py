@@ -1,6 +1,6 @@
-"""Several hosts that compute one run: start-up, and noticing in time when one of them is gone.
+"""Several hosts that compute one run: they find each other at the start and notice when one of them dies.
 
-Every host runs the same command and computes the same steps; the first, host 0, alone writes and prints.
+Every host runs the same command and computes the same steps; only the first, host 0, writes and prints.
 """
 
 import contextlib
@@ -23,41 +23,43 @@ from input_pipeline.errors import RequestError
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
-PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # what gRPC reads
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes and prints."""
+    """Whether this host is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def agree(number: int) -> int:
-    """Host 0's number, on every host."""
+    """Returns host 0's `number` on every host."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(number))
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every host has come here."""
+    """Returns once every host has made this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def exchange(what: str, text: str) -> list[str]:
-    """What every host has to say, by number. It goes through the coordinator, so hosts of any versions understand."""
+    """Returns the texts of all hosts, in the order of their indices. They go through the coordinator, so the hosts may
+    have different versions."""
     if jax.process_count() == 1:
         return [text]
     client = jax_internals.store()
     client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
-    forever = 10**9  # ms; a host that dies in the meantime ends this one
+    forever = 10**9  # ms; if another host dies meanwhile, `_Watch` ends this one
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
 
 
 @contextlib.contextmanager
 def joined(scale: ScaleConfig) -> Iterator[None]:
-    """Within, all hosts of the run are one JAX program, by SLURM, Open MPI, Kubernetes or the flags; alone without any.
+    """Joins all hosts of the run in one JAX program while the `with` block runs. SLURM, Open MPI, Kubernetes or the
+    flags say which these are; without any of them, the run has one host.
 
-    A host that dies or is cut off makes the others end with exit code 1 and a sentence that names it, after
-    `--host-timeout` seconds; one that fails by itself, at once.
+    If a host dies or is cut off, the others end with exit code 1 and a sentence that names it, after `--host-timeout`
+    seconds; if a host fails with an error, they end at once.
 
     Raises:
         RequestError: the hosts do not find each other.
@@ -66,7 +68,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     if arguments is None:
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `exits`
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM in place of `exits`
     missing = (
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
         "and --hosts, and see that its port is reachable from each"
@@ -81,7 +83,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
             )
         except RequestError:
             raise
-        except Exception as error:  # of several kinds
+        except Exception as error:  # JAX raises several kinds
             raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
     watch = _Watch(scale.host_timeout)
     exits.end_abruptly()  # an orderly end would wait for hosts that are gone
@@ -98,8 +100,8 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
-    """Ends the process with the sentence and the exit code where what is within takes longer: JAX would wait on, or
-    end with a stack trace."""
+    """Ends the process with the sentence and the exit code if the `with` block takes longer than so many seconds. JAX
+    would wait on, or end with a stack trace."""
 
     def end() -> None:
         sys.stderr.write(f"error: {sentence}\n")
@@ -116,13 +118,13 @@ def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
 
 
 def _initialize(**arguments: Any) -> None:
-    """`jax.distributed.initialize` with two things mended.
+    """Calls `jax.distributed.initialize` with two repairs.
 
-    JAX has the coordinator in host 0's process. When that is killed, all others abort at once with a stack trace; in a
-    process of its own, it lets them be told which host it was.
+    JAX runs the coordinator in host 0's process. If that process is killed, all others abort at once with a stack
+    trace; a coordinator in a process of its own can still tell them which host died.
 
-    Between CPUs, Gloo tells the others the address that this machine's name has, which on many is the loopback's; it is
-    given the one that faces the coordinator.
+    For collectives between CPUs, Gloo announces the address of this machine's name, which on many machines is the
+    loopback address; it is given the address that faces the coordinator.
     """
     with jax_internals.service_started_by(coordinator.start), _without_proxies():
         jax.distributed.initialize(**arguments)
@@ -131,8 +133,8 @@ def _initialize(**arguments: Any) -> None:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Within, gRPC knows no proxy: the coordinator is a host of the same cluster, which a proxy for the internet may
-    not reach. A connection that was made within stays direct."""
+    """Hides proxies from gRPC while the `with` block runs: the coordinator is in the same cluster, which a proxy for
+    the internet may not reach. Connections that are made meanwhile stay direct."""
     hidden = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}
     try:
         yield
@@ -141,16 +143,16 @@ def _without_proxies() -> Iterator[None]:
 
 
 def _address_facing(other: str) -> str:
-    """This machine's address on the way to HOST:PORT."""
+    """Returns this machine's address on the route to HOST:PORT."""
     host, port = other.rsplit(":", 1)
     family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as route:  # of datagrams: connecting sends nothing
+    with socket.socket(family, kind) as route:  # connecting a datagram socket sends nothing
         route.connect(address)
         return route.getsockname()[0]
 
 
 def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
-    """Of `jax.distributed.initialize`; None for a host alone."""
+    """Returns the arguments for `jax.distributed.initialize`, or None if the run has one host."""
     task = Task.find()
     if scale.coordinator:
         hosts, host = scale.hosts, scale.host
@@ -182,7 +184,7 @@ def _arguments(scale: ScaleConfig) -> dict[str, Any] | None:
 
 
 def _in_kubernetes_job() -> bool:
-    """Whether JAX can ask Kubernetes for the other pods: this is an indexed job's, and its client is installed."""
+    """Whether JAX can ask Kubernetes for the other pods: this pod is an indexed job's and the client is installed."""
     import importlib.util
 
     indexed = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
@@ -194,7 +196,8 @@ def _sentence(error: BaseException) -> str:
 
 
 class _Watch:
-    """Signs of life of all hosts in the coordinator's store, looked at by a thread of each."""
+    """Watches the other hosts: one thread writes this host's signs of life into the coordinator's store and reads the
+    others', another ends this process if a host fails or falls silent."""
 
     def __init__(self, timeout: float):
         self._client = jax_internals.store()
@@ -202,23 +205,23 @@ class _Watch:
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._stopping = threading.Event()
         now = time.monotonic()
-        # host: (its last beat, when that was new)
+        # {host: (its last beat, the time at which that was new)}
         self._seen: dict[int, tuple[int, float]] = dict.fromkeys(range(self._hosts), (0, now))
-        self._heard = now  # when the store last answered
+        self._heard = now  # the time at which the store last answered
         self._failed: dict[int, str] = {}
         threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def leave(self, sentence: str) -> None:
-        """Tells the others why this host ends, and gives them the time to read it.
+        """Tells the other hosts why this host ends, and gives them time to read it.
 
-        An error here may be another host's death. So each of them has to give a sign of life first, one from after the
-        error; for one that does not, `_look` ends this host with the right sentence.
+        This host's error may be caused by another host's death. So this waits until every other host has given a sign
+        of life after the error; if one does not, `_look` ends this host with the right sentence.
         """
-        failed = time.monotonic() + 2 * BEAT  # until then, what is seen may be from before
+        failed = time.monotonic() + 2 * BEAT  # signs of life that are seen until then may be from before the error
         while not all(when > failed for host, (_, when) in self._seen.items() if host != self._host):
             time.sleep(BEAT / 10)
-        with contextlib.suppress(Exception):  # the store may be what is gone
+        with contextlib.suppress(Exception):  # the store itself may be gone
             self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
             self._stopping.set()
             time.sleep(3 * BEAT)
@@ -234,7 +237,7 @@ class _Watch:
                 self._client.key_value_set(f"bit_jax/alive/{self._host}", str(count), allow_overwrite=True)
                 alive = self._client.key_value_dir_get("bit_jax/alive/")
                 self._failed = {_number(key): why for key, why in self._client.key_value_dir_get("bit_jax/failed/")}
-            except Exception:  # the store does not answer; how long, `_look` sees
+            except Exception:  # the store does not answer; `_look` ends this host if that lasts
                 continue
             now = self._heard = time.monotonic()
             for key, beat in alive:
@@ -261,7 +264,7 @@ class _Watch:
             return
         sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
         if self._host == 0:
-            time.sleep(3 * BEAT)  # the store is here: the others read it as long as this host lives
+            time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it
         sys.stderr.flush()
         os._exit(1)
 

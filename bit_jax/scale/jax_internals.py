@@ -1,7 +1,7 @@
-"""The parts of JAX that this package uses although they are private: the service where the hosts of a run meet.
+"""The private parts of JAX that this package uses: the service through which the hosts of a run find each other.
 
-JAX has no public way to start that service elsewhere, or to store anything in it. No other file imports `jax._src`.
-JAX 0.10.2, 0.11.2 and 0.12.0 have what is used here; `tests/test_jax_internals.py` fails where a version does not.
+JAX has no public way to start that service in another process, or to store anything in it. No other file imports
+`jax._src`. JAX 0.10.2, 0.11.2 and 0.12.0 have these parts; `tests/test_jax_internals.py` fails if a version has not.
 """
 
 import contextlib
@@ -15,7 +15,12 @@ _runtime: Any = distributed._jax  # type: ignore[attr-defined]
 
 
 def start_service(address: str, hosts: int, *, heartbeat_timeout: int, shutdown_timeout: int) -> Any:
-    """The service, which listens on HOST:PORT in this process until its `shutdown` is called. Timeouts are seconds."""
+    """Starts the service, which listens on HOST:PORT in this process until its `shutdown` is called.
+
+    Args:
+        hosts: number of hosts.
+        heartbeat_timeout, shutdown_timeout: timeouts in seconds.
+    """
     return _runtime.get_distributed_runtime_service(
         address, hosts, heartbeat_timeout=heartbeat_timeout, shutdown_timeout=shutdown_timeout
     )
@@ -23,8 +28,12 @@ def start_service(address: str, hosts: int, *, heartbeat_timeout: int, shutdown_
 
 @contextlib.contextmanager
 def service_started_by(start: Callable[..., Any]) -> Iterator[None]:
-    """Within, `jax.distributed.initialize` calls `start` for the service: with its address, the number of hosts, and
-    the timeouts of `start_service` among other keywords. What `start` returns needs a `shutdown`."""
+    """Makes `jax.distributed.initialize` start the service by `start` while the `with` block runs.
+
+    Args:
+        start: function of the address, the number of hosts, and keywords with the timeouts of `start_service` among
+            them; it returns an object with a `shutdown` method.
+    """
     original = _runtime.get_distributed_runtime_service
     _runtime.get_distributed_runtime_service = start
     try:
@@ -34,15 +43,15 @@ def service_started_by(start: Callable[..., Any]) -> Iterator[None]:
 
 
 def coordinator_address() -> str:
-    """HOST:PORT of the service, once `jax.distributed.initialize` has returned."""
+    """Returns HOST:PORT of the service, once `jax.distributed.initialize` has returned."""
     return distributed.global_state.coordinator_address or ""
 
 
 def store() -> Any:
-    """The client of the keys and values in the service, once `jax.distributed.initialize` has returned."""
+    """Returns the client of the service's key-value store, once `jax.distributed.initialize` has returned."""
     return distributed.global_state.client
 
 
 def let_gloo_announce(address: str) -> None:
-    """Gloo, which is what JAX has for collectives between CPUs, tells the other hosts this address of this machine."""
+    """Makes Gloo, which JAX uses for collectives between CPUs, announce this address of this machine to other hosts."""
     _runtime.make_gloo_tcp_collectives = functools.partial(_runtime.make_gloo_tcp_collectives, hostname=address)

@@ -1,4 +1,4 @@
-"""What SLURM and Open MPI tell the processes that they start together, and which GPUs are a process's own."""
+"""Tasks of SLURM and Open MPI: a process's index among those that they start together, and its own GPUs."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from input_pipeline.errors import RequestError
 
-ALL: list[int] = []  # GPUs, for `jax.distributed.initialize`; by None it means one
-# how many processes there are, which this is, and its number on its machine
+ALL: list[int] = []  # all GPUs, for `jax.distributed.initialize`; None would mean one GPU
+# variables with the number of processes, this process's index, and its index on its machine
 SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-# set by srun where GPUs are handed out task by task, so that each task sees its own alone
+# srun sets these if it assigns GPUs to tasks, so that each task sees only its own
 PER_TASK = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU")
 
 
@@ -19,9 +19,9 @@ class Task(NamedTuple):
     """This process among those that a scheduler started.
 
     Attributes:
-        scheduler: its name.
-        count, number: how many processes there are, and which this is.
-        local_count, local_number: the same among those of this machine.
+        scheduler: the scheduler's name.
+        count, number: the number of processes, and this process's index.
+        local_count, local_number: the number of processes on this machine, and this process's index among them.
     """
 
     scheduler: str
@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
     @classmethod
     def find(cls) -> "Task | None":
-        """This process's task; None where no scheduler started it.
+        """Returns this process's task, or None if no scheduler started it.
 
         Raises:
             RequestError: the scheduler's variables do not say how many tasks this machine has.
@@ -46,13 +46,13 @@ class Task(NamedTuple):
         return None
 
     def own_gpus(self) -> list[int]:
-        """Indices, among the GPUs that this process sees, of those that it shall use; `ALL` means all of them.
+        """Returns the indices, among the GPUs that this process sees, of those to use; `ALL` means all of them.
 
-        A process that sees one GPU was given it. Where srun was told to hand out GPUs by task, each sees its own. Else
-        all processes of the machine see the same ones, and each takes an equal share.
+        If a process sees one GPU, that is its own. If srun assigns GPUs to tasks, each process sees only its own.
+        Otherwise all processes of the machine see the same GPUs, and each takes an equal share.
 
         Raises:
-            RequestError: the machine's processes see fewer GPUs than they are, or do not divide them.
+            RequestError: the number of GPUs is not a multiple of the number of the machine's processes.
         """
         seen = visible_gpus()
         if self.local_count == 1 or seen <= 1 or any(os.environ.get(name) for name in PER_TASK) or _gpu_per_task():
@@ -67,11 +67,11 @@ class Task(NamedTuple):
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs, or parts of one (MIG), CUDA will show this process."""
+    """Counts the NVIDIA GPUs, or parts of one (MIG), that CUDA will show this process."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     if told is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    # CUDA stops at the first entry that is none: an index, GPU-<uuid> or MIG-<uuid>
+    # CUDA stops at the first entry that is not an index, GPU-<uuid> or MIG-<uuid>
     entries = [entry.strip() for entry in told.split(",")]
     wrong = (place for place, entry in enumerate(entries) if not re.match(r"\d+$|GPU-|MIG-", entry))
     return next(wrong, len(entries))
@@ -84,7 +84,7 @@ def _gpu_per_task() -> bool:
 
 
 def _slurm_tasks_here(count: int) -> int:
-    """Tasks on this machine: SLURM lists them by node, as 8(x2),4."""
+    """Returns the number of tasks on this machine; SLURM lists the numbers by node, such as 8(x2),4."""
     listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     nodes = [
         int(tasks) for tasks, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed) for _ in range(int(repeated or 1))

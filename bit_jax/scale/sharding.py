@@ -1,4 +1,4 @@
-"""The device mesh and what lies where: batches split over all devices, parameters over the `fsdp` axis alone."""
+"""The device mesh and the sharding of arrays: batches over all devices, parameters over the `fsdp` axis only."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ DATA, FSDP = "data", "fsdp"
 
 
 def parse_mesh(text: str, devices: int) -> int:
-    """How many devices share one copy of the parameters, by `--mesh`: 8 by `data=2,fsdp=8` or `fsdp=8`, else 1.
+    """Returns the size of the `fsdp` axis in `--mesh`: 8 for `data=2,fsdp=8` or `fsdp=8`, 1 without fsdp.
 
     Raises:
-        RequestError: it is of another form, or has not as many places as there are devices.
+        RequestError: the text has another form, or the mesh's size is not the number of devices.
     """
     if not text:
         return 1
@@ -34,7 +34,7 @@ def parse_mesh(text: str, devices: int) -> int:
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
-    """A mesh `data` x `fsdp` over the given devices, or over all of all hosts.
+    """Makes a mesh `data` x `fsdp` over the given devices, by default over all devices of all hosts.
 
     Raises:
         RequestError: `fsdp` does not divide the devices.
@@ -46,9 +46,9 @@ def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
 
 
 def param_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """An array of parameters or momentum: its last axis that `fsdp` divides is split over it, if there is one.
+    """Returns the sharding of a parameter or momentum: its last axis that `fsdp` divides, if any, is split over `fsdp`.
 
-    A kernel's last axis are the output channels, each of which is standardized by itself: no statistics cross devices.
+    A kernel's last axis is its output channels. Each is standardized by itself, so no statistics cross devices.
     """
     fsdp = mesh.shape[FSDP]
     divisible = [axis for axis, size in enumerate(shape) if fsdp > 1 and size and size % fsdp == 0]
@@ -59,35 +59,35 @@ def param_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 def any_layout(tree: Any) -> Any:
-    """Where each array lies, in whatever order of its axes in memory the compiler prefers.
+    """Returns each array's sharding, with a layout that the compiler chooses.
 
-    On GPUs it prefers kernels with the output channels outermost, as cuDNN reads them: 3 to 5 % less memory traffic in
-    a step of R152x2 than if it had to copy them, on their way to convolutions and back to the state.
+    On GPUs it chooses the output channels outermost for kernels, which is what cuDNN reads. Otherwise XLA would copy
+    the kernels for the convolutions and back for the state, 3 to 5 % more memory traffic in a step of R152x2.
     """
     return jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), tree)
 
 
 def laid_out(like: Any, formats: Any) -> Any:
-    """The same shapes, dtypes and shardings, with the layouts of these formats."""
+    """Returns the same shapes, dtypes and shardings with the layouts of `formats`."""
 
-    def one(leaf: jax.ShapeDtypeStruct, form: Format) -> jax.ShapeDtypeStruct:
+    def with_layout(leaf: jax.ShapeDtypeStruct, form: Format) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=Format(form.layout, leaf.sharding))
 
-    return jax.tree.map(one, like, formats)
+    return jax.tree.map(with_layout, like, formats)
 
 
 def formats(like: Any) -> Any:
-    """Sharding and layout of each array, as JAX's `out_shardings` and `device_put` take them."""
+    """Returns sharding and layout of each array, for JAX's `out_shardings` and `device_put`."""
     return jax.tree.map(lambda leaf: leaf.format, like)
 
 
 def gather(mesh: Mesh) -> Callable[[Array], Array] | None:
-    """(kernel, split as parameters are) -> whole on every device, as `resnetv2.Numerics` asks for; None where nothing
-    is split.
+    """Returns a function that turns a kernel, sharded like parameters, into a whole one on every device, for
+    `resnetv2.Numerics`; None if nothing is sharded.
 
-    The split is asked for twice, around the cast to the computation's type: so the narrow type is what travels. The
-    gradient is asked for in parts only, so that it is reduced over `fsdp` by a reduce-scatter and each part alone
-    over `data`: without that, whole gradients are reduced over all devices.
+    The sharding is constrained before and after the cast to the computation's type, so that devices exchange the
+    narrow type. The gradient is constrained to be sharded, so that XLA reduces it over `fsdp` by a reduce-scatter and
+    then each part over `data`; otherwise it would reduce whole gradients over all devices.
     """
     if mesh.shape[FSDP] == 1:
         return None
@@ -108,33 +108,33 @@ def gather(mesh: Mesh) -> Callable[[Array], Array] | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the mesh, in device order."""
+    """Returns the sharding of batches: rows are split over all devices, in device order."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding of arrays that are the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows -> global arrays, rows split over the devices."""
+    """Turns this host's rows into global arrays whose rows are split over the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def own_rows(rows: Array) -> np.ndarray:
-    """The rows of a batch that lie on this host's devices."""
+    """Returns the rows of a batch that are on this host's devices."""
     return np.concatenate([np.asarray(shard.data) for shard in rows.addressable_shards])
 
 
 def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
-    """The array laid out as `like` says, each device given its own part only."""
+    """Places an array on the devices with the sharding, layout and dtype of `like`; each device gets only its part."""
     return jax.make_array_from_callback(like.shape, like.format, lambda part: np.asarray(array[part], like.dtype))
 
 
 def fetch(array: Array) -> np.ndarray:
-    """The whole array on this host; every host has to ask for it where hosts share it."""
+    """Returns the whole array on this host; if it is sharded over hosts, every host has to make this call."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding)
         replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
@@ -143,10 +143,10 @@ def fetch(array: Array) -> np.ndarray:
 
 
 def global_batch_size(mesh: Mesh, *, global_batch: int, batch_per_device: int | None, microbatches: int = 1) -> int:
-    """The global batch, checked against the mesh.
+    """Returns the global batch, checked against the mesh.
 
     Raises:
-        RequestError: the devices do not divide it, or `microbatches` not what each has of it.
+        RequestError: the devices do not divide the batch, or `microbatches` does not divide the rows of a device.
     """
     if batch_per_device is not None:
         global_batch = batch_per_device * mesh.size

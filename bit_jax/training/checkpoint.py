@@ -1,4 +1,4 @@
-"""Save and restore the training state, atomically and in the background. The only file that knows Orbax."""
+"""Saves and restores the training state, atomically and in the background. Only this module uses Orbax."""
 
 import concurrent.futures
 import contextlib
@@ -20,30 +20,31 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, is_unfinished, read_json, write_json
 from input_pipeline.terminal import printable
 
-MANIFEST = "sha256.json"  # of every other file of a checkpoint; written last, so its presence says that it is whole
-ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state"}  # what it writes into a checkpoint
-HALF = ".orbax-checkpoint-tmp"  # behind a step in the name of a directory that Orbax is writing
-LEAVING = ".removing"  # behind the step of a checkpoint that is being deleted
+MANIFEST = "sha256.json"  # hashes of a checkpoint's other files; it is written last, so its presence means "complete"
+ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state"}  # Orbax's entries in a checkpoint
+HALF = ".orbax-checkpoint-tmp"  # suffix, after the step, of a directory that Orbax is writing
+LEAVING = ".removing"  # suffix, after the step, of a checkpoint that is being deleted
 
-# Where one write fails Orbax logs pages about each of the others before it raises. What it raises says all of it, and
-# CheckpointError says that in a sentence.
+# If one write fails, Orbax logs pages about each of the others before it raises. CheckpointError says the cause in a
+# sentence, so the log is silenced.
 log = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class CheckpointError(RequestError):
-    """A checkpoint cannot be written or read, or is not what was written."""
+    """A checkpoint cannot be written or read, or its files have changed since they were written."""
 
 
 class Checkpoints:
-    """The newest few training states of a run, by step.
+    """The newest training states of a run, by step.
 
     Attributes:
-        newest: step of the newest one, None where there is none. Damaged ones are set aside before, which the log says.
+        newest: step of the newest checkpoint, or None if there is none. Damaged checkpoints are set aside first, and
+            the log names them.
 
-    Saving copies the state off the devices and returns; writing goes on behind. A run killed at any moment finds its
-    last whole checkpoint; what it was writing is cleared away. Several hosts share the directory: each writes its part,
-    the first what says that it is whole. Directories that this program did not write are never touched.
+    Saving copies the state off the devices and returns; a thread writes it. A run that was killed at any moment finds
+    its last whole checkpoint, and half-written ones are removed. Several hosts share the directory: each writes its own
+    part, and the first writes the manifest. Directories that this program did not write are never touched.
     """
 
     def __init__(self, directory: Path, *, keep: int):
@@ -51,16 +52,16 @@ class Checkpoints:
         self._first = hosts.is_first()
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
-        found = 0
+        newest = 0
         if self._first:
             with self._reading(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 self._clear()
-                found = self._find()
-        self.newest = hosts.agree(found) or None
+                newest = self._find()
+        self.newest = hosts.agree(newest) or None
 
     def save(self, state: Any) -> None:
-        """Starts saving `state` under `state.step`; waits for the save before, and raises if that one failed."""
+        """Starts saving `state` under `state.step`, once the save before has ended; raises if that one failed."""
         self.wait()
         step = int(state.step)
         with self._writing():
@@ -69,17 +70,17 @@ class Checkpoints:
         self.newest = step
 
     def wait(self) -> None:
-        """Returns once everything is written; raises CheckpointError if it was not."""
+        """Waits until everything is written; raises CheckpointError if that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             with self._writing():
                 pending.result()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state of that step, lying as `abstract_state` says (shapes, dtypes, shardings and layouts).
+        """Returns the state of that step with the shapes, dtypes, shardings and layouts of `abstract_state`.
 
         Raises:
-            CheckpointError: it is of another model or step, or cannot be read.
+            CheckpointError: the checkpoint is of another model or step, or cannot be read.
         """
         path = self._directory / str(step)
         try:
@@ -94,7 +95,7 @@ class Checkpoints:
                 f"checkpoint {path} is of step {int(state.step)}, as where a folder was copied under another name; "
                 "move it out of there"
             )
-        return jax.device_put(state, sharding.formats(abstract_state), donate=True)  # Orbax knows no layouts
+        return jax.device_put(state, sharding.formats(abstract_state), donate=True)  # Orbax ignores layouts
 
     def close(self) -> None:
         try:
@@ -103,10 +104,10 @@ class Checkpoints:
             self._behind.shutdown()
 
     def _clear(self) -> None:
-        """Removes what this program was writing or deleting when it was killed; names whatever else is there.
+        """Removes what this program was writing or deleting when it was killed, and names foreign entries in the log.
 
         Raises:
-            CheckpointError: a name that a checkpoint will need is taken by something else.
+            CheckpointError: a foreign entry has a name that a checkpoint will need.
         """
         foreign = []
         for path in sorted(self._directory.iterdir()):
@@ -124,12 +125,12 @@ class Checkpoints:
             log.warning("%s: left alone, as not this run's: %s", self._directory, printable(", ".join(foreign)))
 
     def _steps(self) -> list[int]:
-        """Steps of the whole checkpoints, the newest first."""
-        found = (path.parent.name for path in self._directory.glob(f"*/{MANIFEST}"))
-        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
+        """Returns the steps of the complete checkpoints, the newest first."""
+        names = (path.parent.name for path in self._directory.glob(f"*/{MANIFEST}"))
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def _find(self) -> int:
-        """Step of the newest whose files are as they were written; newer ones are set aside. 0 where there is none."""
+        """Returns the step of the newest undamaged checkpoint, or 0 if there is none, and sets newer ones aside."""
         for step in self._steps():
             path = self._directory / str(step)
             with self._reading(path):
@@ -151,12 +152,12 @@ class Checkpoints:
             write_json(path / MANIFEST, _digests(path))
             for old in self._steps()[self._keep :]:
                 leaving = self._directory / f"{old}{LEAVING}"
-                (self._directory / str(old)).rename(leaving)  # a kill from here on leaves nothing that looks whole
+                (self._directory / str(old)).rename(leaving)  # now a kill leaves nothing that looks complete
                 shutil.rmtree(leaving)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns whatever Orbax and TensorStore raise while writing into a CheckpointError."""
+        """Turns any exception of Orbax and TensorStore while writing into a CheckpointError."""
         try:
             yield
         except Exception as error:
@@ -167,7 +168,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
-        """Turns an error of the operating system into a CheckpointError: what cannot be used is not damaged."""
+        """Turns an error of the operating system into a CheckpointError: an unreadable checkpoint may be undamaged."""
         try:
             yield
         except OSError as error:
@@ -178,34 +179,34 @@ class Checkpoints:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether a killed run of this program was writing or deleting it."""
+    """Whether a run of this program was writing or deleting the path when it was killed."""
     if re.fullmatch(rf"\d+({re.escape(LEAVING)}|{re.escape(HALF)}.*)", path.name):
         return path.is_dir()
     if not path.name.isdecimal() or not path.is_dir():
         return False
-    # the manifest itself may be half written, under the name that it has until it is whole
+    # the manifest may be half written, under its temporary name
     return {inner.name for inner in path.iterdir() if not is_unfinished(inner, MANIFEST)} <= ORBAX
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What was read of it and is not as it was written.
+    """Says which file of a checkpoint has changed since it was written, or returns None.
 
     Raises:
-        OSError: a file is there and cannot be read.
+        OSError: a file exists but cannot be read.
     """
     manifest = checkpoint / MANIFEST
-    manifest.read_bytes()  # an error of the operating system is none of the content
+    manifest.read_bytes()  # raises an error of the operating system before `read_json` turns it into another
     try:
         written = read_json(manifest, dict, "")
     except DamagedFile as error:
         return str(error).rstrip("; ")
-    found = _digests(checkpoint)
-    differing = sorted(name for name in written | found if written.get(name) != found.get(name))
+    present = _digests(checkpoint)
+    differing = sorted(name for name in written | present if written.get(name) != present.get(name))
     return f"{differing[0]} is not as written" if differing else None
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
-    """{relative path: SHA-256} of every file but the manifest."""
+    """Returns {relative path: SHA-256} for every file except the manifest."""
     digests = {}
     for directory, _, names in os.walk(checkpoint, onerror=_raise):
         for path in (Path(directory, name) for name in names if name != MANIFEST):
@@ -215,12 +216,12 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 
 
 def _raise(error: OSError) -> None:
-    """For `os.walk`, which would pass over a directory that cannot be listed."""
+    """Raises an error that `os.walk` hands over; it would skip a directory that cannot be listed."""
     raise error
 
 
 def _cause(error: Exception) -> str:
-    """What the innermost error says, without TensorStore's chain of wrappers and its specification in brackets."""
+    """Returns the innermost error's message, without TensorStore's wrappers and its specification in brackets."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""A whole split, exactly once per example: sums on the devices, one division at the end."""
+"""Evaluates a whole split, each example exactly once: it sums on the devices and divides once at the end."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +23,13 @@ def evaluate(
     """Runs `eval_step` over the batches of one split.
 
     Args:
-        eval_step: (params, batch) -> sums of loss, correct1, correct5, seen.
+        eval_step: function (params, batch) -> sums of loss, correct1, correct5 and seen.
         batches: device batches with a mask.
-        expected: examples in the split.
-        check: is shown each batch's sums, and may raise.
+        expected: number of examples in the split.
+        check: function that gets each batch's sums, and may raise.
 
     Raises:
-        RuntimeError: the batches did not cover the split exactly, so an accuracy would be of something else.
+        RuntimeError: the batches do not contain each example of the split exactly once.
     """
     totals = dict.fromkeys(("loss", "correct1", "correct5", "seen"), 0)
     for sums in _one_behind(eval_step(params, batch) for batch in batches):
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def _one_behind(results: Iterable[dict]) -> Iterator[dict]:
-    """Each result once the next is dispatched: the devices never idle, and never hold more than two batches."""
+    """Yields each result once the next is dispatched: the devices never idle, and never hold more than two batches."""
     waiting = None
     for result in results:
         if waiting is not None:

@@ -1,4 +1,4 @@
-"""What a run reports at its end: FlagPerf's figures, memory, versions, the result row."""
+"""The figures that a run reports at its end: FlagPerf's figures, memory, versions and the result row."""
 
 import importlib.metadata
 import platform
@@ -16,14 +16,14 @@ GIB = 2**30
 
 
 def figures(timeline: Timeline, *, trained: int, before: float) -> dict[str, Any]:
-    """FlagPerf's figures from the activities `whole`, `evaluation`, `input` and `compilation`.
+    """Returns FlagPerf's figures from the activities `whole`, `evaluation`, `input` and `compilation`.
 
-    The clock of `timeline.rates` and of raw_train_time starts, as FlagPerf's, after compilation and after the
-    evaluation before training; e2e_time includes everything, and init_time is what comes before the clock starts.
+    As in FlagPerf, the clock of `timeline.rates` and of raw_train_time starts after compilation and after the
+    evaluation before training; e2e_time includes everything, and init_time is the time before the clock starts.
 
     Args:
-        timeline: of this process alone.
-        trained: examples that this process trained on.
+        timeline: timeline of this process alone.
+        trained: number of examples that this process trained on.
         before: seconds of the evaluation before training.
     """
     training = timeline["whole"] - timeline["evaluation"]
@@ -46,12 +46,13 @@ def figures(timeline: Timeline, *, trained: int, before: float) -> dict[str, Any
 
 
 def process_start() -> float:
-    """When this process began, before its imports, by the operating system's record: seconds since 1970."""
+    """Returns the time when this process began, before its imports, in seconds since 1970."""
     return psutil.Process().create_time()
 
 
 def peak_memory() -> tuple[float, str]:
-    """(GiB, what it is): the fullest local device's peak, or this process's where devices keep no record (CPU)."""
+    """Returns (GiB, "device") with the fullest local device's peak, or (GiB, "process") with this process's peak if
+    devices keep no record, as CPUs."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     if None not in peaks:
         return max(peak for peak in peaks if peak is not None) / GIB, "device"
@@ -64,7 +65,7 @@ def versions() -> dict[str, str]:
 
 
 def flagperf_row(result: dict[str, Any]) -> Table:
-    """One row of FlagPerf's table, with compilation time apart."""
+    """Returns a table with one row in FlagPerf's format, and compilation time in a column of its own."""
 
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)

@@ -9,8 +9,8 @@ SMALL_IMAGE = 96 * 96  # pixels
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: linear from 0 to `base_lr` over `warmup_steps`, then divided by ten for each of
-    `decay_steps` that is below the step; training ends before step `steps`."""
+    """The learning rate by step: it rises linearly from 0 to `base_lr` over `warmup_steps`, and is then divided by ten
+    for each of `decay_steps` that is below the step. Training ends before step `steps`."""
 
     base_lr: float
     warmup_steps: int
@@ -20,7 +20,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A run's hyper-parameters with nothing left open."""
+    """A run's hyper-parameters, all of them decided."""
 
     resize_to: int
     crop: int
@@ -29,16 +29,16 @@ class Recipe:
 
 
 def needs_native_area(cfg: Config) -> bool:
-    """Whether the resolution follows from the images, because the configuration leaves some of it open."""
+    """Whether the resolution depends on the size of the images, because the configuration does not decide all of it."""
     return cfg.data.crop is None or cfg.data.resize_to is None
 
 
 def recipe(cfg: Config, *, train_examples: int, native_area: int | None) -> Recipe:
-    """What the configuration says, and BiT-HyperRule where it says None.
+    """Returns the configuration's values, and BiT-HyperRule's where the configuration has None.
 
     Args:
-        train_examples: after few-shot selection.
-        native_area: pixels of a typical image before resizing; None is enough unless `needs_native_area`.
+        train_examples: number of training examples after few-shot selection.
+        native_area: pixels of a typical image before resizing; it may be None unless `needs_native_area`.
     """
     numbers = _schedule(train_examples)
     resize_to, crop = resolution(native_area or 0)
@@ -59,7 +59,7 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int | None) -> Reci
 
 
 def resolution(native_area: int) -> tuple[int, int]:
-    """(resize_to, crop), sides of squares, for images of that many pixels."""
+    """Returns (resize_to, crop), the sides of the squares in pixels, for images of `native_area` pixels."""
     return (160, 128) if native_area < SMALL_IMAGE else (512, 480)
 
 

@@ -1,8 +1,8 @@
-"""What a run says while it goes on: metrics.jsonl, TensorBoard events, the progress bar and lines for the terminal.
+"""A run's log: metrics.jsonl, TensorBoard events, the progress bar and lines on the terminal.
 
-metrics.jsonl is a result: where it cannot be written the run ends with the cause. The rest only reports. It happens in
-threads behind bounded queues, so that a full disk, a closed pipe or a terminal that nobody reads neither ends nor
-blocks training.
+metrics.jsonl is a result: if it cannot be written, the run ends and says why. Everything else only reports, in threads
+with bounded queues, so that a full disk, a closed pipe or a terminal that nobody reads neither ends nor blocks
+training.
 """
 
 import functools
@@ -26,23 +26,23 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, parse_json, replacing
 from input_pipeline.terminal import printable
 
-# tensorboardX would set it when it is imported, in a thread, while XLA computes. XLA's threads read the environment; it
-# is moved for every variable that is new, and a read in that moment ends the process with a segmentation fault.
+# tensorboardX sets this variable when a thread imports it, while XLA computes. A new variable moves the environment,
+# and if one of XLA's threads reads it at that moment, the process ends with a segmentation fault; so it is set here.
 os.environ.setdefault("CRC32C_SW_MODE", "auto")
 
-WAITING = 1000  # reports that wait for a slow terminal or disk; more are dropped
-PATIENCE = 5.0  # seconds that the end of a run waits for them
+WAITING = 1000  # reports that may wait for a slow terminal or disk; further ones are dropped
+PATIENCE = 5.0  # seconds that the end of a run waits for these reports
 
 
 class Reporter:
-    """A thread that does what only reports, in order; what it cannot do is dropped.
+    """A thread that makes reports in order; after the first that fails, the others are dropped.
 
     Attributes:
-        failure: why it does nothing any more; empty as long as all went well.
+        failure: the reason why a report failed; empty as long as none did.
     """
 
     def __init__(self, name: str, end: Callable[[], object] = lambda: None):
-        """end: is called by the thread, last of all."""
+        """end: function that the thread calls after the last report."""
         self.failure = ""
         self._end, self._ended = end, threading.Event()
         self._reports: queue.Queue[Callable[[], None]] = queue.Queue(WAITING)
@@ -50,14 +50,14 @@ class Reporter:
         self._thread.start()
 
     def __call__(self, report: Callable[[], None]) -> None:
-        """Has the report made soon; returns at once."""
+        """Queues the report and returns at once."""
         try:
             self._reports.put_nowait(report)
-        except queue.Full:  # whoever should take them does not
+        except queue.Full:  # the terminal or disk is stuck
             return
 
     def close(self) -> None:
-        """Waits for the reports that are left, but not for ever."""
+        """Waits for the remaining reports, for `PATIENCE` seconds at most."""
         self._ended.set()
         self(lambda: None)  # wakes a thread that waits for a report
         self._thread.join(PATIENCE)
@@ -72,17 +72,17 @@ class Reporter:
             return
         try:
             report()
-        except Exception as error:  # a closed pipe, a full disk, a library that minds either
+        except Exception as error:  # a closed pipe, a full disk, or a library's reaction to one
             self.failure = str(error) or type(error).__name__
 
 
 class Log:
-    """The reports of one run. A continued run drops the lines of steps that will be trained again.
+    """The log of one run. A continued run drops the lines of steps that will be trained again.
 
     Args:
-        workdir: receives metrics.jsonl and tensorboard/.
-        start, stop: steps from which and to which the run trains.
-        global_batch: examples a step, for the rate that the progress bar shows.
+        workdir: directory that receives metrics.jsonl and tensorboard/.
+        start, stop: the steps at which the run starts and stops training.
+        global_batch: examples per step, for the rate that the progress bar shows.
         quiet: whether nothing is written or printed, as on all hosts but the first.
     """
 
@@ -133,12 +133,12 @@ class Log:
         self._terminal.close()
         try:
             self._file.close()
-        except OSError as error:  # what was written last is still in the buffer
+        except OSError as error:  # the last line is still in the buffer
             if not any(exception):
                 raise self._unwritable(error) from None
 
     def evaluated(self, step: int) -> bool:
-        """Whether an evaluation of the step from which the run continues is in metrics.jsonl."""
+        """Whether metrics.jsonl has an evaluation of `step`, which must be the step that the run continues from."""
         return any(entry["step"] == step and "val_acc1" in entry for entry in self._last)
 
     def advance(self, step: int) -> None:
@@ -147,7 +147,7 @@ class Log:
         self._terminal(lambda: self._progress.update(self._task, completed=step, rate=f"{rate:,.0f} images/s"))
 
     def write(self, step: int, **scalars: float) -> None:
-        """Writes a line of metrics.jsonl, and the same scalars for TensorBoard and the terminal.
+        """Writes a line of metrics.jsonl, and the same scalars to TensorBoard and the terminal.
 
         Raises:
             RequestError: metrics.jsonl cannot be written.
@@ -195,10 +195,10 @@ class _Board:
     def _open(self, directory: Path, start: int) -> None:
         board = _tensorboard()
         directory.mkdir(exist_ok=True)
-        unique = f".{time.time_ns()}"  # the name tells seconds alone, and a run may start twice in one
+        unique = f".{time.time_ns()}"  # the file's name has whole seconds, and a run may start twice in a second
         self._writer = board.event_file_writer.EventsWriter(str(directory / "events"), unique)
         event = board.proto.event_pb2
-        # TensorBoard drops what an earlier start wrote of steps from here on
+        # this makes TensorBoard drop events of an earlier start from this step on
         session = event.SessionLog(status=event.SessionLog.START)
         self._writer.write_event(event.Event(wall_time=time.time(), step=start + 1, session_log=session))
         self._writer.flush()
@@ -221,7 +221,7 @@ class _Board:
 
 
 class _ToLog(logging.Handler):
-    """Warnings of libraries and of the input pipeline's threads, which then wait for no terminal either."""
+    """Handler that shows warnings of libraries and of the input pipeline without waiting for the terminal."""
 
     def __init__(self, note: Callable[[str], None]):
         super().__init__(logging.WARNING)
@@ -232,20 +232,20 @@ class _ToLog(logging.Handler):
 
 
 def _own_stderr() -> Any:
-    """Standard error through a file object that nobody else uses: a thread that is blocked in writing to it then holds
-    no lock that the end of the process needs."""
-    if not isinstance(sys.stderr, io.TextIOWrapper):  # a test's
+    """Opens standard error as a file object that nobody else uses. A thread that is blocked while writing to it then
+    holds no lock that the end of the process needs."""
+    if not isinstance(sys.stderr, io.TextIOWrapper):  # a test has replaced it
         return sys.stderr
     try:
         own = os.dup(sys.stderr.fileno())
         return open(own, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    except OSError:  # it is closed
+    except OSError:  # standard error is closed
         return io.StringIO()
 
 
 def _earlier_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The entries of metrics.jsonl up to step `start`, and how many lines are damaged. A last line that was cut off by
-    the end of its process is dropped without a word."""
+    """Returns the entries of metrics.jsonl up to step `start`, and the number of damaged lines. A last line without an
+    end, which a killed process leaves, is dropped and not counted."""
     if not path.is_file():
         return [], 0
     try:
@@ -267,10 +267,10 @@ def _earlier_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
 
 @functools.cache
 def _tensorboard() -> Any:
-    """tensorboardX without PyTorch, which it would load where that is installed: a second, and memory that would count
-    as this run's."""
+    """Imports tensorboardX without PyTorch, which it would import if that is installed. That takes a second, and memory
+    that would count as this run's."""
     torch = sys.modules.get("torch")
-    sys.modules["torch"] = None  # type: ignore[assignment]  (what makes an import fail)
+    sys.modules["torch"] = None  # type: ignore[assignment]  (this makes an import of it fail)
     try:
         import tensorboardX
         import tensorboardX.event_file_writer

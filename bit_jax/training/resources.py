@@ -1,4 +1,4 @@
-"""What a run will need of the machine, held against what there is before the run starts, not hours later."""
+"""Compares a run's needs with the machine's resources before the run starts, not hours later."""
 
 import dataclasses
 import shutil
@@ -14,20 +14,21 @@ from input_pipeline.errors import RequestError
 from input_pipeline.limits import RESERVED, raise_descriptor_limit
 
 GIB, MIB = 2**30, 2**20
-SHARED_PER_GPU = 32 * MIB  # NCCL's buffers in /dev/shm where GPUs of a host talk through it
+SHARED_PER_GPU = 32 * MIB  # NCCL's buffers in /dev/shm if GPUs of a host communicate through it
 SHARED = Path("/dev/shm")
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+# files with a container's memory limit and its use, in cgroups v2 and v1
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 USED = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """One resource.
+    """The need of one resource.
 
     Attributes:
-        name: what it is, with its unit.
+        name: the resource's name, with its unit.
         needed, available: amounts in that unit.
-        remedy: what to do where it is not enough.
+        remedy: advice for the case that too little is available.
     """
 
     name: str
@@ -41,16 +42,16 @@ class Need:
 
 
 def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: int, files: int) -> list[Need]:
-    """Everything that a run can be told about before it starts.
+    """Returns all needs that are known before a run starts.
 
     Args:
-        architecture, dtype: of the parameters.
-        workdir: receives the checkpoints.
-        keep: how many checkpoints stay; one more is whole while the next is written.
-        files: descriptors that reading the datasets holds open.
+        architecture, dtype: architecture and dtype of the parameters.
+        workdir: work directory, which receives the checkpoints.
+        keep: number of checkpoints to keep; there is one more while a checkpoint is written.
+        files: number of files that stay open while the datasets are read.
     """
     parameters = sum(int(np.prod(shape)) for shape in architecture.layout.values()) * np.dtype(dtype).itemsize
-    state = 2 * parameters  # with the momentum
+    state = 2 * parameters  # parameters and momentum
     return [
         Need(
             "open files (ulimit -n)",
@@ -66,7 +67,7 @@ def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: i
         ),
         Need(
             "host memory, GiB",
-            # on a CPU also the gradients; elsewhere the copy from which a checkpoint is written
+            # on a CPU the state and the gradients; elsewhere the copy of the state that a checkpoint is written from
             (state + parameters if jax.default_backend() == "cpu" else state) / GIB,
             _free_memory() / GIB,
             "end other programs, or give the container more",
@@ -80,11 +81,13 @@ def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: i
     ]
 
 
-def require(found: list[Need]) -> None:
-    """Raises:
-    RequestError: something is not enough; the message names the first.
+def require(needs: list[Need]) -> None:
+    """Checks that every need is met.
+
+    Raises:
+        RequestError: there is too little of a resource; the message names the first.
     """
-    for need in found:
+    for need in needs:
         if not need.enough:
             raise RequestError(
                 f"the run needs {amount(need.needed)} of {need.name}, and there are {amount(need.available)}; "
@@ -93,7 +96,7 @@ def require(found: list[Need]) -> None:
 
 
 def amount(value: float) -> str:
-    """A count in full, or a fraction with four digits."""
+    """Formats an amount: a number from 100 on without decimals, a smaller one with four digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
@@ -102,29 +105,29 @@ def _talks_through_shared_memory() -> bool:
 
 
 def _free(path: Path) -> int:
-    """Bytes that this user may write on the path's file system, whether the path exists yet or not."""
+    """Returns the bytes that this user may write on the path's file system, even if the path does not exist yet."""
     there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(there).free
 
 
 def _written(workdir: Workdir) -> int:
-    """Bytes of this run's own files there, which the new ones replace."""
+    """Returns the bytes of this run's earlier files, which new ones will replace."""
     files = [workdir.final, *workdir.checkpoints.rglob("*")] if workdir.checkpoints.is_dir() else []
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _free_memory() -> int:
-    """Bytes of the machine, and of the container where that is less."""
+    """Returns the free bytes of the machine, or of the container if that has less."""
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     for limit, used in zip(LIMITS, USED, strict=True):
         try:
             free = min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable(used.parent))
-        except (OSError, ValueError):  # no such version of cgroups here, or "max"
+        except (OSError, ValueError):  # another version of cgroups, or the limit "max"
             continue
     return free
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of files that the container's account holds and that the kernel gives back when asked."""
+    """Returns the bytes of cached files that count as the container's memory, which the kernel frees when needed."""
     lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines() if len(line.split()) == 2)
     return int(lines.get("inactive_file", 0)) + int(lines.get("active_file", 0))

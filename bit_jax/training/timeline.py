@@ -1,4 +1,4 @@
-"""Seconds by activity, and FlagPerf's rates from them. Imports no framework."""
+"""Seconds by activity, and FlagPerf's rates from them. This module imports no framework."""
 
 import contextlib
 import time
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 
 class Timeline:
-    """Seconds by activity. Whoever times device work must have waited for it before leaving the `with` block.
+    """Seconds by activity. To time work of a device, wait for it before the end of the `with` block.
 
     Attributes:
-        seconds: {activity: how long it took in all}.
-        began: {activity: when it first began, in seconds since 1970}.
+        seconds: {activity: seconds that it took in total}.
+        began: {activity: time when it first began, in seconds since 1970}.
     """
 
     def __init__(self):
@@ -33,7 +33,7 @@ class Timeline:
         return self.seconds.get(activity, 0.0)
 
     def waiting(self, activity: str, items: Iterable) -> Iterator:
-        """The items; the time until each arrives counts as `activity`."""
+        """Yields the items; the time until each of them arrives counts as `activity`."""
         iterator = iter(items)
         while True:
             with self(activity):
@@ -45,10 +45,10 @@ class Timeline:
 
 
 def rates(timeline: Timeline, trained: int) -> dict[str, float | None]:
-    """FlagPerf's, in images/s, from the activities `whole`, `evaluation` and `input`.
+    """Returns FlagPerf's rates in images/s, from the activities `whole`, `evaluation` and `input`.
 
-    p_whole: of training with its evaluations; p_train: without evaluations; p_core: also without waiting for input.
-    None where nothing was trained.
+    p_whole counts the time of training with its evaluations; p_train leaves out evaluations; p_core also leaves out
+    waiting for input. All are None if nothing was trained.
     """
     training = timeline["whole"] - timeline["evaluation"]
     return {

@@ -1,4 +1,4 @@
-"""A run's folder: config.json says whose it is; a folder that holds another configuration's run is refused."""
+"""A run's work directory: its config.json identifies the run, and a run of another configuration is refused."""
 
 import contextlib
 import dataclasses
@@ -15,16 +15,16 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import is_unfinished, read_json, write_json
 
 OTHER = "choose another --workdir"
-OWN = ("config.json", "metrics.jsonl", "result.json", "final.npz")  # what a run writes as a whole
+OWN = ("config.json", "metrics.jsonl", "result.json", "final.npz")  # files that a run writes by `files.replacing`
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """The folder of one run.
+    """The work directory of one run.
 
     Attributes:
-        path: the folder.
-        content: what config.json says of the run.
+        path: the directory.
+        content: the content of its config.json.
     """
 
     path: Path
@@ -32,12 +32,12 @@ class Workdir:
 
     @classmethod
     def of(cls, cfg: Config, **derived: Any) -> "Workdir":
-        """The folder of the configured run.
+        """Returns the work directory of the configured run.
 
         Args:
-            cfg: what is to run.
-            derived: what follows from it and from the machine or dataset (recipe, global batch, class names); kept
-                beside it in config.json, and compared too.
+            cfg: the run's configuration.
+            derived: values that follow from it and from the machine or dataset (recipe, global batch, class names);
+                config.json keeps them too, and they are compared as well.
         """
         content = {"config": identity(cfg), **derived}
         return cls(cfg.run.workdir, json.loads(json.dumps(content, default=_plain)))
@@ -68,11 +68,12 @@ class Workdir:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Within, this run alone writes into the folder; config.json is there. Host 0 owns it for all hosts.
+        """Claims the directory for this run while the `with` block runs, and writes config.json if it is missing.
+        Host 0 holds the claim for all hosts.
 
         Raises:
-            RequestError: the folder cannot be written, belongs to another process, or holds another configuration's
-                run.
+            RequestError: the directory cannot be written, belongs to another process, or holds a run of another
+                configuration.
         """
         if not hosts.is_first():
             hosts.wait_for_all("work directory")
@@ -98,16 +99,16 @@ class Workdir:
             yield
 
     def _clear(self) -> None:
-        """Removes what a killed run of this program was writing: half a final.npz may be large."""
+        """Removes files that a run was writing when it was killed, because half a final.npz may be large."""
         for path in self.path.iterdir():
             if any(is_unfinished(path, name) for name in OWN):
                 path.unlink()
 
     def check(self) -> None:
-        """Compares what config.json says, if it is there, with this run.
+        """Compares config.json, if it exists, with this run.
 
         Raises:
-            RequestError: it is another configuration's, or damaged, or missing beside a run's results.
+            RequestError: config.json belongs to another configuration, or is damaged, or is missing beside results.
         """
         if not self.config.exists():
             stray = [name for name in ("checkpoints", "final.npz", "result.json") if (self.path / name).exists()]
@@ -124,10 +125,10 @@ class Workdir:
             )
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this very run where it came to its end here, else None.
+        """Returns the result of this run if the run has finished, else None.
 
         Raises:
-            RequestError: as `check`; or result.json is damaged.
+            RequestError: result.json is damaged, or `check` fails.
         """
         self.check()
         if self.result.exists() and self.final.exists():
@@ -136,7 +137,7 @@ class Workdir:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: the recipe as an object, paths as text."""
+    """Converts values that JSON cannot express: the recipe to an object, paths to text."""
     return dataclasses.asdict(value) if isinstance(value, Recipe) else str(value)
 
 

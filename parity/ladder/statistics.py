@@ -1,4 +1,4 @@
-"""Two classifiers on the same images: is one better, and are they the same within a margin?"""
+"""Compares two classifiers on the same images: is one better, and are they equal within a margin?"""
 
 import dataclasses
 import math
@@ -8,23 +8,24 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-REFUTING = 0.9998  # outside the margin by chance once in 10,000 times, on either side
-# of the images' largest logit differences, beside the median. A tenth of them may be damaged without its growing
+REFUTING = 0.9998  # confidence level at which an interval lies on one side by chance once in 10,000 times
+# Quantile of the images' largest logit differences that is used beside the median. It does not grow if up to a tenth of
+# the images are damaged.
 ERROR_QUANTILE = 0.9
 OUTLIER = 4.0  # standard deviations of a log-normal: one image in 30,000 lies beyond, one in 10^6 beyond its double
-MOST = 30.0  # e^30 times the median is beyond all logits
+MOST = 30.0  # largest exponent; e^30 times the median is larger than all logits
 
-LAST = np.iinfo(np.int64).max  # the rank of a label that no prediction can be
+LAST = np.iinfo(np.int64).max  # rank of a label that cannot be predicted
 
 Equivalence = Literal["shown", "not shown", "refuted"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Which images each of the two gets right.
+    """Numbers of images that the two classifiers get right.
 
     Attributes:
-        both, reference_only, candidate_only, neither: numbers of images.
+        both, reference_only, candidate_only, neither: number of images that these get right.
     """
 
     both: int
@@ -34,7 +35,7 @@ class Paired:
 
     @classmethod
     def count(cls, reference: np.ndarray, candidate: np.ndarray) -> "Paired":
-        """From two boolean arrays, an entry an image: is it right?"""
+        """Counts from two boolean arrays that say for each image whether the classifier is right."""
         return cls(
             int((reference & candidate).sum()),
             int((reference & ~candidate).sum()),
@@ -48,16 +49,18 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """The candidate's accuracy less the reference's."""
+        """Candidate's accuracy minus the reference's."""
         return (self.candidate_only - self.reference_only) / self.examples
 
     def mcnemar(self) -> float:
-        """Exact two-sided p-value of "both are right equally often", from the images that they dispute."""
+        """Returns the exact two-sided p-value of "both are right equally often", from the images that only one of them
+        gets right."""
         disputed = self.reference_only + self.candidate_only
         return float(stats.binomtest(self.candidate_only, disputed).pvalue) if disputed else 1.0
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """Of `difference`: Tango's score interval, which holds its level where few images, or none, are disputed.
+        """Returns Tango's score interval of `difference`, which keeps its level even if only one of the classifiers is
+        right on few images or on none.
 
         Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
         paired-sample design", Statistics in Medicine 17 (1998).
@@ -78,8 +81,9 @@ class Paired:
         return end(-1), end(1)
 
     def equivalence(self, margin: float) -> Equivalence:
-        """Shown where the 90 % interval lies within the margin (two one-sided tests at 5 %), refuted where the interval
-        at `REFUTING` lies outside: right sides in bfloat16 dispute a few images too, by chance mostly one way."""
+        """Decides whether the two are equivalent within the margin: "shown" if the 90 % interval lies within it (two
+        one-sided tests at 5 %), "refuted" if the interval at `REFUTING` lies outside. That level is so high because
+        correct sides in bfloat16 also differ on a few images, by chance mostly in one direction."""
         low, high = self.interval(0.90)
         if -margin < low and high < margin:
             return "shown"
@@ -87,14 +91,15 @@ class Paired:
         return "refuted" if low > margin or high < -margin else "not shown"
 
     def examples_needed(self, margin: float) -> int:
-        """Images that would show equivalence if as large a share were disputed, evenly."""
+        """Returns the number of images that would show equivalence if the classifiers disagreed on the same share of
+        images, equally often in each direction."""
         z = float(stats.norm.ppf(0.95))
         share = (self.reference_only + self.candidate_only) / self.examples
-        # the score test at delta = margin with an even share s: n margin^2 > z^2 (s + margin), about
+        # the score test at delta = margin with a share s, evenly split: approximately n margin^2 > z^2 (s + margin)
         return math.ceil(z**2 * max(share, margin) / margin**2)
 
     def _score(self, delta: float) -> float:
-        """Tango's statistic for the candidate's advantage `delta`; standard normal if that is the true one."""
+        """Returns Tango's statistic for the candidate's advantage `delta`; it is standard normal if `delta` is true."""
         n, b, c = self.examples, self.candidate_only, self.reference_only
         linear = -b - c + (2 * n - b + c) * delta
         constant = -c * delta * (1 - delta)
@@ -111,15 +116,15 @@ class Paired:
 
 
 def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
-    """The images that the two classify differently, and whether rounding explains it.
+    """Finds the images that the two classify differently, and whether rounding explains it.
 
-    A flip is expected where the reference's margin between the two classes is below twice the largest logit difference
-    that rounding brings to any image. One above comes of something else: that image was read, resized or computed
-    differently.
+    A flip is expected if the reference's margin between the two classes is at most twice the largest logit difference
+    that rounding causes on any image. A flip with a larger margin has another cause: that image was read, resized or
+    computed differently.
 
-    Rounding's largest is extrapolated, because the images that are judged must not set it: the differences of images
-    are taken for log-normal, their centre and spread come from the median and the 90th percentile, and `OUTLIER`
-    standard deviations are allowed. Twice the 90th percentile itself, in bfloat16, would call some of 50,000 images
+    The largest difference is extrapolated, because the images that are judged must not decide it: the differences of
+    images are assumed log-normal, with centre and spread from the median and the 90th percentile, and `OUTLIER`
+    standard deviations are allowed. In bfloat16, twice the 90th percentile itself would call some of 50,000 images
     wrong.
 
     Args:
@@ -134,10 +139,10 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
     spread = math.log(high / median) / float(stats.norm.ppf(ERROR_QUANTILE)) if 0 < median < math.inf > high else 0.0
     error = max(high, median * math.exp(min(OUTLIER * spread, MOST)))
     ours, theirs = candidate.argmax(axis=1), reference.argmax(axis=1)
-    found = []
+    flipped = []
     for row in np.flatnonzero(ours != theirs):
         margin = float(reference[row, theirs[row]]) - float(reference[row, ours[row]])
-        found.append(
+        flipped.append(
             {
                 "row": int(row),
                 "reference_class": int(theirs[row]),
@@ -148,14 +153,14 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
                 "expected": bool(margin <= 2 * error),
             }
         )
-    return error, found
+    return error, flipped
 
 
 def rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes are placed before the label: int64 [images].
+    """Counts the classes that are ranked before the label: int64 [images].
 
-    Equal logits are in the order of their classes. A label that is no class, and the label of a row that is not finite,
-    come after everything: at `LAST`, which is not among the first k for any k.
+    Equal logits are ranked in the order of their classes. If a label is not one of the classes, or its row of logits is
+    not finite, its rank is `LAST`, which is not among the first k for any k.
     """
     classes = logits.shape[1]
     known = (labels >= 0) & (labels < classes)

@@ -1,8 +1,8 @@
 """The verdict on one array: equal, rounding or bug.
 
-Two questions, in this order. In float64, do both compute the same function? There rounding is so small that every
-wrong constant stands out of it. Then, in the precision asked for, is either further from the float64 result than the
-other, or than rounding of that size can bring it?
+It answers two questions, in this order. Do both sides compute the same function in float64, where rounding is so small
+that every wrong constant shows? Is either side, in the precision to judge, further from the float64 result than the
+other side, or than rounding of that precision can explain?
 """
 
 import dataclasses
@@ -23,15 +23,17 @@ MULTIPLE_REASON = (
     "two correct float32 implementations are seen within a factor 2 of each other on every unit's output; "
     "products in TF32 err some 700 times more than in float32"
 )
-SLACK = 2.0  # a gate that flips in one disturbance and on one side moves both as much, but not equally
-HIGH = 0.999  # the percentile beside the RMSE: few wrong values in a large array hide in a mean
-LOOKS = 4  # with other images each; measured by benchmarks/false_alarms.py
+SLACK = 2.0  # a flipped ReLU moves both sides by similar but unequal amounts, so allow a factor of 2
+HIGH = 0.999  # quantile that is judged beside the RMSE, in which a few wrong values of a large array would not show
+LOOKS = 4  # the most sets of images that an array is judged on; measured by benchmarks/false_alarms.py
 LOOKS_REASON = (
     "the error of few values, and whether a ReLU flips, is luck, and luck does not come four times; "
     "a loss of precision is there every time"
 )
-CERTAIN = 1e3  # in float64, where no ReLU flips; in float32 one that does multiplies a gradient's error by as much
-LEAST_DRAWS = 3  # disturbances of a further look: with one, the error of one number is exceeded in 4 looks of 100
+# Multiple of a float64 limit that bad luck cannot reach, because no ReLU flips in float64; in float32, a flipped ReLU
+# multiplies a gradient's error by as much.
+CERTAIN = 1e3
+LEAST_DRAWS = 3  # disturbances in a further look; with one, 4 looks of 100 exceed the expected error of a single number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Line:
     """The verdict on one array.
 
     Attributes:
-        rung, name, precision: which array.
-        verdict: equal is bit for bit; rounding is within the limit.
-        difference: the largest, relative to the reference's RMS.
-        limit: of `difference` in float64; elsewhere of the RMSE that takes the larger share of its own.
+        rung, name, precision: the array's rung, its name and its precision.
+        verdict: equal means equal bits; rounding means a difference within the limit.
+        difference: the largest difference, relative to the reference's RMS.
+        limit: in float64 the limit of `difference`; in other precisions the limit of the RMSE of the side whose error
+            takes the larger share of its limit.
         reference_error, candidate_error: RMSE against float64, relative to its RMS; None in float64.
-        disturbed_error: the same of float64 itself under disturbances MULTIPLE times as large as rounding; in float64
-            the largest difference that its own rounding grows to, or None where that was not needed.
-        used: the largest share of its limit that an error takes; None in float64.
-        note: one sentence, where there is more to say.
-        looks: on how many sets of images the verdict rests.
+        disturbed_error: the same error of float64 itself under disturbances MULTIPLE times as large as rounding; in
+            float64 the largest difference that its own rounding grows to, or None if that was not needed.
+        used: the largest error as a share of its limit; None in float64.
+        note: a sentence with more details, or empty.
+        looks: number of sets of images that the verdict is based on.
     """
 
     rung: str
@@ -66,7 +69,7 @@ class Line:
 
 
 def exact(rung: str, name: str, precision: str, reference: np.ndarray, candidate: np.ndarray) -> Line:
-    """For what nobody computes: any difference is a bug."""
+    """Judges an array that is only copied, such as labels: any difference is a bug."""
     if shapes := _shapes(reference, candidate):
         return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
     same = np.array_equal(reference, candidate)
@@ -77,7 +80,7 @@ def exact(rung: str, name: str, precision: str, reference: np.ndarray, candidate
 def gate(
     rung: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, limit: float = GATE, note: str = ""
 ) -> Line:
-    """In float64."""
+    """Judges an array in float64, where any difference above the limit is a bug."""
     if shapes := _shapes(reference, candidate):
         return Line(rung, name, "fp64", "bug", np.inf, limit, note=shapes)
     difference = relative_difference(reference, candidate)
@@ -87,14 +90,14 @@ def gate(
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How much both sides err on one array, from one set of images.
+    """Both sides' errors on one array, from one set of images.
 
     Attributes:
-        reference, candidate: [RMSE, high percentile] against float64, each the smallest over the batches.
-        explained: the same of float64 under disturbances, the largest of their draws; None where there were none.
-        difference: the largest between the two sides, relative to the reference's RMS.
-        same: whether they are equal bit for bit.
-        shapes: how their shapes differ; empty where they do not.
+        reference, candidate: [RMSE, `HIGH` quantile] of the error against float64, each the smallest over the batches.
+        explained: the same for float64 under disturbances, the largest over these; None if there were none.
+        difference: the largest difference between the two sides, relative to the reference's RMS.
+        same: whether the two sides have equal bits.
+        shapes: a clause with both shapes if they differ, else empty.
     """
 
     reference: np.ndarray
@@ -113,13 +116,13 @@ def look(
 ) -> Look:
     """Measures both sides' errors.
 
-    The smallest error over the batches counts: a ReLU whose input is within rounding of zero opens in one framework
-    and stays shut in the other, which changes gradients by far more than rounding, in that batch.
+    The smallest error over the batches counts: if a ReLU's input is within rounding of zero, the ReLU may be on in one
+    framework and off in the other, which changes that batch's gradients by far more than rounding.
 
     Args:
         oracle: the float64 result of each batch.
-        reference, candidate: the two results of each batch.
-        disturbed: for each of some disturbances, MULTIPLE times as large as the better side's rounding, the float64
+        reference, candidate: the two sides' results of each batch.
+        disturbed: for each disturbance, which is MULTIPLE times as large as the better side's rounding, the float64
             result of each batch.
     """
     if shapes := _shapes(reference[0], candidate[0]):
@@ -137,14 +140,15 @@ def look(
 def errors_and_limits(
     reference: np.ndarray, candidate: np.ndarray, explained: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{"reference": (its error, how much it may err), "candidate": ...} over some looks.
+    """Returns {"reference": (its error, its limit), "candidate": ...} over the looks.
 
-    Neither may err more than MULTIPLE times as much as the other, or than SLACK times what disturbances explain. Of a
-    side's own errors the smallest look counts, because luck is not there every time; of what it is held against the
-    (lower) median, so that a ReLU that flips in one look, of the other side or a disturbance, hides no fault.
+    A side's limit is MULTIPLE times the other side's error, or SLACK times the error that disturbances explain,
+    whichever is larger. A side's error is its smallest over the looks, because bad luck does not come every time. Its
+    limit uses (lower) medians over the looks, so that a ReLU that flips in one look, on the other side or in a
+    disturbance, does not hide a fault.
 
     Args:
-        reference, candidate, explained: [looks, ...].
+        reference, candidate, explained: errors of each look, [looks, ...].
     """
     middle = {"reference": _middle(candidate), "candidate": _middle(reference)}
     least = np.maximum(SLACK * _middle(explained), MULTIPLE * np.finfo(np.float32).eps)
@@ -157,10 +161,10 @@ def _middle(values: np.ndarray) -> np.ndarray:
 
 
 def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> Line:
-    """The verdict in any other precision than float64; see `errors_and_limits`.
+    """Judges an array in a precision other than float64; see `errors_and_limits`.
 
-    With few values, or where ReLUs flip, right sides exceed their limits in one look now and then; `look_again` tells
-    luck from a fault.
+    For arrays of few values, or where ReLUs flip, correct sides sometimes exceed their limits in one look; `look_again`
+    distinguishes bad luck from a fault.
     """
     first, count = looks[0], len(looks)
     difference = max(look.difference for look in looks)
@@ -173,7 +177,7 @@ def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> L
     judged = errors_and_limits(
         np.stack([look.reference for look in looks]), np.stack([look.candidate for look in looks]), explained
     )
-    # NaN, the error of what is not finite, is the largest share there is
+    # NaN, which is the error of an array that is not finite, counts as an infinite share
     shares = {who: np.nan_to_num(error / limit, nan=np.inf) for who, (error, limit) in judged.items()}
     who = max(shares, key=lambda who: shares[who].max())
     which = int(shares[who].argmax())
@@ -203,10 +207,10 @@ def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> L
 
 
 def by_chance(line: Line) -> bool:
-    """Whether bad luck can have brought an error beyond its limit, so that a further look decides.
+    """Whether an error may exceed its limit by bad luck, so that a further look has to decide.
 
-    It cannot where the two arrays have other shapes or hold numbers that are not finite, and in float64 only where the
-    limit was itself measured, on a chaotic curve, and is not exceeded `CERTAIN` times.
+    It may not if the arrays' shapes differ or their numbers are not finite. In float64 it may only if the limit was
+    itself measured, on a chaotic curve, and the difference is less than `CERTAIN` times the limit.
     """
     if line.verdict != "bug" or line.disturbed_error is None:
         return False
@@ -223,12 +227,13 @@ def look_again(
     again: Callable[[int, list[str]], dict[str, Evidence]],
     judge: Callable[[str, list[Evidence]], Line],
 ) -> list[Line]:
-    """The verdicts on arrays, those in doubt after further looks, at most LOOKS in all.
+    """Returns the verdicts on arrays; arrays in doubt get further looks, at most LOOKS in all.
 
     Args:
-        first: {name: what the first look at it showed}.
-        again: (number of the look, from 1; names of the arrays in doubt) -> the same of those, on other images.
-        judge: (name, what every look at it showed) -> the verdict.
+        first: {name: evidence of the first look at the array}.
+        again: function (number of the look, starting at 1; names of the arrays in doubt) -> {name: evidence} of a
+            further look, on other images.
+        judge: function (name, evidence of every look at the array) -> the verdict.
     """
     seen = {name: [evidence] for name, evidence in first.items()}
     lines = {name: judge(name, looks) for name, looks in seen.items()}
@@ -243,7 +248,7 @@ def look_again(
 
 
 def relative_difference(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """The largest difference, relative to the reference's RMS; infinite where either is not finite."""
+    """Returns the largest difference, relative to the reference's RMS; infinite if either side is not finite."""
     reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
     if not (np.isfinite(reference).all() and np.isfinite(candidate).all()):
         return np.inf
@@ -259,19 +264,19 @@ def rms(array: np.ndarray) -> float:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The gravest; equal if there are none."""
+    """Returns the gravest of the verdicts; equal if there are none."""
     if "bug" in verdicts:
         return "bug"
     return "rounding" if "rounding" in verdicts else "equal"
 
 
 def _error(oracle: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> np.ndarray:
-    """[RMSE, high percentile], each the smallest over the batches, relative to the oracle's RMS."""
+    """Returns [RMSE, `HIGH` quantile] of the error relative to the oracle's RMS, each the smallest over the batches."""
     errors = []
     for exact_result, result in zip(oracle, results, strict=True):
         error = np.abs(result.astype(np.float64) - exact_result)
         errors.append((rms(error) / _scale(exact_result), np.quantile(error, HIGH) / _scale(exact_result)))
-    # NaN is kept: it is never the smaller error
+    # one NaN makes the result NaN: the minimum must not hide it
     return np.where(np.isnan(errors).any(axis=0), np.nan, np.min(errors, axis=0))
 
 

@@ -1,7 +1,7 @@
 """Matches a dataset's labels to the classes of the model's head; both sides open datasets through `open_labelled`.
 
-Classes are matched by name. A head has names where training left a config.json beside the weights, or where it is
-ImageNet's of 1,000 classes and the dataset has their WordNet ids.
+Classes are matched by name. A head has names if training left a config.json beside the weights, or if it has
+ImageNet's 1,000 classes and the dataset has their WordNet ids.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from input_pipeline.terminal import printable
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """How the labels of one split become the head's.
+    """The matching of one split's labels to the head's.
 
     Attributes:
-        class_names: of the head; None: labels are taken as they are.
-        how: one clause for the attestation.
+        class_names: the head's class names; None: labels are used unchanged.
+        how: a clause for the attestation that says how they were matched.
     """
 
     class_names: list[str] | None
@@ -34,11 +34,11 @@ def matching(source: Source, weights: str, weight_file: Path, num_classes: int, 
     """Decides how a split's labels are matched to a head.
 
     Args:
-        weights: what the weights are called, for messages.
-        arbitrary: whether the head is random, so that its classes mean nothing and may be any.
+        weights: name of the weights, for messages.
+        arbitrary: whether the head is random, so that its classes have no meaning.
 
     Raises:
-        RequestError: the split has classes that the head has not, or nothing tells which are which.
+        RequestError: the split has classes that the head has not, or the head's classes have no names to match.
     """
     names = described(weight_file).class_names if not arbitrary else None
     if names is not None and len(names) == num_classes:
@@ -61,6 +61,6 @@ def matching(source: Source, weights: str, weight_file: Path, num_classes: int, 
 
 
 def open_labelled(dataset: str, split: str, data_dir: Any, class_names: Sequence[str] | None) -> Source:
-    """A split whose labels are the head's: the one place where either side opens a dataset."""
+    """Opens a split with the head's labels; both sides open datasets only here."""
     source = open_source(dataset, split, data_dir)
     return source if class_names is None else relabelled(source, class_names, "the head")

@@ -1,4 +1,4 @@
-"""The clock that every arm of a throughput comparison is timed with: finished work only, the first call apart."""
+"""The clock of throughput comparisons: it times finished work only, and reports the first call separately."""
 
 import itertools
 import resource
@@ -13,12 +13,12 @@ from bit_jax.training.timeline import Timeline, rates
 from parity.sides.flops import Convolution
 
 WARM_UP = 2  # calls after the first, in which allocators and caches settle
-STARTS = 1 + WARM_UP
-LEAST = 3  # timed calls, however long they take
-CEILING = {"cpu": 2048, "gpu": 8192}  # side of the matrices that show what products a device reaches
-CEILING_SECONDS = 1.0  # that they are multiplied
+STARTS = 1 + WARM_UP  # calls before the timed ones
+LEAST = 3  # minimum number of timed calls, however long they take
+CEILING = {"cpu": 2048, "gpu": 8192}  # side of the matrices that measure a device's peak rate of products
+CEILING_SECONDS = 1.0  # seconds that these matrices are multiplied
 MOMENTUM, MIXUP = 0.9, 0.1
-EVALUATED = 8  # batches
+EVALUATED = 8  # batches in an evaluation
 Pass = Literal["forward", "by input", "by kernel"]
 SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": (), "steps": 10**6}
 
@@ -26,14 +26,15 @@ SCHEDULE: dict[str, Any] = {"base_lr": 0.003, "warmup_steps": 1, "decay_steps": 
 def timed(
     call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own
 ) -> dict[str, Any]:
-    """Calls again and again for so many seconds.
+    """Makes and times calls for so many seconds.
 
     Args:
-        call: (number of the call) -> None; returns when its work is done, on the device too.
-        agreed: (whether this process would call once more) -> whether all do, where several call together.
+        call: function (number of the call) -> None that returns when its work is done, on the device too.
+        seconds: seconds to time calls for.
+        agreed: function (whether this process would call once more) -> whether to call, if several call together.
 
     Returns:
-        {"calls": seconds of each, "first": what the first call took longer than the median: compilation}.
+        {"calls": seconds of each call, "first": seconds that the first call took longer than the median: compilation}.
     """
     first, *_ = [_seconds(call, number) for number in range(STARTS)]
     calls = repeated(call, seconds, agreed)
@@ -43,7 +44,7 @@ def timed(
 def repeated(
     call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own
 ) -> list[float]:
-    """Seconds of each call, after the first ones; see `timed`."""
+    """Returns the seconds of each call, without `timed`'s first calls."""
     calls: list[float] = []
     end = time.perf_counter() + seconds
     while agreed(len(calls) < LEAST or time.perf_counter() < end):
@@ -52,7 +53,7 @@ def repeated(
 
 
 def again(call: Callable[[int], None], seconds: float, agreed: Callable[[bool], bool] = lambda own: own) -> list[float]:
-    """As `repeated`, after another process has had the device: a first call is not timed."""
+    """Makes one call that is not timed, because another process has used the device, and then does `repeated`."""
     call(STARTS)
     return repeated(call, seconds, agreed)
 
@@ -66,16 +67,18 @@ def whole_loop(
     rows: int,
     steps: int,
 ) -> dict[str, Any]:
-    """So many steps of training, each waiting for its batch, and an evaluation after them; compilation apart.
+    """Times training steps, each of which waits for its batch, and then an evaluation, without compilation.
 
     Args:
-        batches: the input; at least `STARTS` more than the steps.
-        step, evaluate: return when the device is done. The one takes a batch, the other a number of examples, and
-            returns how many it has seen.
+        batches: the input; at least `STARTS` more batches than steps.
+        step: function of a batch that returns when the device is done.
+        evaluate: function of a number of examples that returns the number it has seen, when the device is done.
+        rows: examples per batch.
+        steps: number of timed steps.
 
     Returns:
-        {"calls": seconds of each step without its wait, "first": as of `timed`, "input_share": of the training time,
-        "evaluation": images/s, and `timeline.rates`}.
+        {"calls": seconds of each step without its wait, "first": see `timed`, "input_share": share of the training time
+        that steps wait for input, "evaluation": images/s, and the entries of `timeline.rates`}.
     """
     examples = EVALUATED * rows
     evaluate(rows)  # compiles
@@ -102,14 +105,14 @@ def _seconds(call: Callable[..., None], *arguments: Any) -> float:
 
 
 def matrices(platform: str) -> np.ndarray:
-    """Two square matrices of normally distributed values, float32; not of one value, which a GPU multiplies faster."""
+    """Returns two square matrices of normally distributed float32; a GPU would multiply constant ones faster."""
     side = CEILING["cpu" if platform == "cpu" else "gpu"]
     return np.random.default_rng(0).standard_normal((2, side, side), np.float32)
 
 
 def convolution_arrays(one: Convolution, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normally distributed float32: inputs [sets, rows, height, width, cin], a kernel [size, size, cin, cout], and
-    gradients of outputs [sets, rows, height out, width out, cout]."""
+    """Returns normally distributed float32 arrays: inputs [sets, rows, height, width, cin], a kernel [size, size, cin,
+    cout], and gradients of outputs [sets, rows, height out, width out, cout]."""
     rng = np.random.default_rng(0)
     shapes = (
         (sets, rows, *one.given, one.cin),
@@ -121,10 +124,10 @@ def convolution_arrays(one: Convolution, rows: int, sets: int) -> tuple[np.ndarr
 
 
 def rate(times: dict[str, Any], side: int) -> float:
-    """Floating-point operations a second of the products of matrices of that side that were timed."""
+    """Returns the floating-point operations per second of the timed products of square matrices of that side."""
     return 2 * side**3 / statistics.median(times["calls"])
 
 
 def process_memory() -> int:
-    """Bytes that this process has had in memory at most."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

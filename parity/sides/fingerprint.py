@@ -1,4 +1,4 @@
-"""A number that two processes can compare instead of the arrays."""
+"""A hash of arrays, which two processes can compare instead of the arrays."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def fingerprint(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over names and float32 contents, in the order of the names."""
+    """Returns the SHA-256 of names and float32 contents, in the order of the names."""
     digest = hashlib.sha256()
     for key in sorted(arrays):
         digest.update(key.encode())

@@ -1,5 +1,5 @@
-"""What BiT takes, from its shape alone: floating-point operations, two for each product that is accumulated, and
-values between its layers."""
+"""Counts BiT's floating-point operations, two for each accumulated product, and the values between its layers, from
+the architecture alone."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,9 +12,9 @@ class Convolution(NamedTuple):
 
     Attributes:
         size: side of the kernel.
-        cin, cout: channels.
-        stride: 1 or 2.
-        given, out: (height, width) of what it reads and writes.
+        cin, cout: numbers of input and output channels.
+        stride: stride, 1 or 2.
+        given, out: (height, width) of its input and output.
     """
 
     size: int
@@ -26,42 +26,42 @@ class Convolution(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Operations for one image, forward; its gradients by the input and by the kernel take as many each."""
+        """Operations of the forward pass for one image; the gradients by input and by kernel take as many each."""
         return 2.0 * self.size**2 * self.cin * self.cout * self.out[0] * self.out[1]
 
 
 def forward(architecture: Architecture, height: int, width: int) -> float:
-    """Operations of the convolutions and the head, for one image. What multiplies padding counts, what is no product
-    does not."""
+    """Counts the operations of the convolutions and the head for one image. Products with padding count; other
+    operations do not."""
     layers = list(convolutions(architecture, height, width))
     return sum(layer.flops for layer in layers) + 2.0 * layers[-1].cout * architecture.num_classes
 
 
 def training_step(architecture: Architecture, height: int, width: int) -> float:
-    """Operations of forward pass and gradients, for one image: three times the forward pass, but for the root, whose
-    input needs no gradient."""
+    """Counts the operations of forward pass and gradients for one image: three times the forward pass, less one pass of
+    the root convolution, whose input needs no gradient."""
     root = next(convolutions(architecture, height, width))
     return 3 * forward(architecture, height, width) - root.flops
 
 
 def convolved(architecture: Architecture, height: int, width: int) -> int:
-    """Values that the convolutions of one image put out."""
-    return sum(each.cout * each.out[0] * each.out[1] for each in convolutions(architecture, height, width))
+    """Counts the output values of all convolutions for one image."""
+    return sum(layer.cout * layer.out[0] * layer.out[1] for layer in convolutions(architecture, height, width))
 
 
 def parameters(architecture: Architecture) -> int:
-    """Weights of the convolutions and the head."""
+    """Counts the weights of the convolutions and the head."""
     layers = list(convolutions(architecture, 1, 1))
-    return sum(each.size**2 * each.cin * each.cout for each in layers) + layers[-1].cout * architecture.num_classes
+    return sum(layer.size**2 * layer.cin * layer.cout for layer in layers) + layers[-1].cout * architecture.num_classes
 
 
 def convolutions(architecture: Architecture, height: int, width: int) -> Iterator[Convolution]:
-    """All but the head, the root first; of a unit, its last convolution last."""
+    """Yields all convolutions, without the head: the root first, then each unit's in the order of computation."""
     given = height, width
     out = _halved(given)
     cin = round(64 * architecture.width)
     yield Convolution(7, 3, cin, 2, given, out)
-    given, root = _halved(out), cin  # past the pool
+    given, root = _halved(out), cin  # after the max-pool
     for stage, units in enumerate(architecture.units):
         mid = root * 2**stage
         for unit in range(units):

@@ -1,4 +1,4 @@
-"""Image files on PyTorch's side of the comparison: decoded by Pillow alone, within the limits that training has."""
+"""Image files on PyTorch's side of the comparison: Pillow decodes them all, with the same limits as in training."""
 
 import io
 
@@ -14,7 +14,7 @@ def decode(data: np.ndarray | bytes) -> Image.Image:
     """Turns an array or an encoded file into an RGB image, as torchvision's `pil_loader` does.
 
     Raises:
-        DamagedImage: it is of another format, too large, or damaged.
+        DamagedImage: the image has a format that training does not read, or is too large or damaged.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data).convert("RGB")
@@ -24,15 +24,15 @@ def decode(data: np.ndarray | bytes) -> Image.Image:
             return image.convert("RGB")
     except DamagedImage:
         raise
-    except Exception as error:  # readers of image formats raise what they come across
+    except Exception as error:  # the formats' readers raise exceptions of many kinds
         raise DamagedImage(f"not a readable image ({' '.join(str(error).split())})") from None
 
 
 def rgb(example: Example, name: str) -> Image.Image:
-    """An example's image; `name` is what it is an example of.
+    """Returns an example's image in RGB; `name` is the name of its dataset.
 
     Raises:
-        DatasetError: it cannot be read; the message names the example.
+        DatasetError: the image cannot be read; the message names the example.
     """
     try:
         return decode(example["image"])

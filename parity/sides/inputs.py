@@ -1,4 +1,4 @@
-"""What both sides are given: pictures, files, batches, the draws of augmentation, schedules. No framework's code."""
+"""Inputs that both sides get: pictures, files, batches, random draws of augmentation. No framework is imported."""
 
 import dataclasses
 import hashlib
@@ -17,14 +17,14 @@ from input_pipeline.preprocess import Views
 from parity.sides import images
 from parity.sides.classes import open_labelled
 
-IDENTIFIED = 500  # examples
-# mixup's weights: a draw of BiT's Beta(0.1, 0.1) is mostly so near 0 or 1, or by chance 1/2, that it would hide faults
+IDENTIFIED = 500  # examples of a split whose ids and labels the attestation's hash covers
+# mixup's weights; most draws of BiT's Beta(0.1, 0.1) are so near 0 or 1, or by chance 1/2, that they would hide faults
 LEAST_WEIGHT, MOST_WEIGHT = 0.1, 0.4
 
 
 def pictures(count: int, height: int, width: int, seed: int) -> np.ndarray:
-    """uint8 [count, height, width, 3]: coloured waves, edges and noise; no channel is like another, no side like its
-    mirror."""
+    """Draws coloured waves, edges and noise, uint8 [count, height, width, 3]. All channels differ, and no picture
+    equals its mirror image."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     drawn = np.empty((count, height, width, 3))
@@ -39,7 +39,8 @@ def pictures(count: int, height: int, width: int, seed: int) -> np.ndarray:
 
 
 def write_files(folder: Path) -> list[Path]:
-    """A few small image files such as datasets hold: colour and grey, JPEG and PNG, high and wide, CMYK, palette."""
+    """Writes a few small image files of the kinds in datasets: colour and grey, JPEG and PNG, high and wide, CMYK,
+    palette."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {
         "landscape.jpg": (75, 100, "RGB"),
@@ -57,7 +58,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 class Files:
-    """Image files as a `Source`; their labels are 0."""
+    """Image files as a `Source`; all labels are 0."""
 
     name = "image files"
     class_names: Sequence[str] = ("unknown",)
@@ -75,15 +76,15 @@ class Files:
 
 
 def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:
-    """What identifies the examples of splits, for the attestation: number, name and a hash over ids and labels of at
-    most `IDENTIFIED` of each, evenly spread.
+    """Describes the examples of splits for the attestation: their number and name, and a hash over the ids and labels
+    of at most `IDENTIFIED` of each split, evenly spread.
 
     Args:
-        splits: (entry of the attestation, dataset, split, data_dir, class names of the head or None).
+        splits: (entry of the attestation, dataset, split, data_dir, class names of the head or None) of each split.
     """
     entries = {}
-    for entry, *asked in splits:
-        source = open_labelled(*asked)
+    for entry, *request in splits:
+        source = open_labelled(*request)
         chosen = np.linspace(0, len(source) - 1, min(len(source), IDENTIFIED)).astype(int)
         examples = [source[int(index)] for index in chosen]
         identity = "\n".join(f"{example['id']} {example['label']}" for example in examples)
@@ -94,7 +95,7 @@ def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:
 
 
 def draws(views: Views, count: int, epochs: int, seed: int) -> list[list[tuple[int, int, bool]]]:
-    """[epoch][example] -> (top, left, mirrored), as the loader documents them: of (seed, epoch, example) alone."""
+    """Returns (top, left, mirrored) for [epoch][example], drawn from (seed, epoch, example) alone as in the loader."""
 
     def draw(epoch: int, index: int) -> tuple[int, int, bool]:
         window = views.draw(np.random.default_rng((seed, epoch, index)))
@@ -108,10 +109,10 @@ class Batches:
     """Training batches before mixup.
 
     Attributes:
-        image: uint8 [batches, rows, height, width, 3].
-        label: int32 [batches, rows].
-        weight: float64 [batches], mixup's share of each image itself.
-        ids: of every row's example.
+        image: images, uint8 [batches, rows, height, width, 3].
+        label: labels, int32 [batches, rows].
+        weight: mixup's weight of each image itself, float64 [batches].
+        ids: id of every row's example.
     """
 
     image: np.ndarray
@@ -124,20 +125,20 @@ class Batches:
 
 
 def joined(parts: Sequence[Batches]) -> Batches:
-    """One after the other."""
+    """Concatenates batches, one after the other."""
     image, label, weight = (np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "label", "weight"))
     return Batches(image, label, weight, [ids for part in parts for ids in part.ids])
 
 
 def picture_batch(rows: int, height: int, width: int, num_classes: int, seed: int) -> Batches:
-    """One batch of pictures with arbitrary labels."""
+    """Makes one batch of pictures with random labels."""
     label = np.random.default_rng(seed).integers(num_classes, size=(1, rows)).astype(np.int32)
     ids = [[f"picture {seed}/{row}" for row in range(rows)]]
     return Batches(pictures(rows, height, width, seed)[None], label, _weights(1, seed), ids)
 
 
 def dataset_batches(source: Source, count: int, rows: int, height: int, width: int, seed: int) -> Batches:
-    """Batches of a dataset's examples in an order that the seed decides, each image resized to height x width."""
+    """Makes batches of a dataset's examples in an order that the seed decides, each image resized to height x width."""
     order = np.random.default_rng(seed).permutation(len(source))
     chosen = np.resize(order, count * rows)
     examples = [source[int(index)] for index in chosen]
@@ -160,20 +161,20 @@ def _resized(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def _weights(count: int, seed: int) -> np.ndarray:
-    """Mixup's weights; float32 numbers, so that every precision is given the same."""
+    """Draws mixup's weights, float64 [count]; they are float32 numbers, so that every precision gets the same."""
     drawn = np.random.default_rng(seed).uniform(LEAST_WEIGHT, MOST_WEIGHT, count)
     return drawn.astype(np.float32).astype(np.float64)
 
 
 def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitude: float) -> np.ndarray:
-    """Factors 1 + u, u uniform in +-amplitude: what an array of that name is multiplied with, to see how much of an
-    error of that relative size comes out at the other end."""
+    """Returns factors 1 + u with u uniform in +-amplitude. An array of that name is multiplied by them, to see how much
+    a relative error of that size changes the results."""
     rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
     return 1 + amplitude * rng.uniform(-1, 1, shape)
 
 
 def random_weights(path: Path, architecture: str, num_classes: int, seed: int = 0) -> None:
-    """An official `.npz` of random values for R<depth>x<width>, none of them zero or one by rule."""
+    """Writes an official `.npz` with random values for R<depth>x<width>; no array is all zeros or ones."""
 
     rng = np.random.default_rng(seed)
     flat = {}

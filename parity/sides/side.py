@@ -1,4 +1,4 @@
-"""What is compared with what: a framework and how it runs there, as the command line writes it."""
+"""A side of the comparison: a framework and its settings, as the command line writes them."""
 
 import dataclasses
 import os
@@ -15,21 +15,21 @@ REMAT = ("remat=norm", "remat=unit")
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One side of the comparison.
 
     Attributes:
         framework: jax or torch.
-        devices: how many; on a CPU JAX's are virtual, and PyTorch's are processes that share the threads.
-        fsdp: JAX: over how many of them parameters are split.
-        microbatches: JAX: passes that a training step's batch is taken in.
-        remat: JAX: what the backward pass computes again, as train.py's --remat.
-        tuned: JAX: as train.py compiles it: XLA's options, and what is written differently for these devices.
-        hugepages: memory in large pages, as train.py has it on CPUs.
-        flags: JAX: flags of XLA, name=value, beside those of XLA_FLAGS and what `tuned` sets.
-        compile: torch: by torch.compile.
-        channels_last: torch: the layout of images and kernels.
-        model: torch: `package.module:factory` in place of the reference.
-        state_dict: torch: file that the model's parameters are then loaded from.
+        devices: number of devices; on a CPU JAX's are virtual, and PyTorch's are processes that share the threads.
+        fsdp: JAX: number of devices over which parameters are split.
+        microbatches: JAX: number of parts in which a training step's batch is computed, one after the other.
+        remat: JAX: activations that the backward pass recomputes; see train.py's --remat.
+        tuned: JAX: whether to compile as train.py does, with its XLA options and its code for these devices.
+        hugepages: whether memory is in large pages, as with train.py on CPUs.
+        flags: JAX: flags of XLA, name=value, in addition to XLA_FLAGS and those that `tuned` sets.
+        compile: torch: whether to use torch.compile.
+        channels_last: torch: whether images and kernels have the channels_last memory format.
+        model: torch: `package.module:factory` of a model in place of the reference.
+        state_dict: torch: file that the model's parameters are loaded from.
     """
 
     framework: str
@@ -61,11 +61,12 @@ class Side:
         return dataclasses.asdict(self)
 
     def environment(self, precision: str) -> dict[str, str]:
-        """Of its process. float64, the gate, runs on the CPU whatever else there is."""
+        """Returns environment variables for the side's process. Float64, which decides what is right, runs on the CPU
+        even if there is a GPU."""
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
         variables |= hugepages.environment() if self.hugepages else {}
         if self.framework == "jax":
-            # the other framework needs its share of the GPU's memory
+            # the other framework needs memory of the same GPU
             variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             virtual = f"xla_force_host_platform_device_count={self.devices}"
             flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in (virtual, *self.flags))]
@@ -75,10 +76,10 @@ class Side:
 
 
 def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None) -> Side:
-    """`torch`, `torch:compile,channels_last`, `jax:tuned`, or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
+    """Parses `torch`, `torch:compile,channels_last`, `jax:tuned` or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
 
     Raises:
-        RequestError: it is of another form, or the counts do not fit each other.
+        RequestError: the text has another form, or `fsdp` does not divide `devices`.
     """
     framework, _, rest = text.partition(":")
     settings = rest.split(",") if rest else []
@@ -95,7 +96,7 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
 
 
 def _field(framework: str, setting: str) -> tuple[str, Any] | None:
-    """(name, value) of one of the framework's settings."""
+    """Parses one of the framework's settings into (name, value); None if the framework has no such setting."""
     name, _, value = setting.partition("=")
     if name in COUNTS.get(framework, ()) and re.fullmatch(r"[1-9]\d*", value):
         return name, int(value)

@@ -1,9 +1,8 @@
-"""One framework in a process of its own: `Worker` is the near end, `parity/serve.py` the far one.
+"""Runs one framework in a process of its own: `Worker` is this end, `parity/serve.py` the other.
 
-The near end writes requests, one JSON object a line, to the far end's standard input; the far end runs the named task,
-leaves arrays in a file, and answers in JSON on its standard output. Whatever else it prints goes to its log. When its
-standard input ends, because the near end is done or was killed, the far end is gone at once, in the middle of a task
-too.
+A `Worker` writes requests, one JSON object per line, to the process's standard input. The process runs the named task,
+saves arrays in a file, and answers in JSON on its standard output; everything else that it prints goes to its log.
+When its standard input ends, because this end is done or was killed, the process ends at once, even within a task.
 """
 
 import json
@@ -19,16 +18,16 @@ import numpy as np
 from input_pipeline.errors import RequestError, RunFailed
 from parity.sides.side import Side
 
-LOG_TAIL = 3  # lines of a dead worker's log that are repeated
-Progress = Callable[[int, int], None]  # (done, of)
+LOG_TAIL = 3  # lines of a worker's log that the error of a failure quotes
+Progress = Callable[[int, int], None]  # (number done, number in all)
 
 
-# a program that is compiled again in the same comparison, as where a fault leaves it untouched, is taken from a file
+# a program that is needed again in the same comparison, such as one that a fault does not touch, is read from a file
 _COMPILED_ONCE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 
 class Arrays:
-    """{name: array} in a file; arrays are read when they are asked for."""
+    """{name: array} in a file; each array is read when it is used."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -45,19 +44,18 @@ class Arrays:
         self._file.close()
 
     def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name without the prefix, array)."""
+        """Yields (name without the prefix, array) for names with the prefix."""
         for name in self.names:
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), self[name]
 
 
 class Worker:
-    """Starts the process, or one for each of PyTorch's devices, of which the first answers; each `ask` waits for one
-    task.
+    """A side's process, or one process for each of PyTorch's devices, of which the first answers.
 
     Attributes:
-        side, precision: what runs there.
-        folder: receives its files and its log.
+        side, precision: side and precision that it runs in.
+        folder: folder that receives its files and its log.
     """
 
     def __init__(self, side: Side, precision: str, weights: Path, folder: Path):
@@ -86,10 +84,10 @@ class Worker:
             ]
 
     def ask(self, task: str, *, save_as: str, progress: Progress, **arguments: Any) -> "Answer":
-        """Runs one task there; its arrays go to a file of the name `save_as`.
+        """Runs one task and waits for it; its arrays go to the file `save_as`.npz.
 
         Raises:
-            RequestError: what was asked for cannot be done.
+            RequestError: the request cannot be carried out.
             RunFailed: the task failed or the process died.
         """
         assert self._process.stdout is not None
@@ -125,7 +123,7 @@ class Worker:
 
 
 class Answer:
-    """What a task returned, and the arrays that it saved."""
+    """A task's answer: `info`, the value that it returned, and the arrays that it saved."""
 
     def __init__(self, info: Any, arrays: Arrays | None):
         self.info = info
@@ -137,7 +135,7 @@ class Answer:
         return self._arrays
 
     def discard(self) -> None:
-        """Removes the file; the arrays can no longer be read."""
+        """Removes the file with the arrays, which can no longer be read."""
         if self._arrays is not None:
             self._arrays.close()
             self._arrays.path.unlink(missing_ok=True)

@@ -33,28 +33,30 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 
 @dataclasses.dataclass(frozen=True)
 class Convolutions:
-    """What is measured; every default stands here once."""
+    """The convolutions to time and the two sides; each default is written here alone."""
 
     weights: str = "random:R50x1"
-    """These are given as to the other commands; of a file, the architecture alone is read."""
+    """Weights whose architecture is timed: a published name, the path of an .npz, `embedded`, or random:R50x1."""
     size: int = 224
-    """Side of the images."""
+    """Side of the square images in pixels."""
     rows: int = 32
-    """Images a batch."""
+    """Images per batch."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of the convolutions."""
     torch: str = "torch:channels_last"
+    """PyTorch's side, written like --reference of the rungs."""
     jax: str = "jax:tuned"
-    """The two sides, as of the other commands."""
+    """JAX's side, written like --reference of the rungs."""
     sets: int = 4
-    """Inputs that are worked on in turn, so that none is found in a cache."""
+    """Number of different inputs to work on in turn, so that none is still in a cache."""
     repeat: int = 4
-    """Times that all of them are worked on before the device is waited for."""
+    """Passes over all these inputs before the clock waits for the device."""
     rounds: int = 3
-    """Each side is timed so often, in turns with the other."""
+    """Number of times that each side is timed, in turns with the other."""
     seconds: float = 0.1
-    """Each round takes so long."""
+    """Seconds that each round takes."""
     json: UserPath | None = None
-    """Write the measurements here."""
+    """File to write the measurements to. None: they are only shown."""
 
     def check(self) -> None:
         """Raises RequestError for what cannot be measured."""

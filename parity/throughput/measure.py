@@ -52,24 +52,27 @@ LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures 
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """What is measured; every default stands here once."""
+    """The work to time and the arms that do it; each default is written here alone."""
 
     weights: str = "random:R50x1"
-    """As of the other commands: a published name, an .npz, `embedded`, or random:R50x1."""
+    """Weights: a published name, the path of an .npz, `embedded`, or random:R50x1 for random ones."""
     work: Literal["train", "forward", "loop"] = "train"
-    """A step of training (forward pass, gradients, SGD with momentum), the forward pass alone, or the whole loop:
-    reading, decoding and augmenting images, mixup, training, and an evaluation."""
+    """Work to time: `train` is a training step (forward pass, gradients, SGD with momentum);
+    `forward` is the forward pass alone;
+    `loop` is the whole loop: reading, decoding and augmenting images, mixup, training, and an evaluation."""
     folder: UserPath | None = None
-    """Of a loop's images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
+    """Folder of images for --work loop, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
     steps: int = 30
-    """Of training, in a loop."""
+    """Number of training steps that each process times with --work loop."""
     size: int = 128
-    """Side of the images."""
+    """Side of the square images in pixels."""
     rows: int = 8
-    """Images a batch, of all devices together."""
+    """Images per batch, over all devices together."""
     gate_rows: int | None = None
-    """Fewer images for the accuracy gate, which also computes in float64 on the CPU: for large models and batches."""
+    """Images per batch in the check of the losses, which also computes in float64 on the CPU. None: --rows.
+    Take fewer for large models and batches."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of matrix products and convolutions in every arm."""
     arms: tuple[str, ...] = (
         "torch",
         "torch:channels_last",
@@ -81,27 +84,30 @@ class Throughput:
         "jax:tuned",
         "jax:tuned,hugepages",
     )
-    """Sides as of the other commands; `torch` and `jax`, with devices=N or without, are the frameworks' defaults."""
+    """Sides to time, written like --reference of the rungs.
+    `torch` and `jax`, with devices=N or without, run with their frameworks' defaults."""
     processes: int = 3
-    """Of each arm, one after the other, in turns with the other arms'."""
+    """Number of processes of each arm; the arms take turns."""
     seconds: float = 10.0
-    """That each process is timed, behind compilation and warm-up; not in a loop."""
+    """Seconds that each process is timed after compilation and warm-up. --work loop ignores it."""
     together: bool = False
-    """Start one process of each arm, keep all of them, and time them in turns, `--processes` times: compiles once. On
-    GPUs whose memory holds all arms."""
+    """Keep one process of each arm and time these in turns, --processes times, so that each arm compiles once.
+    On GPUs, their memory must hold all arms."""
     gate: Literal["float64", "losses"] = "float64"
-    """What an arm must pass. float64: its losses are float64's up to rounding. losses: the loss of its first call is
-    PyTorch's within 2 %: for work too large for float64. `parity gradients` judges the same model in full."""
+    """Check that an arm must pass. `float64`: its losses equal float64's up to rounding.
+    `losses`: the loss of its first call equals PyTorch's within 2 %, for work too large for float64.
+    `python -m parity gradients` judges the same model in full."""
     seed: int = 0
-    """Of weights, images and labels."""
+    """Seed of weights, images and labels."""
     json: UserPath | None = None
-    """Write the measurements here."""
+    """File to write the measurements to. None: they are only shown."""
     html: UserPath | None = None
-    """Write a page with plots here."""
+    """File to write a web page with plots to. None: no page is written."""
     compare: UserPath | None = None
-    """An earlier --json: what became slower ends in exit code 1."""
+    """File of an earlier --json to compare with; the exit code is 1 if an arm became slower. None: no comparison."""
 
-    fault: Annotated[str | None, tyro.conf.Suppress] = None  # injected into its framework's arms, see `faults.py`
+    # a fault that the tests inject into its framework's arms, see `faults.py`
+    fault: Annotated[str | None, tyro.conf.Suppress] = None
 
     def check(self) -> None:
         """Raises RequestError for what cannot be measured."""

@@ -1,0 +1,104 @@
+"""Every flag of every command says in its help what it is, in words that need no subject from elsewhere."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+import tyro
+
+import train
+from bit_jax import config, launch, plan, predict, zoo
+from bit_jax.compiled import profile
+from input_pipeline import __main__ as input_pipeline_main
+from parity import __main__ as parity_main
+from parity.ladder import rungs
+
+FRAGMENTS = {"Of", "That", "What", "Whose", "How", "As", "By", "In"}
+
+COMMANDS = {
+    **{f"train.py {preset}": train.main for preset in config.PRESETS},
+    **{f"bit_jax.zoo {name}": zoo.main for name in ("list", "fetch")},
+    "bit_jax.predict": predict.main,
+    "bit_jax.plan": plan.main,
+    "bit_jax.launch": launch.main,
+    "bit_jax.profile": lambda: tyro.cli(profile.main),
+    **{f"input_pipeline {name}": input_pipeline_main.main for name in ("prepare", "convert", "check", "bench")},
+    **{
+        f"parity {name}": parity_main.main
+        for name in ("all", *rungs.RUNGS, "selftest", "throughput", "convolutions", "show", "diff")
+    },
+}
+
+# Flags that have no sentence yet, or one that begins with a fragment. Remove each once it has its sentence.
+KNOWN = {
+    "bit_jax.zoo list": {"[STR]"},  # TEXT
+    "bit_jax.zoo fetch": {"STR"},  # NAME
+    "bit_jax.plan": {
+        "--hosts INT",
+        "--mesh STR",
+        "--batch-per-device INT",
+        "--remat {none,norm,unit}",
+        "--microbatches INT",
+        "--classes INT",
+        "--network-gbps FLOAT",
+    },
+    "parity diff": {"PATH"},  # BEFORE and AFTER, which share one line of the docstring, so tyro shows it for neither
+}
+
+
+@pytest.fixture
+def help_of(monkeypatch):
+    """(command line, the function that parses it) -> what `--help` prints."""
+    monkeypatch.setenv("COLUMNS", "80")  # in wider terminals tyro puts groups of flags side by side
+
+    def shown(command: str, main: Callable) -> str:
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--help"])
+        out = io.StringIO()  # it has no encoding, so tyro draws its boxes in ASCII
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return out.getvalue()
+
+    return shown
+
+
+def flags(text: str) -> list[tuple[str, str]]:
+    """[(flag or positional argument, its sentences, without the default)] of a help text.
+
+    Every box is a title, indented by one space, a rule, and its content, indented by two; between them a group of flags
+    may have a description and a second rule. The help of a flag stands beside it or below it, further to the right.
+    """
+    boxes = re.split(r"^ (?=\S.*\n -+ *$)", text, flags=re.MULTILINE)[1:]
+    sentences: list[tuple[str, str]] = []
+    for lines in (box.splitlines()[2:] for box in boxes if not box.startswith("subcommands")):
+        rule = next((place for place, line in enumerate(lines) if re.fullmatch(r"  -{9,} *", line)), -1)
+        for line in lines[rule + 1 :]:
+            if label := re.match(r"  (\S.*?)(  +|$)", line):
+                sentences.append((label[1], line[label.end() :].strip()))
+            elif line.strip():
+                name, shown = sentences.pop()
+                sentences.append((name, f"{shown} {line.strip()}"))
+    end = re.compile(r" *\((default|required|optional|repeatable)\b.*\)$")
+    return [(name, end.sub("", shown).strip()) for name, shown in sentences if name != "-h, --help"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_sentence(command, help_of):
+    shown = flags(help_of(command, COMMANDS[command]))
+    assert shown
+    wrong = {name: text for name, text in shown if not text.endswith(".") or text.split()[0] in FRAGMENTS}
+    assert {name: text for name, text in wrong.items() if name not in KNOWN.get(command, ())} == {}
+
+
+def test_flags_are_read_from_the_boxes(help_of):
+    def command(rate: float, steps: int = 3) -> None:
+        """A command.
+
+        Args:
+            rate: Of what.
+        """
+
+    assert flags(help_of("command", lambda: tyro.cli(command))) == [("--rate FLOAT", "Of what."), ("--steps INT", "")]

@@ -1,4 +1,4 @@
-"""Imports bit_jax.train once, and runs it in a fork for every line on standard input: `runs_in_forks.py PRESET --flags`.
+"""Imports bit_jax.train once and runs it in a fork for every line on standard input: `runs_in_forks.py PRESET --flags`.
 
 Of each run it prints the process number at the start and the exit status at the end, so that starting twenty runs costs
 no more imports than one.

@@ -1,5 +1,6 @@
 # The two doors: `make demo` and `make test`. Both set up .venv from pinned versions first. `make test-all` runs the
-# tests that take minutes each: dying hosts, cut cables, kills, whole comparisons.
+# tests that take minutes each: dying hosts, cut cables, kills, whole comparisons. `make docs` builds the documentation
+# site into site/.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -7,7 +8,7 @@ BIN := .venv/bin
 CONSTRAINTS := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	"import sys; print('constraints.txt' if sys.version_info < (3, 12) else 'constraints-3.13.txt')")
 
-.PHONY: demo test test-all lint format clean constraints
+.PHONY: demo test test-all lint format docs clean constraints
 
 demo: .venv/main.stamp
 	$(BIN)/python examples/demo.py
@@ -27,11 +28,15 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the variable silences the theme's announcement of its successor, which is no warning about the pages
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
 constraints:
 	@echo $(CONSTRAINTS)
 
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv build dist runs site *.egg-info
 
 .venv/main.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo "setting up .venv (a few minutes the first time)"
@@ -41,4 +46,10 @@ clean:
 
 .venv/dev.stamp: .venv/main.stamp
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity,prepare,dev]'
+	@touch $@
+
+# reads the code without running it, so PyTorch is not needed
+.venv/docs.stamp: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@

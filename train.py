@@ -1,67 +1,8 @@
-"""Fine-tunes a BiT model: `python train.py PRESET --workdir DIR`; see `--help` of each preset for its flags."""
+"""Fine-tunes a BiT model: `python train.py PRESET --workdir DIR` is `python -m bit_jax.train PRESET --workdir DIR`."""
 
-import contextlib
-import os
 import sys
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
-
-from bit_jax.process import hugepages
+from bit_jax import commands
 
 if __name__ == "__main__":
-    hugepages.restart()
-
-import jax
-import tyro
-
-import input_pipeline
-from bit_jax import config, doctor, zoo
-from bit_jax.compiled import profile
-from bit_jax.model.precision import choose
-from bit_jax.scale import hosts
-from bit_jax.training import figures, run
-from bit_jax.training.workdir import Workdir
-from input_pipeline import terminal
-from input_pipeline.errors import RequestError
-from input_pipeline.exits import exit_code
-from input_pipeline.limits import raise_descriptor_limit
-
-
-def main() -> None:
-    cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    raise_descriptor_limit()
-    keep_compiled_programs()
-    with hosts.joined(cfg.scale):
-        if cfg.scale.doctor:
-            return examine(cfg)
-        result = run.finetune(run.Run.of(cfg))
-        first = hosts.is_first()
-    if first:
-        with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
-            terminal.console(width=120).print(figures.flagperf_row(result))
-            if cfg.run.profile:
-                with contextlib.suppress(RequestError):  # the log says why there is no table
-                    profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
-            print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
-
-
-def keep_compiled_programs() -> None:
-    """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
-            jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
-
-
-def examine(cfg: config.Config) -> None:
-    """Looks at everything that the run is made of and at what it runs on, and starts nothing."""
-    choose(cfg.model.precision)
-    sources = run.open_sources(cfg)
-    inputs = {source.name: input_pipeline.fingerprint(source) for source in sources}
-    architecture, weight_file = run.initial_weights(cfg.model, num_classes=len(sources[0].class_names))
-    if weight_file is not None:
-        inputs["weights"] = doctor.file_fingerprint(weight_file)
-    doctor.examine(cfg, inputs, run.needs(cfg, architecture, Workdir.of(cfg), sources))
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(commands.train())

@@ -14,7 +14,7 @@ from bit_jax.model.execution import Remat
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath
 
-EMBEDDED = "embedded"  # --model's name for the small model under assets/
+EMBEDDED = "embedded"  # --model's name for the small model under bit_jax/assets/
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from input_pipeline.files import DamagedFile, is_url, read_json, replacing, user
 from input_pipeline.terminal import console, printable
 
 BASE_URL = "https://storage.googleapis.com/bit_models"
-EMBEDDED_FILE = Path(__file__).parent.parent / "assets" / "fashion-mnist-R14x0.5" / "final.npz"
+EMBEDDED_FILE = Path(__file__).parent / "assets" / "fashion-mnist-R14x0.5" / "final.npz"
 ARCHITECTURES = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
 VTAB_ARCHITECTURES = ("R50x1", "R101x1", "R50x3", "R101x3", "R152x4")
 

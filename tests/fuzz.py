@@ -150,9 +150,9 @@ def weight_doors(folder: Path) -> list[Door]:
 
 
 def side_doors(folder: Path) -> list[Door]:
-    config = (ROOT / "assets" / "fashion-mnist-R14x0.5" / "config.json").read_bytes()
-    result = (ROOT / "assets" / "fashion-mnist-R14x0.5" / "result.json").read_bytes()
-    metrics = (ROOT / "assets" / "fashion-mnist-R14x0.5" / "metrics.jsonl").read_bytes()
+    config = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "config.json").read_bytes()
+    result = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "result.json").read_bytes()
+    metrics = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "metrics.jsonl").read_bytes()
     images = np.array([2051, 2, 3, 3], ">i4").tobytes() + bytes(18)
     labels = np.array([2049, 2], ">i4").tobytes() + bytes([0, 1])
 

@@ -1,4 +1,4 @@
-"""Imports train.py once, and runs it in a fork for every line on standard input: `runs_in_forks.py PRESET --flags`.
+"""Imports bit_jax.train once and runs it in a fork for every line on standard input: `runs_in_forks.py PRESET --flags`.
 
 Of each run it prints the process number at the start and the exit status at the end, so that starting twenty runs costs
 no more imports than one.
@@ -8,9 +8,9 @@ import faulthandler
 import os
 import sys
 
-import sklearn.datasets  # noqa: F401 (train.py imports it when it opens digits)
+import sklearn.datasets  # noqa: F401 (bit_jax.train imports it when it opens digits)
 
-import train
+from bit_jax import train
 from input_pipeline.exits import exit_code
 
 faulthandler.enable()

@@ -34,7 +34,7 @@ ENDS_ITSELF = f"""
 import os
 import signal
 import sys
-import train
+from bit_jax import train
 from bit_jax.training.log import Log
 from input_pipeline.exits import exit_code
 advance = Log.advance

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 import tyro
 
-import train
-from bit_jax import config, launch, plan, predict, zoo
+from bit_jax import config, launch, plan, predict, train, zoo
 from bit_jax.compiled import profile
 from input_pipeline import __main__ as input_pipeline_main
 from parity import __main__ as parity_main

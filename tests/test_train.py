@@ -25,8 +25,7 @@ import tyro
 from conftest import COMPILES_FAST
 from PIL import Image
 
-import train
-from bit_jax import config
+from bit_jax import config, train
 from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
 from bit_jax.training import resources
@@ -251,7 +250,7 @@ SAYS_WHAT_THE_ENVIRONMENT_IS_GIVEN = """
 import os
 import sys
 import threading
-import train
+from bit_jax import train
 from bit_jax.training import run
 from input_pipeline.exits import exit_code
 compiled = []

@@ -1,0 +1,53 @@
+"""The commands that an installed package puts on the path: `bit-jax-train` is `python -m bit_jax.train`, and so on.
+
+Each function runs one command and returns its exit code. It imports the command only when it is called, because
+`train` may start the process again before JAX is imported.
+"""
+
+from bit_jax.process import hugepages
+from input_pipeline.exits import exit_code
+
+
+def train() -> int:
+    """Fine-tunes a model."""
+    hugepages.restart()
+    from bit_jax.train import main
+
+    return exit_code(main)
+
+
+def zoo() -> int:
+    """Lists the published weight files and fetches them."""
+    from bit_jax.zoo import main
+
+    return exit_code(main)
+
+
+def predict() -> int:
+    """Names the likeliest classes of images."""
+    from bit_jax.predict import main
+
+    return exit_code(main)
+
+
+def plan() -> int:
+    """Compiles a training step for GPUs and says what memory and time it would take there."""
+    from bit_jax.plan import main
+
+    return exit_code(main)
+
+
+def launch() -> int:
+    """Runs a command as several hosts on this machine."""
+    from bit_jax.launch import main
+
+    return exit_code(main)
+
+
+def profile() -> int:
+    """Shows where the time of a run's traced steps went."""
+    import tyro
+
+    from bit_jax.compiled.profile import main
+
+    return exit_code(lambda: tyro.cli(main))

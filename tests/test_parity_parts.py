@@ -28,8 +28,7 @@ from input_pipeline.image_file import read_image_file
 from parity.in_jax.tasks import JaxSide
 from parity.in_torch import models, pipeline, resnetv2, tasks
 from parity.in_torch import names as torch_names
-from parity.ladder import ladder, rungs, statistics
-from parity.ladder import verdict as oracle
+from parity.ladder import ladder, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
 from parity.ladder.statistics import Paired
 from parity.options import Options
@@ -50,16 +49,16 @@ ORACLE = RNG.standard_normal((50, 40))
 
 
 def calibrated(reference, candidate, disturbed=()):
-    look = oracle.look([ORACLE], [reference], [candidate], [[d] for d in disturbed])
-    return oracle.calibrated("forward", "x", "fp32", [look])
+    look = verdict.look([ORACLE], [reference], [candidate], [[d] for d in disturbed])
+    return verdict.calibrated("forward", "x", "fp32", [look])
 
 
 def test_gate_tells_rounding_from_a_wrong_epsilon():
-    assert oracle.gate("forward", "x", ORACLE, ORACLE.copy()).verdict == "equal"
-    assert oracle.gate("forward", "x", ORACLE, ORACLE * (1 + 1e-13)).verdict == "rounding"
-    assert oracle.gate("forward", "x", ORACLE, ORACLE * (1 + 1e-7)).verdict == "bug"
-    assert oracle.gate("forward", "x", ORACLE, np.where(ORACLE > 2, np.nan, ORACLE)).verdict == "bug"
-    assert "shape" in oracle.gate("forward", "x", ORACLE, ORACLE.T).note
+    assert verdict.in_float64("forward", "x", ORACLE, ORACLE.copy()).verdict == "equal"
+    assert verdict.in_float64("forward", "x", ORACLE, ORACLE * (1 + 1e-13)).verdict == "rounding"
+    assert verdict.in_float64("forward", "x", ORACLE, ORACLE * (1 + 1e-7)).verdict == "bug"
+    assert verdict.in_float64("forward", "x", ORACLE, np.where(ORACLE > 2, np.nan, ORACLE)).verdict == "bug"
+    assert "shape" in verdict.in_float64("forward", "x", ORACLE, ORACLE.T).note
 
 
 def test_calibrated_accepts_equal_errors_and_refuses_the_larger_on_either_side():
@@ -94,8 +93,8 @@ def test_calibrated_notices_few_wrong_values_and_not_a_number():
 def test_the_best_batch_counts_so_that_a_relu_that_opens_late_is_no_bug():
     def judge(first, second):
         small = noisy(ORACLE, 1e-6)
-        look = oracle.look([ORACLE] * 2, [small] * 2, [first, second], [])
-        return oracle.calibrated("gradients", "x", "fp32", [look]).verdict
+        look = verdict.look([ORACLE] * 2, [small] * 2, [first, second], [])
+        return verdict.calibrated("gradients", "x", "fp32", [look]).verdict
 
     flipped = noisy(ORACLE, 1e-3)
     assert judge(flipped, noisy(ORACLE, 1e-6)) == "rounding"
@@ -276,7 +275,7 @@ def test_pictures_show_every_fault_of_channels_and_sides():
 
 
 def test_line_is_plain_data():
-    assert dataclasses.asdict(oracle.gate("forward", "x", ORACLE, ORACLE))["verdict"] == "equal"
+    assert dataclasses.asdict(verdict.in_float64("forward", "x", ORACLE, ORACLE))["verdict"] == "equal"
 
 
 @pytest.mark.parametrize(("ulps", "verdict"), [(3.0, "equal"), (500.0, "bug")])
@@ -384,14 +383,14 @@ def looks_at(rng, values, draws, *, lines, fault=1.0, flips=0.0):
 
     def errors(scale, flips):
         drawn = scale * np.abs(rng.standard_normal((lines, values))) * np.where(rng.random((lines, 1)) < flips, 1e3, 1)
-        return np.stack([np.sqrt((drawn**2).mean(axis=1)), np.quantile(drawn, oracle.HIGH, axis=1)], axis=1)
+        return np.stack([np.sqrt((drawn**2).mean(axis=1)), np.quantile(drawn, verdict.HIGH, axis=1)], axis=1)
 
     looks, beyond = [], []
-    for number in range(oracle.LOOKS):
-        count = max(draws, oracle.LEAST_DRAWS if number else 1)
-        disturbed = [errors(oracle.MULTIPLE, oracle.MULTIPLE * flips) for _ in range(count)]
+    for number in range(verdict.LOOKS):
+        count = max(draws, verdict.LEAST_DRAWS if number else 1)
+        disturbed = [errors(verdict.MULTIPLE, verdict.MULTIPLE * flips) for _ in range(count)]
         looks.append((errors(1.0, flips), errors(fault, flips), np.max(disturbed, axis=0)))
-        judged = oracle.errors_and_limits(*(np.stack(part) for part in zip(*looks, strict=True)))
+        judged = verdict.errors_and_limits(*(np.stack(part) for part in zip(*looks, strict=True)))
         beyond.append(np.any([(error > limit).any(axis=1) for error, limit in judged.values()], axis=0))
     return beyond[0].mean(), np.all(beyond, axis=0).mean()
 
@@ -413,11 +412,11 @@ def test_what_errs_by_so_much_is_found_at_every_look(values, fault, flips, found
 
 
 def seen(candidate, explained=1e-6, reference=1e-6):
-    return oracle.Look(*(np.full(2, error) for error in (reference, candidate, explained)), 1e-6)
+    return verdict.Look(*(np.full(2, error) for error in (reference, candidate, explained)), 1e-6)
 
 
 def judged(name, looks):
-    return oracle.calibrated("loss", name, "fp32", looks)
+    return verdict.calibrated("loss", name, "fp32", looks)
 
 
 def test_a_line_fails_only_if_every_look_finds_it_wrong():
@@ -429,17 +428,17 @@ def test_a_line_fails_only_if_every_look_finds_it_wrong():
         return {name: seen(1e-6) if name == "unlucky" else seen(1e-4, 1.0 if number == 2 else 1e-6) for name in names}
 
     first = {"good": seen(1e-6), "unlucky": seen(1e-5), "wrong": seen(1e-4), "infinite": seen(np.nan)}
-    lines = {line.name: line for line in oracle.look_again(first, again, judged)}
+    lines = {line.name: line for line in verdict.look_again(first, again, judged)}
     assert [lines[name].verdict for name in first] == ["rounding", "rounding", "bug", "bug"]
     assert asked == [["unlucky", "wrong"], ["wrong"], ["wrong"]]
-    assert lines["wrong"].looks == oracle.LOOKS
+    assert lines["wrong"].looks == verdict.LOOKS
     assert "at 1 of 2 looks" in lines["unlucky"].note
     assert lines["good"].looks == lines["infinite"].looks == 1
 
 
 def test_what_nothing_was_measured_for_is_not_looked_at_again():
-    wrong = oracle.look([ORACLE], [noisy(ORACLE, 1e-6)], [noisy(ORACLE, 1e-3)], [])
-    lines = oracle.look_again({"x": wrong}, lambda *_: pytest.fail("looked again"), judged)
+    wrong = verdict.look([ORACLE], [noisy(ORACLE, 1e-6)], [noisy(ORACLE, 1e-3)], [])
+    lines = verdict.look_again({"x": wrong}, lambda *_: pytest.fail("looked again"), judged)
     assert [line.verdict for line in lines] == ["bug"]
 
 
@@ -668,7 +667,7 @@ def test_a_damaged_report_ends_in_a_sentence(text, tmp_path):
 
 def test_names_are_shown_as_they_are_and_control_characters_escaped():
     """A side's name may hold a module's; an array's, a file's."""
-    line = dataclasses.asdict(oracle.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
+    line = dataclasses.asdict(verdict.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
     rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
     sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
     saved = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}

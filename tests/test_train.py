@@ -30,6 +30,7 @@ from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
 from bit_jax.training import resources
 from bit_jax.training.loop import Begun, Loop
+from bit_jax.training.run import open_sources
 from bit_jax.training.timeline import Timeline
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
@@ -567,7 +568,7 @@ def test_evaluations_classes_are_trainings_by_name(coloured):
     """Their positions differ where evaluation lacks a class, and where another machine spells a name otherwise."""
     coloured("train", ["a", "b", "c", "\u00e9"])
     dataset = coloured("test", ["a", "c", "e\u0301"])
-    train_split, evaluation = train.open_sources(config_of("--dataset", dataset))
+    train_split, evaluation = open_sources(config_of("--dataset", dataset))
     assert list(evaluation.class_names) == list(train_split.class_names)
     assert evaluation.labels.tolist() == [0, 2, 3]
     assert [evaluation[index]["label"] for index in range(3)] == [0, 2, 3]

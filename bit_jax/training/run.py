@@ -45,6 +45,7 @@ class Run:
     Attributes:
         config: the flags; what they leave open is settled in `recipe`.
         recipe: resolution, mixup and schedule.
+        views: how images are shown in training and in evaluation.
         architecture: of the model, with a head for the dataset's classes.
         weight_file: the file to start from; None where the parameters are drawn by the seed.
         target: the devices, the precision, and how the model is executed there.
@@ -56,6 +57,7 @@ class Run:
 
     config: Config
     recipe: Recipe
+    views: input_pipeline.Views
     architecture: Architecture
     weight_file: Path | None
     target: Target
@@ -101,6 +103,7 @@ class Run:
         return cls(
             config=cfg,
             recipe=recipe,
+            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize),
             architecture=architecture,
             weight_file=weight_file,
             target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
@@ -117,10 +120,10 @@ class Run:
 
     def loader(self, source: input_pipeline.Source) -> input_pipeline.Loader:
         """Batches of this host, moved to its devices ahead of their use."""
-        recipe, data = self.recipe, self.config.data
+        data = self.config.data
         return input_pipeline.Loader(
             source,
-            input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize),
+            self.views,
             self.global_batch,
             self.config.run.seed,
             place=functools.partial(sharding.shard_batch, mesh=self.mesh),

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from parity.ladder import statistics
-from parity.ladder import verdict as oracle
+from parity.ladder import statistics, verdict
 from parity.ladder.ladder import Ladder, RungResult
-from parity.ladder.verdict import Line
+from parity.ladder.verdict import Line, Verdict
 
 
 def accuracy(ladder: Ladder) -> RungResult:
@@ -50,7 +49,7 @@ def accuracy(ladder: Ladder) -> RungResult:
         result.details = {}
         return result
     labels, other = (result.details.pop(f"{role}_labels") for role in ladder.sides)
-    result.lines.append(oracle.exact("accuracy", "labels", options.precision, labels, other))
+    result.lines.append(verdict.exact("accuracy", "labels", options.precision, labels, other))
     judged = compare_logits(logits["reference"], logits["candidate"], labels, options.margin / 100, options.precision)
     result.lines += judged.lines
     result.findings += judged.findings
@@ -71,14 +70,14 @@ def compare_logits(
     unexplained = [flip for flip in flipped if not flip["expected"]]
     equivalence = paired.equivalence(margin)
     finite = bool(np.isfinite(reference).all() and np.isfinite(candidate).all())
-    difference = oracle.relative_difference(reference, candidate)
-    verdict: oracle.Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
+    difference = verdict.relative_difference(reference, candidate)
+    judged: Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
     notes = [
         f"{len(flipped)} predictions differ, {len(unexplained)} by more than rounding explains",
         f"accuracy differs by {100 * paired.difference:+.4f} points, beyond the margin of {100 * margin:g}",
     ]
     lines = [
-        Line("accuracy", "logits", precision, verdict if finite else "bug", difference, np.inf, note=""),
+        Line("accuracy", "logits", precision, judged if finite else "bug", difference, np.inf, note=""),
         _fact("flipped predictions", precision, not unexplained, notes[0] if flipped else ""),
         _fact("equivalence", precision, equivalence != "refuted", notes[1] if equivalence == "refuted" else ""),
     ]
@@ -90,7 +89,6 @@ def compare_logits(
         "table": [[paired.both, paired.reference_only], [paired.candidate_only, paired.neither]],
         "difference": paired.difference,
         "interval": [low, high],
-        "interval90": list(paired.interval(0.90)),
         "mcnemar": paired.mcnemar(),
         "equivalence": equivalence,
         "examples_needed": paired.examples_needed(margin),

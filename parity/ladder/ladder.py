@@ -27,7 +27,7 @@ from parity.faults import FAULTS
 from parity.ladder.verdict import LEAST_DRAWS, Line, Verdict, relative_rmse, worst
 from parity.options import Options
 from parity.sides import classes, inputs
-from parity.sides.side import Side, parse_side
+from parity.sides.side import parse_side
 from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
@@ -287,7 +287,3 @@ def timed(rung: Any, ladder: Ladder) -> RungResult:
     result = rung(ladder)
     result.seconds = time.perf_counter() - start
     return result
-
-
-def side_names(sides: dict[str, Side]) -> dict[str, str]:
-    return {role: str(side) for role, side in sides.items()}

@@ -14,11 +14,11 @@ import numpy as np
 from bit_jax.training.hyperrule import resolution
 from bit_jax.training.steps import FIRST_SCALE
 from input_pipeline.preprocess import Views
-from parity.ladder import verdict as oracle
+from parity.ladder import verdict
 from parity.ladder.accuracy import accuracy
 from parity.ladder.attestation import PRODUCTS
 from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
-from parity.ladder.verdict import GATE, MULTIPLE, Line
+from parity.ladder.verdict import LIMIT, MULTIPLE, Line
 from parity.sides import inputs
 from parity.sides.worker import Arrays
 
@@ -39,7 +39,7 @@ def weights(ladder: Ladder) -> RungResult:
     """Every array through both loaders."""
     reference, candidate = ladder.both("fp64", "weights")
     lines = [
-        oracle.exact("weights", key, "fp64", reference[key], candidate[key])
+        verdict.exact("weights", key, "fp64", reference[key], candidate[key])
         for key in reference.names
         if key in candidate
     ]
@@ -56,7 +56,7 @@ def pixels(ladder: Ladder) -> RungResult:
     draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
     shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
     reference, candidate = ladder.both("fp64", "pixels", epochs=EPOCHS, draws=draws, **shared)
-    lines = _gate("pixels", _single(reference), _single(candidate), fail_fast=options.fail_fast)
+    lines = _in_float64("pixels", _single(reference), _single(candidate), fail_fast=options.fail_fast)
     return RungResult("pixels", lines + _absent("pixels", "fp64", reference, candidate))
 
 
@@ -159,7 +159,7 @@ def curve(ladder: Ladder) -> RungResult:
         differentiates=True,
     )
     reference, candidate = result.details["losses"]["fp64"]
-    apart = np.abs(np.subtract(reference, candidate)) > GATE * np.abs(reference)
+    apart = np.abs(np.subtract(reference, candidate)) > LIMIT * np.abs(reference)
     if result.verdict == "bug" and apart.any():
         step = int(np.argmax(apart))
         result.findings.append(
@@ -207,7 +207,7 @@ def _judge(
     """
     precision, fail_fast = ladder.options.precision, ladder.options.fail_fast
     reference, candidate = ladder.both("fp64", task, **arguments(0))
-    lines = _gate(rung, group(reference), group(candidate), fail_fast=fail_fast)
+    lines = _in_float64(rung, group(reference), group(candidate), fail_fast=fail_fast)
 
     def grown(look: int, doubtful: Sequence[str]) -> dict[str, tuple[float, float]]:
         return _growth(ladder, task, arguments(look), look, doubtful)
@@ -215,7 +215,7 @@ def _judge(
     beyond = [line.name for line in lines if line.verdict == "bug" and np.isfinite(line.difference)]
     if chaotic and beyond:
         again = _telling(ladder, grown)
-        judged = oracle.look_again(grown(0, beyond), again, lambda name, looks: _allow_for_growth(rung, name, looks))
+        judged = verdict.look_again(grown(0, beyond), again, lambda name, looks: _allow_for_growth(rung, name, looks))
         allowed = {line.name: line for line in judged}
         lines = [allowed.get(line.name, line) for line in lines]
     result = RungResult(rung, lines + _absent(rung, "fp64", reference, candidate))
@@ -230,13 +230,13 @@ def _judge(
             return {}
         return {"scale": min(_loss_scales(ladder, task, arguments(look)).values())}
 
-    def measured(look: int, doubtful: Sequence[str] | None = None) -> dict[str, oracle.Look]:
+    def measured(look: int, doubtful: Sequence[str] | None = None) -> dict[str, verdict.Look]:
         return _look(ladder, task, arguments(look), scaled(look), group, look, doubtful, disturb=disturb)
 
-    lines = oracle.look_again(
+    lines = verdict.look_again(
         measured(0),
         _telling(ladder, measured),
-        lambda name, looks: oracle.calibrated(rung, name, precision, looks),
+        lambda name, looks: verdict.calibrated(rung, name, precision, looks),
     )
     if scaled(0):
         lines.insert(0, line := _scale_line(rung, precision, _loss_scales(ladder, task, arguments(0))))
@@ -273,7 +273,7 @@ def _look(
     names: Sequence[str] | None,
     *,
     disturb: bool,
-) -> dict[str, oracle.Look]:
+) -> dict[str, verdict.Look]:
     """One look in the precision asked for, where the task is told `scaled` too; at the arrays of those names, or
     all."""
     exact = group(ladder.ask("reference", "fp64", task, **arguments).arrays)
@@ -283,7 +283,7 @@ def _look(
         group(arrays) for arrays in ladder.both(ladder.options.precision, task, **arguments, **scaled)
     )
     return {
-        name: oracle.look(
+        name: verdict.look(
             _read(batches), _read(reference[name]), _read(candidate[name]), [_read(other[name]) for other in others]
         )
         for name, batches in exact.items()
@@ -317,19 +317,18 @@ def _scale_line(rung: str, precision: str, scales: dict[str, float]) -> Line:
         note = (
             f"gradients are finite up to a loss scale of {reference:g} on the reference, {candidate:g} on the candidate"
         )
-    verdict = "equal" if apart == 1 else "rounding" if apart <= SCALES_APART else "bug"
-    return Line(rung, LOSS_SCALE, precision, verdict, apart - 1, SCALES_APART - 1, note=note)
+    judged = "equal" if apart == 1 else "rounding" if apart <= SCALES_APART else "bug"
+    return Line(rung, LOSS_SCALE, precision, judged, apart - 1, SCALES_APART - 1, note=note)
 
 
-def _gate(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:
+def _in_float64(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:
     """A line a name: the worst of its batches."""
     lines = []
     for name, batches in reference.items():
         if name not in candidate:
             continue
-        of_batches = [
-            oracle.gate(rung, name, ours(), theirs()) for ours, theirs in zip(batches, candidate[name], strict=True)
-        ]
+        pairs = zip(batches, candidate[name], strict=True)
+        of_batches = [verdict.in_float64(rung, name, ours(), theirs()) for ours, theirs in pairs]
         lines.append(max(of_batches, key=lambda line: (line.verdict == "bug", line.difference)))
         if fail_fast and lines[-1].verdict == "bug":
             break
@@ -344,21 +343,21 @@ def _growth(
     disturbed = ladder.disturbed(task, DISTURBED_ULPS * ULP["fp64"], number, **arguments)
     return {
         name: (
-            oracle.relative_difference(reference[name], candidate[name]),
-            max(oracle.relative_difference(reference[name], arrays[name]) for arrays in disturbed),
+            verdict.relative_difference(reference[name], candidate[name]),
+            max(verdict.relative_difference(reference[name], arrays[name]) for arrays in disturbed),
         )
         for name in names
     }
 
 
 def _allow_for_growth(rung: str, name: str, looks: Sequence[tuple[float, float]]) -> Line:
-    """The verdict on an array beyond the gate."""
+    """The verdict on an array beyond the limit of float64."""
     difference = min(apart for apart, _ in looks)
     grown = sorted(grown for _, grown in looks)[(len(looks) - 1) // 2]
-    limit = max(grown, GATE)
+    limit = max(grown, LIMIT)
     note = f"{DISTURBED_ULPS:g} ulp of float64 grow to {grown:.1e} here; a lower --base-lr would tell more"
-    verdict = "rounding" if difference <= limit else "bug"
-    return Line(rung, name, "fp64", verdict, difference, limit, disturbed_error=grown, note=note, looks=len(looks))
+    judged = "rounding" if difference <= limit else "bug"
+    return Line(rung, name, "fp64", judged, difference, limit, disturbed_error=grown, note=note, looks=len(looks))
 
 
 def _absent(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> list[Line]:
@@ -382,13 +381,13 @@ def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
         if any(site not in side for side in forced):
             continue
         if precision == "fp64":
-            errors[site] = oracle.relative_difference(exact[site], forced[1][site])
-            wrong = not errors[site] <= GATE
+            errors[site] = verdict.relative_difference(exact[site], forced[1][site])
+            wrong = not errors[site] <= LIMIT
         else:
             reference, candidate = forced
-            look = oracle.look([exact[site]], [reference[site]], [candidate[site]], [])
-            line = oracle.calibrated("forward", site, precision, [look])
-            errors[site] = oracle.relative_rmse(exact[site], forced[1][site])
+            look = verdict.look([exact[site]], [reference[site]], [candidate[site]], [])
+            line = verdict.calibrated("forward", site, precision, [look])
+            errors[site] = verdict.relative_rmse(exact[site], forced[1][site])
             wrong = line.verdict == "bug"
         if wrong:
             guilty.append(site)

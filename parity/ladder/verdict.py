@@ -13,8 +13,8 @@ import numpy as np
 
 Verdict = Literal["equal", "rounding", "bug"]
 
-GATE = 1e-9
-GATE_REASON = (
+LIMIT = 1e-9
+LIMIT_REASON = (
     "float64 rounding (1.1e-16) grown over a network of 150 layers and its gradient is seen below 1e-10; "
     "the mildest known faults, a wrong epsilon or weight decay, move an array by 1e-6"
 )
@@ -77,8 +77,8 @@ def exact(rung: str, name: str, precision: str, reference: np.ndarray, candidate
     return Line(rung, name, precision, "equal" if same else "bug", difference, 0.0)
 
 
-def gate(
-    rung: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, limit: float = GATE, note: str = ""
+def in_float64(
+    rung: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, limit: float = LIMIT, note: str = ""
 ) -> Line:
     """Judges an array in float64, where any difference above the limit is a bug."""
     if shapes := _shapes(reference, candidate):

@@ -19,7 +19,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError, Source
 from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
-from parity.ladder.verdict import GATE, MULTIPLE
+from parity.ladder.verdict import LIMIT, MULTIPLE
 from parity.report import saved as reports
 from parity.sides.images import decode
 
@@ -128,7 +128,7 @@ def _by_depth(figure: Figure, rung: dict, precision: str) -> None:
     sites = list(dict.fromkeys(line["name"] for line in rung["lines"]))
     place = {site: index for index, site in enumerate(sites)}
     _line(axes, place, gate, "difference", "black", "float64: reference and candidate apart")
-    axes.axhline(GATE, color="black", linestyle=":", linewidth=1, label=f"float64 limit {GATE:.0e}")
+    axes.axhline(LIMIT, color="black", linestyle=":", linewidth=1, label=f"float64 limit {LIMIT:.0e}")
     judged = [line for line in rung["lines"] if line["precision"] == precision and line["reference_error"] is not None]
     for who, colour in COLOURS.items():
         _line(axes, place, judged, f"{who}_error", colour, f"{precision}: {who}")

@@ -25,7 +25,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json, replacing, write_json
 from input_pipeline.terminal import printable
 from parity.ladder.ladder import ROLES, Ladder, RungResult
-from parity.ladder.verdict import GATE, GATE_REASON, HIGH, MULTIPLE, MULTIPLE_REASON, SLACK, worst
+from parity.ladder.verdict import HIGH, LIMIT, LIMIT_REASON, MULTIPLE, MULTIPLE_REASON, SLACK, worst
 
 VERSION = 2
 RUNS = Path("runs/parity")
@@ -47,8 +47,8 @@ def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult]
         "precision": ladder.options.precision,
         "attestation": attestation,
         "judged_by": {
-            "float64 limit": GATE,
-            "float64 reason": GATE_REASON,
+            "float64 limit": LIMIT,
+            "float64 reason": LIMIT_REASON,
             "multiple": MULTIPLE,
             "multiple reason": MULTIPLE_REASON,
             "slack": SLACK,
@@ -177,13 +177,13 @@ def show(report: Report, console: Console) -> None:
     table.add_column("rung")
     table.add_column("verdict")
     table.add_column("arrays", justify="right")
-    table.add_column(f"float64: furthest apart ({GATE:.0e} allowed)")
+    table.add_column(f"float64: furthest apart ({LIMIT:.0e} allowed)")
     if precision != "fp64":
         table.add_column(_plain(f"{precision} error: {names[0]} / {names[1]} (allowed)"))
     table.add_column("s", justify="right")
     for rung in report["rungs"]:
         verdict = rung["verdict"]
-        cells = [rung["name"], Text(verdict, COLOURS[verdict]), str(rung["arrays"]), _plain(_gate_cell(rung))]
+        cells = [rung["name"], Text(verdict, COLOURS[verdict]), str(rung["arrays"]), _plain(_float64_cell(rung))]
         cells += [_plain(_precision_cell(rung, precision))] if precision != "fp64" else []
         table.add_row(*cells, f"{rung['seconds']:.1f}")
     console.print(table)
@@ -291,7 +291,7 @@ def short(name: str) -> str:
     return name.replace("resnet/", "").replace("standardized_conv2d/", "")
 
 
-def _gate_cell(rung: dict) -> str:
+def _float64_cell(rung: dict) -> str:
     lines = [line for line in rung["lines"] if line["precision"] == "fp64" and float(line["limit"]) < math.inf]
     if not lines:
         return ""

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,6 @@ class Arrays:
 
     def close(self) -> None:
         self._file.close()
-
-    def under(self, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name without the prefix, array) for names with the prefix."""
-        for name in self.names:
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), self[name]
 
 
 class Worker:

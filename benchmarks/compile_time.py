@@ -22,18 +22,17 @@ RESULTS = Path(__file__).parent / "results" / "compile_time.json"
 
 def once(device: str, remat: str) -> dict[str, float]:
     """Seconds of each phase, in this process."""
-    from bit_jax import plan
+    from bit_jax.plan import compilation
+    from bit_jax.plan.request import Request
     from bit_jax.scale.sharding import make_mesh
-    from bit_jax.training import hyperrule, program
+    from bit_jax.training import program
 
-    request = plan.Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
+    request = Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
     if device == "cpu":
-        cfg, mesh = request.config(), make_mesh()
-        recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
-        architecture = request.architecture()
+        cfg, recipe, architecture, mesh = request.config(), request.recipe(), request.architecture(), make_mesh()
         steps = program.make_steps(cfg, recipe, architecture, global_batch=request.batch_per_device, mesh=mesh)
     else:
-        steps, mesh = request.steps(plan.UNLIMITED)
+        steps, mesh = compilation.steps_on_gpus(request, compilation.UNLIMITED)
     start = time.perf_counter()
     lowered = steps.lower_train_step()
     traced = time.perf_counter()

@@ -40,15 +40,14 @@ def once(point: dict[str, Any]) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from bit_jax import plan
+    from bit_jax.plan.request import Request
     from bit_jax.scale.sharding import make_mesh
-    from bit_jax.training import hyperrule, program
+    from bit_jax.training import program
 
-    request = plan.Request(
+    request = Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
     )
-    cfg, mesh = request.config(), make_mesh(jax.devices()[:1])
-    recipe = hyperrule.recipe(cfg, train_examples=plan.IMAGENET_EXAMPLES, native_area=plan.IMAGENET_AREA)
+    cfg, recipe, mesh = request.config(), request.recipe(), make_mesh(jax.devices()[:1])
     made = program.make_steps(cfg, recipe, request.architecture(), global_batch=point["batch"], mesh=mesh)
     step = made.lower_train_step().compile(compiler_options=program.compiler_options(mesh))
 

@@ -17,11 +17,12 @@ import jax
 import tyro
 
 import input_pipeline
-from bit_jax import config, doctor, zoo
+from bit_jax import config, doctor
 from bit_jax.compiled import profile
 from bit_jax.model import weights
 from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import param_dtype
+from bit_jax.published import fetch, locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, hyperrule, loop, resources
 from bit_jax.training import run as finetune
@@ -54,7 +55,7 @@ def keep_compiled_programs() -> None:
     """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
-            jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
+            jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
 
 
 def run(cfg: config.Config) -> dict:
@@ -68,7 +69,7 @@ def run(cfg: config.Config) -> dict:
         microbatches=cfg.scale.microbatches,
     )
     if not starts_from_nothing(cfg.model):
-        zoo.located(cfg.model.model)  # a wrong name is said before anything is read or fetched
+        locate.resolve(cfg.model.model)  # a wrong name is said before anything is read or fetched
     train, validation = open_sources(cfg)
     native_area, notes = None, []
     if hyperrule.needs_native_area(cfg):
@@ -124,7 +125,7 @@ def examine(cfg: config.Config) -> None:
     sources = open_sources(cfg)
     inputs = {source.name: input_pipeline.fingerprint(source) for source in sources}
     if not starts_from_nothing(cfg.model):
-        inputs["weights"] = doctor.file_fingerprint(zoo.find(cfg.model.model))
+        inputs["weights"] = doctor.file_fingerprint(locate.weight_file(cfg.model.model))
     architecture, _ = initial_model(cfg, num_classes=len(sources[0].class_names))
     doctor.examine(cfg, inputs, needs(cfg, architecture, Workdir.of(cfg), sources))
 
@@ -166,7 +167,7 @@ def initial_model(
     if starts_from_nothing(cfg.model):
         architecture = Architecture.parse(name, num_classes)
     else:
-        architecture, arrays = weights.read(zoo.find(name), num_classes=num_classes)
+        architecture, arrays = weights.read(locate.weight_file(name), num_classes=num_classes)
 
     def read(like: weights.Params) -> weights.Params:
         shapes = weights.flatten(like)

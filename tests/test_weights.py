@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bit_jax
-from bit_jax import zoo
 from bit_jax.model import weights
 from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
 from bit_jax.model.weights import WeightsError
+from bit_jax.published import catalogue
 from input_pipeline.errors import RequestError
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", catalogue.ARCHITECTURES)
 def test_layout_is_the_models_own_tree(name):
     architecture = Architecture.parse(name, 1000)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)

@@ -6,8 +6,8 @@ from bit_jax.compiled.gpus import Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.resnetv2 import Remat
+from bit_jax.published import catalogue
 from bit_jax.training import hyperrule
-from bit_jax.zoo import published
 from input_pipeline.errors import RequestError
 
 IMAGENET_EXAMPLES, IMAGENET_AREA = 1_281_167, 400 * 350
@@ -55,7 +55,7 @@ class Request:
 
     def architecture(self) -> Architecture:
         """Raises RequestError where `model` is neither a published name nor an architecture."""
-        name = known.architecture if (known := published(self.model)) else self.model
+        name = published.architecture if (published := catalogue.lookup(self.model)) else self.model
         if not Architecture.is_name(name):
             raise RequestError(f"unknown --model {self.model!r}; write a published name or R<depth>x<width>")
         return Architecture.parse(name, self.classes)

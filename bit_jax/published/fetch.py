@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from bit_jax.model import formats, weights
+from bit_jax.model.archive import AGAIN
 from bit_jax.model.weights import WeightsError
 from bit_jax.published.catalogue import PublishedFile, base_url
 from bit_jax.published.download import Part, download
@@ -117,7 +118,7 @@ def _verify(file: PublishedFile, part: Part, announced: Announced) -> None:
         for _ in arrays:
             pass
     except WeightsError as error:
-        reason = str(error).removesuffix(f"; {weights.AGAIN}").replace(f"{part.path} ", "it ")
+        reason = str(error).removesuffix(f"; {AGAIN}").replace(f"{part.path} ", "it ")
         raise FetchError(f"what {url} sends is not {file.promised}: {reason}; {NOTHING_KEPT}") from None
     if architecture != file.promised:
         raise FetchError(f"{url} sends {architecture}, not {file.promised} as its name promises; {NOTHING_KEPT}")

@@ -22,11 +22,15 @@ RESULTS = Path(__file__).parent / "results" / "compile_time.json"
 
 def once(device: str, remat: str) -> dict[str, float]:
     """Seconds of each phase, in this process."""
-    from bit_jax import plan
+    from bit_jax.plan import compilation
+    from bit_jax.plan.request import Request
     from bit_jax.scale.sharding import make_mesh
 
-    request = plan.Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
-    steps = request.steps_on(make_mesh()) if device == "cpu" else request.steps(plan.UNLIMITED)
+    request = Request(model="R152x2", device="a100-40g" if device == "cpu" else device, remat=remat)
+    if device == "cpu":
+        steps = compilation.steps_on(request, make_mesh())
+    else:
+        steps = compilation.steps_on_gpus(request, compilation.UNLIMITED)
     start = time.perf_counter()
     lowered = steps.lower_train_step()
     traced = time.perf_counter()

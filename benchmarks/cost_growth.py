@@ -40,13 +40,14 @@ def once(point: dict[str, Any]) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from bit_jax import plan
+    from bit_jax.plan.compilation import steps_on
+    from bit_jax.plan.request import Request
     from bit_jax.scale.sharding import make_mesh
 
-    request = plan.Request(
+    request = Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
     )
-    made = request.steps_on(make_mesh(jax.devices()[:1]))
+    made = steps_on(request, make_mesh(jax.devices()[:1]))
     step = made.lower_train_step().compile(compiler_options=made.target.compiler_options)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:

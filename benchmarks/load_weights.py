@@ -17,9 +17,9 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from bit_jax import zoo
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
+from bit_jax.published.catalogue import ARCHITECTURES
 from input_pipeline import terminal
 from input_pipeline.files import write_json
 
@@ -46,7 +46,7 @@ print(time.perf_counter() - start, (resident_kib() - before) * 1024)
 """
 
 
-def main(architectures: tuple[str, ...] = zoo.ARCHITECTURES, rounds: int = 5, json_path: Path | None = None) -> None:
+def main(architectures: tuple[str, ...] = ARCHITECTURES, rounds: int = 5, json_path: Path | None = None) -> None:
     """Measures and prints the table.
 
     Args:

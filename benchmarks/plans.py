@@ -15,7 +15,8 @@ import jax
 import tyro
 
 from bit_jax.compiled.gpus import GIB
-from bit_jax.plan import HOSTS, Request, demands
+from bit_jax.plan.estimate import HOSTS, demands
+from bit_jax.plan.request import Request
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json

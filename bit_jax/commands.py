@@ -32,7 +32,7 @@ def predict() -> int:
 
 def plan() -> int:
     """Compiles a training step for GPUs and says what memory and time it would take there."""
-    from bit_jax.plan import main
+    from bit_jax.plan.__main__ import main
 
     return exit_code(main)
 

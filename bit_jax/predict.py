@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from bit_jax import zoo
 from bit_jax.model import weights
 from bit_jax.model.class_names import imagenet1k, in_words
 from bit_jax.model.fine_tuned import described
+from bit_jax.published import locate
 from bit_jax.training import hyperrule, steps
 from input_pipeline import DatasetError, Views, read_image_file
 from input_pipeline.errors import RequestError
@@ -56,7 +56,7 @@ def predict_files(
         raise RequestError("no image to predict; name at least one image file")
     if size is not None and size <= 0:
         raise RequestError(f"--size {size} must be greater than 0")
-    path = zoo.find(weights)
+    path = locate.weight_file(weights)
     for image, predictions in predict(path, images, size=size):
         print(printable(image))
         for prediction in predictions:

@@ -18,9 +18,10 @@ import jax
 import tyro
 
 import input_pipeline
-from bit_jax import config, doctor, zoo
+from bit_jax import config, doctor
 from bit_jax.compiled import profile
 from bit_jax.model.precision import choose
+from bit_jax.published import fetch
 from bit_jax.scale import hosts
 from bit_jax.training import figures, run
 from bit_jax.training.workdir import Workdir
@@ -52,7 +53,7 @@ def keep_compiled_programs() -> None:
     """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
-            jax.config.update("jax_compilation_cache_dir", str(zoo.cache_dir() / "xla"))
+            jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
 
 
 def examine(cfg: config.Config) -> None:

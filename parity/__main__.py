@@ -14,18 +14,17 @@ import numpy as np
 import tyro
 from rich.text import Text
 
-from input_pipeline import terminal
 from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
-from input_pipeline.terminal import printable
+from input_pipeline.terminal import console, printable
 from parity.ladder import rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
 from parity.ladder.selftest import selftest
 from parity.options import Options
-from parity.report import saved as report
+from parity.report import junit, saved, terminal
 from parity.report.difference import difference
 from parity.throughput import convolutions, measure
 
@@ -73,13 +72,13 @@ def compare(options: Options, names: Sequence[str]) -> bool:
     """Runs rungs, prints and saves the report; whether all hold."""
     for path in (options.json, options.html, options.junit):
         if path is not None:
-            report.writable(path)
-    with report.owned(options.run) as folder:
+            saved.writable(path)
+    with saved.owned(options.run) as folder:
         return _compare(options, names, folder)
 
 
 def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
-    console, progress = terminal.console(), terminal.console(stderr=True)
+    output, progress = console(), console(stderr=True)
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
         attestation = attest(ladder, rungs=names)
@@ -93,13 +92,13 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
             if result.verdict == "bug":
                 break
-        built = report.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
-    report.save(built, results, folder)
-    built = report.load(folder)
-    _write_forms(built, folder, options.json, options.html, options.junit)
-    report.show(built, console)
-    console.print(f"{printable(folder)}: report.json, report.html")
-    return built["holds"]
+        report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
+    saved.save(report, results, folder)
+    report = saved.load(folder)
+    _write_forms(report, folder, options)
+    terminal.show(report, output)
+    output.print(f"{printable(folder)}: report.json, report.html")
+    return report["holds"]
 
 
 def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
@@ -109,7 +108,7 @@ def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
         faults: only these; none: all.
         clean: also require that untouched pairs of several depths, widths and image sizes pass.
     """
-    return selftest(faults, clean=clean, console=terminal.console())
+    return selftest(faults, clean=clean, console=console())
 
 
 def run_throughput(measurement: Measurement) -> bool:
@@ -140,59 +139,66 @@ def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, marg
     """
     from parity.report import page
 
-    saved = report.load(run)
+    report = saved.load(run)
     if margin is not None:
-        saved = _rejudged(saved, report.load_logits(run), margin)
+        report = _rejudged(report, saved.load_logits(run), margin)
     if html is not None:
-        page.write(saved, html, report.load_logits(run) if (run / "logits.npz").exists() else None)
-    report.show(saved, terminal.console())
-    return saved["holds"]
+        page.write(report, html, _logits(run))
+    terminal.show(report, console())
+    return report["holds"]
 
 
 def diff(before: tyro.conf.Positional[UserPath], after: tyro.conf.Positional[UserPath], margin: float = 0.1) -> bool:
     """What changed from one saved run to another: attestation, verdicts, errors, and each candidate's predictions.
 
     Args:
-        before, after: folders of saved runs.
+        before: folder of the earlier saved run.
+        after: folder of the later saved run.
         margin: percentage points within which two accuracies count as the same.
     """
-    console = terminal.console()
-    better = difference(report.load(before), report.load(after), console)
+    output = console()
+    better = difference(saved.load(before), saved.load(after), output)
     if not all((run / "logits.npz").exists() for run in (before, after)):
         return better
-    old, new = report.load_logits(before), report.load_logits(after)
+    old, new = saved.load_logits(before), saved.load_logits(after)
     if not (np.array_equal(old["ids"], new["ids"]) and np.array_equal(old["labels"], new["labels"])):
-        console.print("the two evaluated different images; their predictions are not compared")
+        output.print("the two evaluated different images; their predictions are not compared")
         return better
     judged = compare_logits(old["candidate"], new["candidate"], old["labels"], margin / 100, "fp32")
-    console.print("the candidate's predictions, before (as the reference) and after (as the candidate):")
-    for sentence in report.accuracy_sentences(judged.details | {"margin": margin}):
-        console.print(f"  {printable(sentence)}")
+    output.print("the candidate's predictions, before (as the reference) and after (as the candidate):")
+    for sentence in terminal.accuracy_sentences(judged.details | {"margin": margin}):
+        output.print(f"  {printable(sentence)}")
     return better and judged.verdict != "bug"
 
 
-def _rejudged(saved: report.Report, logits: dict[str, np.ndarray], margin: float) -> report.Report:
-    """The report with the accuracy rung's verdicts at another margin."""
+def _rejudged(report: saved.Report, logits: dict[str, np.ndarray], margin: float) -> saved.Report:
+    """Returns the report with the accuracy rung's verdicts at another margin."""
     judged = compare_logits(
-        logits["reference"], logits["candidate"], logits["labels"], margin / 100, saved["precision"]
+        logits["reference"], logits["candidate"], logits["labels"], margin / 100, report["precision"]
     )
-    return report.with_accuracy(saved, judged, margin)
+    return saved.with_accuracy(report, judged, margin)
 
 
-def _write_forms(built: report.Report, folder: Path, json: Path | None, html: Path | None, junit: Path | None) -> None:
+def _logits(run: Path) -> dict[str, np.ndarray] | None:
+    """Reads the logits of a saved run that has an accuracy rung."""
+    return saved.load_logits(run) if (run / "logits.npz").exists() else None
+
+
+def _write_forms(report: saved.Report, folder: Path, options: Options) -> None:
+    """Writes the page into the run's folder, and every other form that was asked for."""
     from parity.report import page
 
-    logits = report.load_logits(folder) if (folder / "logits.npz").exists() else None
-    for path in (folder / "report.html", html):
+    logits = _logits(folder)
+    for path in (folder / "report.html", options.html):
         if path is not None:
-            page.write(built, path, logits)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json, built)
-    if junit is not None:
-        junit.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(junit) as file:
-            file.write(report.junit(built))
+            page.write(report, path, logits)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, report)
+    if options.junit is not None:
+        options.junit.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(options.junit) as file:
+            file.write(junit.to_xml(report))
 
 
 if __name__ == "__main__":

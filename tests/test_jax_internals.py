@@ -18,7 +18,7 @@ PRIVATE = {"bit_jax/scale/jax_internals.py": {"jax._src"}}
 EXPERIMENTAL = {
     "bit_jax/scale/hosts.py": {"jax.experimental"},  # multihost_utils
     "bit_jax/scale/sharding.py": {"jax.experimental.layout"},
-    "bit_jax/plan.py": {"jax.experimental"},  # topologies
+    "bit_jax/plan/compilation.py": {"jax.experimental"},  # topologies
     "bit_jax/training/program.py": {"jax.experimental.compilation_cache"},
     "tests/test_program.py": {"jax.experimental.layout"},
 }

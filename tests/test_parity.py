@@ -26,7 +26,7 @@ from parity.ladder import selftest
 from parity.ladder.ladder import Ladder
 from parity.ladder.selftest import climb, first_bug, inject
 from parity.options import Options
-from parity.report import saved as report
+from parity.report import saved
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "2", "--disturbances", "3", "--steps", "6", "--warmup-steps", "2"]
@@ -63,32 +63,32 @@ def test_all_holds_and_says_so_in_every_form(whole_run):
     done, folder = whole_run
     assert done.returncode == 0, done.stdout + done.stderr
     assert "HOLDS: jax and torch compute the same" in done.stdout
-    saved = json.loads((folder / "r.json").read_text())
-    assert saved == json.loads((folder / "run" / "report.json").read_text())
-    assert [rung["name"] for rung in saved["rungs"]] == [
+    report = json.loads((folder / "r.json").read_text())
+    assert report == json.loads((folder / "run" / "report.json").read_text())
+    assert [rung["name"] for rung in report["rungs"]] == [
         *("weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy")
     ]
-    lines = {(line["name"], line["precision"]) for rung in saved["rungs"] for line in rung["lines"]}
+    lines = {(line["name"], line["precision"]) for rung in report["rungs"] for line in rung["lines"]}
     for key in random_weights(SMALL):
         assert {(key, "fp64"), (key, "fp32")} <= lines  # as a weight and as a gradient
     sites = ["root_block", *(f"block{stage}/unit01" for stage in range(1, 5)), "logits"]
-    forward = [line["name"] for line in saved["rungs"][2]["lines"] if line["precision"] == "fp64"]
+    forward = [line["name"] for line in report["rungs"][2]["lines"] if line["precision"] == "fp64"]
     assert forward == sites
     cases = ET.parse(folder / "r.xml").getroot().iter("testcase")
-    assert sum(1 for _ in cases) == sum(len(rung["lines"]) for rung in saved["rungs"])
+    assert sum(1 for _ in cases) == sum(len(rung["lines"]) for rung in report["rungs"])
     logits = np.load(folder / "run" / "logits.npz")
     assert logits["reference"].shape == logits["candidate"].shape == (50, 10)
 
 
 @pytest.mark.slow
 def test_attestation_says_what_is_in_force(whole_run):
-    saved = report.load(whole_run[1] / "run")
-    assert saved["attestation"]["mismatches"] == []
+    report = saved.load(whole_run[1] / "run")
+    assert report["attestation"]["mismatches"] == []
     for precision, kind in (("fp64", "float64"), ("fp32", "float32")):
-        for entries in saved["attestation"]["sides"][precision].values():
+        for entries in report["attestation"]["sides"][precision].values():
             assert entries["matrix products"] == entries["convolution products"] == kind
             assert entries["group norm eps"] == 1e-5
-    torch, jax = saved["attestation"]["sides"]["fp32"].values()
+    torch, jax = report["attestation"]["sides"]["fp32"].values()
     assert torch["weights sha256"] == jax["weights sha256"]
     assert "torch" in torch["versions"]
     assert "jax" in jax["versions"]
@@ -110,7 +110,7 @@ def test_show_prints_a_saved_run_and_judges_it_at_another_margin(whole_run, tmp_
 def test_diff_finds_what_changed_between_two_runs(whole_run, tmp_path):
     run = whole_run[1] / "run"
     assert "nothing changed" in parity("diff", run, run).stdout
-    changed = report.load(run)
+    changed = saved.load(run)
     changed["attestation"]["sides"]["fp32"]["candidate"]["versions"]["jax"] = "9.9"
     line = changed["rungs"][2]["lines"][3]
     line["verdict"], line["difference"] = "bug", 1e-3
@@ -201,10 +201,10 @@ def test_one_jax_configuration_against_another(small_npz, tmp_path):
     flags = ["--weights", small_npz, *QUICK, "--rows", "8", "--precision", "fp64", "--run", tmp_path / "run"]
     done = parity("curve", *sides, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    saved = report.load(tmp_path / "run")
-    assert saved["sides"]["candidate"] == candidate
-    assert {line["verdict"] for line in saved["rungs"][0]["lines"]} <= {"equal", "rounding"}
-    assert saved["attestation"]["sides"]["fp64"]["candidate"]["topology"]["devices"] == 4
+    report = saved.load(tmp_path / "run")
+    assert report["sides"]["candidate"] == candidate
+    assert {line["verdict"] for line in report["rungs"][0]["lines"]} <= {"equal", "rounding"}
+    assert report["attestation"]["sides"]["fp64"]["candidate"]["topology"]["devices"] == 4
 
 
 @pytest.mark.slow
@@ -291,10 +291,10 @@ def test_accuracy_counts_classes_by_their_names(small_npz, tmp_path):
     flags = ["--weights", weights_folder / "w.npz", "--size", "32", "--rows", "2", "--dataset", f"folder:{dataset}"]
     done = parity("accuracy", *flags, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    saved = report.load(tmp_path / "run")
+    report = saved.load(tmp_path / "run")
     assert np.load(tmp_path / "run" / "logits.npz")["labels"].tolist() == [1, 1, 2, 2]
-    assert "by name" in saved["attestation"]["classes"]["test"]
-    assert saved["rungs"][0]["details"]["size"] == 24
+    assert "by name" in report["attestation"]["classes"]["test"]
+    assert report["rungs"][0]["details"]["size"] == 24
     (dataset / "test" / "z").mkdir()
     Image.new("RGB", (8, 8)).save(dataset / "test" / "z" / "0.png")
     with unittest.mock.patch("parity.ladder.ladder.Worker") as started:
@@ -306,7 +306,7 @@ def test_accuracy_counts_classes_by_their_names(small_npz, tmp_path):
 
 
 def test_a_folder_that_another_comparison_writes_is_refused_at_the_start(tmp_path):
-    with report.owned(tmp_path / "run"):
+    with saved.owned(tmp_path / "run"):
         done = parity("weights", "--run", tmp_path / "run")
     assert done.returncode == 2
     assert "in use by process" in done.stderr
@@ -401,8 +401,8 @@ def test_narrow_formats_are_judged_against_float64_too(small_npz, tmp_path, prec
     flags = ["--weights", small_npz, *QUICK, "--precision", precision, "--run", tmp_path / "run"]
     done = parity("forward", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    saved = report.load(tmp_path / "run")
-    errors = [line["candidate_error"] for line in saved["rungs"][0]["lines"] if line["precision"] == precision]
+    report = saved.load(tmp_path / "run")
+    errors = [line["candidate_error"] for line in report["rungs"][0]["lines"] if line["precision"] == precision]
     assert min(errors) > least  # float32 would err by 1e-7
-    for entries in saved["attestation"]["sides"][precision].values():
+    for entries in report["attestation"]["sides"][precision].values():
         assert entries["matrix products"] == entries["convolution products"] == kind

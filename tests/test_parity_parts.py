@@ -32,7 +32,8 @@ from parity.ladder import ladder, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
 from parity.ladder.statistics import Paired
 from parity.options import Options
-from parity.report import saved as report
+from parity.report import saved
+from parity.report.terminal import show
 from parity.sides import classes, images, inputs
 from parity.sides.side import Side, parse_side
 from parity.throughput import report as throughput_report
@@ -633,34 +634,34 @@ def test_pytorchs_images_are_files_of_the_known_formats(tmp_path):
 
 def test_a_run_folder_has_one_owner_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with report.owned(None) as first, report.owned(None) as second:
+    with saved.owned(None) as first, saved.owned(None) as second:
         assert first != second
     assert not Path("runs").exists()
-    with report.owned(Path("a/b")), pytest.raises(RequestError, match="in use by process"), report.owned(Path("a/b")):
+    with saved.owned(Path("a/b")), pytest.raises(RequestError, match="in use by process"), saved.owned(Path("a/b")):
         pytest.fail("two own it")
     assert not Path("a").exists()
-    with report.owned(Path("a/b")) as folder:
+    with saved.owned(Path("a/b")) as folder:
         (folder / "report.json").write_text("{}")
     assert [path.name for path in Path("a/b").iterdir()] == ["report.json"]
-    with pytest.raises(RequestError, match="holds a saved run"), report.owned(Path("a/b")):
+    with pytest.raises(RequestError, match="holds a saved run"), saved.owned(Path("a/b")):
         pass
     Path("file").write_text("")
-    with pytest.raises(RequestError, match="not a directory"), report.owned(Path("file")):
+    with pytest.raises(RequestError, match="not a directory"), saved.owned(Path("file")):
         pass
 
 
 def test_where_nothing_can_be_written_is_known_at_the_start(tmp_path):
-    report.writable(tmp_path / "new" / "r.json")
+    saved.writable(tmp_path / "new" / "r.json")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RequestError, match="is a directory"):
-        report.writable(tmp_path)
+        saved.writable(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 9000])
 def test_a_damaged_report_ends_in_a_sentence(text, tmp_path):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(RequestError, match=r"report\.json is damaged"):
-        report.load(tmp_path)
+        saved.load(tmp_path)
     with pytest.raises(RequestError, match=r"report\.json is damaged"):
         throughput_report.load(tmp_path / "report.json")
 
@@ -670,12 +671,12 @@ def test_names_are_shown_as_they_are_and_control_characters_escaped():
     line = dataclasses.asdict(verdict.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
     rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
     sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
-    saved = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
-    saved |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
+    report = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
+    report |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
     written = io.StringIO()
     console = terminal.console()
     console.file = written
-    report.show(saved, console)
+    show(report, console)
     shown = written.getvalue()
     for said in ("torch (m[bold]:f)", "a[/]b", "of [/red]", r"evaluation: x[/red]\x1b[2J.jpg differs"):
         assert said in shown

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bit_jax import plan
 from bit_jax.compiled import hlo
 from bit_jax.compiled.gpus import ACCELERATORS
+from bit_jax.plan.compilation import UNLIMITED, steps_on_gpus
+from bit_jax.plan.estimate import ring_seconds
+from bit_jax.plan.request import Request
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -79,15 +81,15 @@ ENTRY %main (x: f32[40], i: s32[]) -> f32[1,4] {
 
 
 def test_the_model_of_rings():
-    request = plan.Request(hosts=2, devices=8, mesh="data=2,fsdp=8", network_gbps=200)
+    request = Request(hosts=2, devices=8, mesh="data=2,fsdp=8", network_gbps=200)
     link, network = request.gpu.link, 25e9
     gather = hlo.Collective("all-gather", {"f32": 800}, True, 1, 8)  # within each host
-    assert plan._ring(gather, request, 2) == pytest.approx(800 * 7 / 8 / link)
+    assert ring_seconds(gather, request, 2) == pytest.approx(800 * 7 / 8 / link)
     parts = hlo.Collective("all-reduce", {"f32": 100}, True, 1, 2)  # each of 8 devices with its like elsewhere
-    assert plan._ring(parts, request, 2) == pytest.approx(8 * 200 * 1 / 2 / network)
-    assert plan._ring(parts, request, 4) == pytest.approx(8 * 200 * 3 / 4 / network)
+    assert ring_seconds(parts, request, 2) == pytest.approx(8 * 200 * 1 / 2 / network)
+    assert ring_seconds(parts, request, 4) == pytest.approx(8 * 200 * 3 / 4 / network)
     everything = hlo.Collective("all-reduce", {"f32": 100}, True, 1, 16)
-    assert plan._ring(everything, request, 2) == pytest.approx(200 * 7 / 8 / link + 200 / 2 / network)
+    assert ring_seconds(everything, request, 2) == pytest.approx(200 * 7 / 8 / link + 200 / 2 / network)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,9 @@ def test_the_model_of_rings():
 )
 def test_wrong_requests(fields, said):
     with pytest.raises(RequestError, match=said):
-        plan.Request(**fields).check()
+        Request(**fields).check()
     with pytest.raises(RequestError, match="unknown --model"):
-        plan.Request(model="BiT-X").architecture()
+        Request(model="BiT-X").architecture()
 
 
 @needs_compiler
@@ -131,8 +133,8 @@ def test_a_plan_on_the_command_line(tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_xla_compiles_deterministic_steps_for_gpus():
-    request = plan.Request(model="R14x0.5", device="h100-80g", crop=32, classes=10)
-    steps = request.steps(plan.UNLIMITED)
+    request = Request(model="R14x0.5", device="h100-80g", crop=32, classes=10)
+    steps = steps_on_gpus(request, UNLIMITED)
     options = dataclasses.replace(steps.target, deterministic=True).compiler_options
     assert "xla_gpu_deterministic_ops" in options
     for lowered in (steps.lower_train_step(), steps.lower_eval_step()):

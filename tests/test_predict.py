@@ -11,10 +11,11 @@ import pytest
 from conftest import random_weights
 from PIL import Image
 
-from bit_jax import predict, zoo
+from bit_jax import predict
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.fine_tuned import Description, described
+from bit_jax.published import locate
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 
@@ -143,7 +144,7 @@ def test_a_config_that_says_nothing(tmp_path, content):
 
 
 def test_the_embedded_models_own_description():
-    assert described(zoo.EMBEDDED_FILE) == Description([str(label) for label in range(10)], 48, "pillow")
+    assert described(locate.EMBEDDED_FILE) == Description([str(label) for label in range(10)], 48, "pillow")
 
 
 def test_names_from_outside_are_printed_escaped(tmp_path, image, capsys):

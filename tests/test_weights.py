@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bit_jax
-from bit_jax import zoo
-from bit_jax.model import weights
+from bit_jax.model import archive, weights
 from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
 from bit_jax.model.weights import WeightsError
+from bit_jax.published import catalogue
 from input_pipeline.errors import RequestError
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", catalogue.ARCHITECTURES)
 def test_layout_is_the_models_own_tree(name):
     architecture = Architecture.parse(name, 1000)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -469,7 +469,7 @@ def test_too_little_memory_is_not_called_damage(small_npz, monkeypatch):
     def refuse(count):
         raise MemoryError
 
-    monkeypatch.setattr(weights, "_aligned_bytes", refuse)
+    monkeypatch.setattr(archive, "_aligned_bytes", refuse)
     with pytest.raises(RequestError, match="memory"):
         bit_jax.load(small_npz)
 

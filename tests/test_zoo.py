@@ -17,6 +17,9 @@ import pytest
 from conftest import ROOT
 
 from bit_jax import zoo
+from bit_jax.published import fetch, locate
+from bit_jax.published.catalogue import CATALOGUE, PublishedFile
+from bit_jax.published.errors import FetchError
 from input_pipeline.claims import CLAIM
 from input_pipeline.errors import RequestError
 
@@ -25,9 +28,9 @@ NAME = "BiT-M-R50x1"
 
 
 def test_catalogue():
-    assert len(zoo.ZOO) == 307
-    assert sum("run" in name for name in zoo.ZOO) == 285
-    assert len({published.path for published in zoo.ZOO.values()}) == 307
+    assert len(CATALOGUE) == 307
+    assert sum("run" in name for name in CATALOGUE) == 285
+    assert len({published.path for published in CATALOGUE.values()}) == 307
     addresses = {
         "BiT-S-R152x4": ("BiT-S-R152x4.npz", "R152x4", 1000),
         "BiT-M-R50x3": ("BiT-M-R50x3.npz", "R50x3", 21843),
@@ -36,7 +39,7 @@ def test_catalogue():
         "R152x2_T_384": ("distill/R152x2_T_384.npz", "R152x2", 1000),
     }
     for name, (path, architecture, classes) in addresses.items():
-        published = zoo.ZOO[name]
+        published = CATALOGUE[name]
         assert published.url == f"https://storage.googleapis.com/bit_models/{path}"
         assert (published.architecture, published.num_classes) == (architecture, classes)
 
@@ -123,7 +126,7 @@ def server(monkeypatch, tmp_path):
     thread.start()
     monkeypatch.setenv("BIT_JAX_MIRROR", f"http://127.0.0.1:{server.server_port}/bit_models/")
     monkeypatch.setenv("BIT_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(zoo, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(fetch, "PAUSES", (0, 0, 0, 0))
     yield server
     server.shutdown()
     thread.join()
@@ -131,11 +134,11 @@ def server(monkeypatch, tmp_path):
 
 
 def cached() -> set[str]:
-    return {path.name for path in zoo.cache_dir().rglob("*") if path.is_file()}
+    return {path.name for path in fetch.cache_dir().rglob("*") if path.is_file()}
 
 
 WHOLE = {f"{NAME}.npz", f"{NAME}.npz.md5"}
-ATTEMPTS = len(zoo.PAUSES) + 1
+ATTEMPTS = len(fetch.PAUSES) + 1
 
 
 def test_one_header_for_each_hash_as_google_sends_them(server, monkeypatch):
@@ -146,27 +149,27 @@ def test_one_header_for_each_hash_as_google_sends_them(server, monkeypatch):
             send(self, name, each)
 
     monkeypatch.setattr(Handler, "send_header", split)
-    zoo.find(NAME)
+    locate.weight_file(NAME)
     assert cached() == WHOLE
 
 
 def test_fetch_once_and_find_again(server):
-    path = zoo.find(NAME)
+    path = locate.weight_file(NAME)
     assert path.read_bytes() == CONTENT
     assert (path.parent / f"{NAME}.npz.md5").read_text() == f"{hashlib.md5(CONTENT).hexdigest()}  {NAME}.npz\n"
     assert cached() == WHOLE
-    assert zoo.find(NAME) == path
+    assert locate.weight_file(NAME) == path
     assert len(server.seen) == 1
 
 
 def test_subfolders(server):
-    path = zoo.find("BiT-M-R50x1-run0-dtd")
-    assert path == zoo.cache_dir() / "vtab" / "BiT-M-R50x1-run0-dtd.npz"
+    path = locate.weight_file("BiT-M-R50x1-run0-dtd")
+    assert path == fetch.cache_dir() / "vtab" / "BiT-M-R50x1-run0-dtd.npz"
 
 
 def test_dropped_connections_are_resumed(server):
     server.drops = 2
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [None, f"bytes={1 << 20}-", f"bytes={2 << 20}-"]
     assert cached() == WHOLE
 
@@ -174,75 +177,75 @@ def test_dropped_connections_are_resumed(server):
 def test_a_later_start_resumes_what_has_arrived(server):
     server.drops = ATTEMPTS
     server.ranges = False  # no progress beyond the first megabyte
-    with pytest.raises(zoo.FetchError, match="kept"):
-        zoo.find(NAME)
+    with pytest.raises(FetchError, match="kept"):
+        locate.weight_file(NAME)
     assert f"{NAME}.npz" not in cached()
     server.ranges, server.seen = True, []
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [f"bytes={1 << 20}-"]
 
 
 def test_a_file_changed_meanwhile_is_fetched_from_the_start(server):
     server.drops = ATTEMPTS
     server.ranges = False
-    with pytest.raises(zoo.FetchError):
-        zoo.find(NAME)
+    with pytest.raises(FetchError):
+        locate.weight_file(NAME)
     server.ranges, server.etag = True, '"2"'
     server.content = server.announced = CONTENT[::-1]
-    assert zoo.find(NAME).read_bytes() == CONTENT[::-1]
+    assert locate.weight_file(NAME).read_bytes() == CONTENT[::-1]
 
 
 def test_a_part_longer_than_the_file_starts_over(server):
-    part = zoo.cache_dir() / f"{NAME}.npz.part"
+    part = fetch.cache_dir() / f"{NAME}.npz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(len(CONTENT) + 5))
     note = {"size": None, "md5": None, "etag": server.etag}
-    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    (fetch.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert cached() == WHOLE
 
 
 def test_wrong_checksum(server):
     server.announced = CONTENT + b"x"
-    with pytest.raises(zoo.FetchError, match="MD5"):
-        zoo.find(NAME)
+    with pytest.raises(FetchError, match="MD5"):
+        locate.weight_file(NAME)
     assert cached() == set()
 
 
 def test_not_found(server):
     server.status = 404
-    with pytest.raises(zoo.FetchError, match="404") as caught:
-        zoo.find(NAME)
-    assert str(zoo.cache_dir() / f"{NAME}.npz") in str(caught.value)
+    with pytest.raises(FetchError, match="404") as caught:
+        locate.weight_file(NAME)
+    assert str(fetch.cache_dir() / f"{NAME}.npz") in str(caught.value)
     assert len(server.seen) == 1
     assert cached() == set()
 
 
 def test_a_server_in_trouble_is_asked_again(server):
     server.status = 503
-    with pytest.raises(zoo.FetchError, match="503"):
-        zoo.find(NAME)
+    with pytest.raises(FetchError, match="503"):
+        locate.weight_file(NAME)
     assert len(server.seen) == ATTEMPTS
 
 
 def test_offline_says_what_to_fetch_and_where_to_put_it(server, monkeypatch):
     monkeypatch.setenv("BIT_JAX_MIRROR", "http://127.0.0.1:1")
-    with pytest.raises(zoo.FetchError) as caught:
-        zoo.find(NAME)
+    with pytest.raises(FetchError) as caught:
+        locate.weight_file(NAME)
     assert "http://127.0.0.1:1/BiT-M-R50x1.npz" in str(caught.value)
-    assert str(zoo.cache_dir() / f"{NAME}.npz") in str(caught.value)
+    assert str(fetch.cache_dir() / f"{NAME}.npz") in str(caught.value)
 
 
 def test_an_unwritable_cache(server, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BIT_JAX_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(zoo.FetchError, match="BIT_JAX_CACHE"):
-        zoo.find(NAME)
+    with pytest.raises(FetchError, match="BIT_JAX_CACHE"):
+        locate.weight_file(NAME)
 
 
 def test_two_at_once_fetch_once(server):
     paths = []
-    threads = [threading.Thread(target=lambda: paths.append(zoo.find(NAME))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: paths.append(locate.weight_file(NAME))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -254,13 +257,13 @@ def test_two_at_once_fetch_once(server):
 
 # Servers that send something else, or do not say what they send.
 
-TINY = zoo.Published("tiny", "R14x0.5", 10, "tiny.npz")
+TINY = PublishedFile("tiny", "R14x0.5", 10, "tiny.npz")
 
 
 @pytest.fixture
 def tiny(server, monkeypatch, small_npz):
     """The server with the smallest BiT, of which it announces no MD5."""
-    monkeypatch.setitem(zoo.ZOO, "tiny", TINY)
+    monkeypatch.setitem(CATALOGUE, "tiny", TINY)
     server.content = server.announced = small_npz.read_bytes()
     server.other = {"x-goog-hash": None}
     return server
@@ -268,17 +271,17 @@ def tiny(server, monkeypatch, small_npz):
 
 def refused(said: str, name: str = "tiny") -> str:
     """The sentence with which fetching ends."""
-    with pytest.raises(zoo.FetchError, match=said) as caught:
-        zoo.find(name)
+    with pytest.raises(FetchError, match=said) as caught:
+        locate.weight_file(name)
     assert "\n" not in str(caught.value)
     assert "delete" not in str(caught.value)
     return str(caught.value)
 
 
 def test_without_an_md5_the_file_is_read_whole_and_nothing_claims_more(tiny, small_npz, capsys):
-    (zoo.cache_dir()).mkdir()
-    (zoo.cache_dir() / "tiny.npz.md5").write_text("of an earlier file")
-    assert zoo.find("tiny").read_bytes() == small_npz.read_bytes()
+    (fetch.cache_dir()).mkdir()
+    (fetch.cache_dir() / "tiny.npz.md5").write_text("of an earlier file")
+    assert locate.weight_file("tiny").read_bytes() == small_npz.read_bytes()
     assert cached() == {"tiny.npz"}
     assert "read whole as R14x0.5 with 10 classes" in capsys.readouterr().err
 
@@ -286,7 +289,7 @@ def test_without_an_md5_the_file_is_read_whole_and_nothing_claims_more(tiny, sma
 @pytest.mark.parametrize("digest", ["!!!a", "", "AAAA", "é"])
 def test_a_malformed_md5_confirms_nothing(tiny, digest):
     tiny.other = {"x-goog-hash": f"crc32c=AAAAAA==,md5={digest}"}
-    zoo.find("tiny")
+    locate.weight_file("tiny")
     assert cached() == {"tiny.npz"}
 
 
@@ -306,7 +309,7 @@ def test_what_is_no_such_file_is_not_stored(tiny, change, said, length):
     """A server that closes the connection half-way, or answers with something else and calls it right."""
     tiny.content = change(tiny.content)
     tiny.other |= {"Content-Length": None} if length == "not announced" else {}
-    assert str(zoo.cache_dir()) not in refused(said)
+    assert str(fetch.cache_dir()) not in refused(said)
     assert cached() == set()
 
 
@@ -315,12 +318,12 @@ def test_half_of_a_file_without_its_length_does_not_pass_for_the_whole(server):
     server.drops = 1
     refused("has MD5", NAME)
     assert cached() == set()
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(("architecture", "classes"), [("R14x1", 10), ("R26x0.5", 10), ("R14x0.5", 11)])
 def test_weights_of_another_architecture_or_head(tiny, monkeypatch, architecture, classes):
-    monkeypatch.setitem(zoo.ZOO, "tiny", zoo.Published("tiny", architecture, classes, "tiny.npz"))
+    monkeypatch.setitem(CATALOGUE, "tiny", PublishedFile("tiny", architecture, classes, "tiny.npz"))
     assert "R14x0.5 with 10 classes, not" in refused(f"{architecture} with {classes} classes as its name promises")
     assert cached() == set()
 
@@ -361,7 +364,7 @@ def test_an_answer_announced_as_far_too_long_is_not_begun(server):
 )
 def test_a_206_that_is_not_the_rest_is_not_appended(server, rest):
     server.drops, server.rest = 1, rest
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [None, f"bytes={1 << 20}-", None]
     assert cached() == WHOLE
 
@@ -369,7 +372,7 @@ def test_a_206_that_is_not_the_rest_is_not_appended(server, rest):
 def test_a_206_need_not_repeat_what_the_first_answer_said(server):
     server.drops = 1
     server.rest = {"Content-Length": None, "ETag": None, "x-goog-hash": None}
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [None, f"bytes={1 << 20}-"]
     assert cached() == WHOLE
 
@@ -384,7 +387,7 @@ def test_a_206_that_nobody_asked_for(server, monkeypatch):
 @pytest.mark.parametrize("etag", [None, 'W/"1"', "1"])
 def test_without_a_strong_etag_nothing_is_resumed(server, etag):
     server.drops, server.other = 1, {"ETag": etag}
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [None, None]
     assert cached() == WHOLE
 
@@ -394,22 +397,22 @@ def test_without_a_strong_etag_nothing_is_resumed(server, etag):
     ["", "[]", "{}", '{"size": "a", "md5": 1, "etag": "\\"1\\""}', '{"size":1,"md5":null,"etag":"a\\nb: c"}', b"\xff"],
 )
 def test_a_damaged_note_beside_a_part_is_not_believed(server, note):
-    part = zoo.cache_dir() / f"{NAME}.npz.part"
+    part = fetch.cache_dir() / f"{NAME}.npz.part"
     part.parent.mkdir()
     part.write_bytes(bytes(1000))
-    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_bytes(note if isinstance(note, bytes) else note.encode())
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    (fetch.cache_dir() / f"{NAME}.npz.part.json").write_bytes(note if isinstance(note, bytes) else note.encode())
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == [None]
     assert cached() == WHOLE
 
 
 def test_a_part_that_is_whole_is_only_verified(server):
-    part = zoo.cache_dir() / f"{NAME}.npz.part"
+    part = fetch.cache_dir() / f"{NAME}.npz.part"
     part.parent.mkdir()
     part.write_bytes(CONTENT)
     note = {"size": len(CONTENT), "md5": hashlib.md5(CONTENT).hexdigest(), "etag": server.etag}
-    (zoo.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    (fetch.cache_dir() / f"{NAME}.npz.part.json").write_text(json.dumps(note))
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert server.seen == []
     assert cached() == WHOLE
 
@@ -417,7 +420,7 @@ def test_a_part_that_is_whole_is_only_verified(server):
 def test_redirects_are_followed_and_judged_by_what_comes(server):
     here = f"http://127.0.0.1:{server.server_port}"
     server.redirects = [f"{here}/elsewhere"]
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     server.redirects = [f"{here}/login"] * 20
     refused("302", "BiT-M-R50x3")
     server.content, server.other, server.redirects = b"<html>login</html>", {"x-goog-hash": None}, [f"{here}/login"]
@@ -437,7 +440,7 @@ def test_other_answers(server, monkeypatch, status):
 def test_a_mirror_that_is_no_http_address(server, monkeypatch, mirror):
     monkeypatch.setenv("BIT_JAX_MIRROR", mirror)
     with pytest.raises(RequestError, match=r"BIT_JAX_MIRROR .* is no http address"):
-        zoo.find(NAME)
+        locate.weight_file(NAME)
 
 
 @pytest.mark.parametrize("host", ["a..b", "127.0.0.1:port", "a b", "x" * 70])
@@ -448,15 +451,15 @@ def test_a_host_that_cannot_be(server, monkeypatch, host):
 
 def test_a_killed_process_blocks_nobody(server):
     """Its claim names a process that is gone."""
-    claim = zoo.cache_dir() / f".{NAME}.npz{CLAIM}"
+    claim = fetch.cache_dir() / f".{NAME}.npz{CLAIM}"
     script = (
         "import os; from pathlib import Path; from input_pipeline import claims\n"
         f"owner = claims.claimed(Path({str(claim)!r}), 'x', 'y'); owner.__enter__(); os._exit(9)"
     )
-    zoo.cache_dir().mkdir()
+    fetch.cache_dir().mkdir()
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 9
     assert cached() == {f".{NAME}.npz{CLAIM}"}
-    assert zoo.find(NAME).read_bytes() == CONTENT
+    assert locate.weight_file(NAME).read_bytes() == CONTENT
     assert cached() == WHOLE
 
 
@@ -464,27 +467,27 @@ def test_a_killed_process_blocks_nobody(server):
 
 
 def test_published_addresses_are_their_models(server, monkeypatch):
-    path = zoo.find(NAME)
-    assert zoo.find(zoo.ZOO[NAME].url) == path
-    assert zoo.find("https://storage.googleapis.com/bit_models/BiT-M-R50x1.npz") == path
+    path = locate.weight_file(NAME)
+    assert locate.weight_file(CATALOGUE[NAME].url) == path
+    assert locate.weight_file("https://storage.googleapis.com/bit_models/BiT-M-R50x1.npz") == path
     assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize("model", ["https://example.org/w.npz", "gs://bucket/w.npz", "file:///w.npz"])
 def test_other_addresses_are_refused(server, model):
     with pytest.raises(RequestError, match="the address of no published file"):
-        zoo.find(model)
+        locate.weight_file(model)
     assert server.seen == []
 
 
 def test_the_home_directory_is_expanded(small_npz, monkeypatch):
     monkeypatch.setenv("HOME", str(small_npz.parent))
-    assert zoo.find("~/small.npz") == small_npz
+    assert locate.weight_file("~/small.npz") == small_npz
     monkeypatch.setenv("BIT_JAX_CACHE", "~/cache")
-    assert zoo.cache_dir() == small_npz.parent / "cache"
+    assert fetch.cache_dir() == small_npz.parent / "cache"
     monkeypatch.delenv("BIT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert zoo.cache_dir() == small_npz.parent / ".cache" / "bit_jax"
+    assert fetch.cache_dir() == small_npz.parent / ".cache" / "bit_jax"
 
 
 def test_a_user_without_a_home(monkeypatch, capsys):
@@ -495,8 +498,8 @@ def test_a_user_without_a_home(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     with pytest.raises(RequestError, match="set BIT_JAX_CACHE"):
-        zoo.find(NAME)
-    zoo._list("R50x1_224")
+        locate.weight_file(NAME)
+    zoo.list_files("R50x1_224")
     assert "distill/R50x1_224.npz" in capsys.readouterr().out
 
 
@@ -523,11 +526,11 @@ def test_a_reader_that_has_gone_ends_the_list_quietly(arguments, buffered):
 
 def test_unknown_names_get_the_nearest():
     with pytest.raises(RequestError, match="BiT-M-R152x2"):
-        zoo.find("BiT-M-R152x3")
+        locate.weight_file("BiT-M-R152x3")
     with pytest.raises(RequestError, match="307"):
-        zoo.find("zzz")
+        locate.weight_file("zzz")
 
 
 def test_paths_are_left_alone(small_npz):
-    assert zoo.find(str(small_npz)) == small_npz
-    assert zoo.find("nowhere/else.npz") == Path("nowhere/else.npz")
+    assert locate.weight_file(str(small_npz)) == small_npz
+    assert locate.weight_file("nowhere/else.npz") == Path("nowhere/else.npz")

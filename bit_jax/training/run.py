@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 import input_pipeline
-from bit_jax import zoo
 from bit_jax.config import Config, ModelConfig
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import choose, products
 from bit_jax.model.weights import Params
+from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, hyperrule, resources
 from bit_jax.training.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ class Run:
             microbatches=scale.microbatches,
         )
         if not starts_from_nothing(cfg.model):
-            zoo.located(cfg.model.model)  # a wrong name is said before anything is read or fetched
+            locate.resolve(cfg.model.model)  # a wrong name is said before anything is read or fetched
         train, validation = open_sources(cfg)
         native_area, notes = None, ()
         if hyperrule.needs_native_area(cfg):
@@ -176,7 +176,7 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
     """The architecture with a head for so many classes, and the weight file, whose names and shapes were checked."""
     if starts_from_nothing(model):
         return Architecture.parse(model.model, num_classes), None
-    path = zoo.find(model.model)
+    path = locate.weight_file(model.model)
     architecture, _ = weights.read(path, num_classes=num_classes)
     return architecture, path
 

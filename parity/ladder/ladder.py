@@ -15,9 +15,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bit_jax import zoo
 from bit_jax.model import weights
 from bit_jax.model.fine_tuned import described
+from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
@@ -261,7 +261,7 @@ class Ladder:
     def _weight_file(self) -> Path:
         name = self.options.weights
         if not name.startswith(RANDOM):
-            return zoo.find(name).absolute()
+            return locate.weight_file(name).absolute()
         path = self.folder / "random.npz"
         inputs.random_weights(path, name.removeprefix(RANDOM), RANDOM_CLASSES, self.options.seed)
         return path

@@ -1,4 +1,4 @@
-"""What changed from one saved run to another."""
+"""Compares two saved runs, and says whether anything got worse."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from input_pipeline.terminal import printable
-from parity.report.saved import COLOURS, Report, number
+from parity.report.saved import Report
+from parity.report.terminal import COLOURS, number
 
 GREW = 2.0  # an error that changes by more is worth a line
 

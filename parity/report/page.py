@@ -20,7 +20,8 @@ from input_pipeline.examples import DatasetError, Source
 from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
 from parity.ladder.verdict import LIMIT, MULTIPLE
-from parity.report import saved as reports
+from parity.report import terminal
+from parity.report.saved import Report
 from parity.sides.images import decode
 
 THUMBNAIL = 96  # pixels
@@ -38,7 +39,7 @@ STYLE: Any = {
 }
 
 
-def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | None = None) -> None:
+def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = None) -> None:
     """Writes the page, atomically.
 
     Args:
@@ -48,7 +49,7 @@ def write(report: reports.Report, path: Path, logits: dict[str, np.ndarray] | No
         "page.html.j2",
         path,
         report=report,
-        conclusion=reports.conclusion(report),
+        conclusion=terminal.conclusion(report),
         plots=plots(report),
         flips=flipped_images(report, logits),
         accuracy=_accuracy(report),
@@ -60,14 +61,14 @@ def render(template: str, path: Path, **values: Any) -> None:
     """Writes a page of this package's templates, atomically."""
     loader = jinja2.FunctionLoader(lambda name: resources.files("parity.report").joinpath(name).read_text())
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    environment.filters["number"] = lambda value: "" if value is None else reports.number(value)
+    environment.filters["number"] = lambda value: "" if value is None else terminal.number(value)
     page = environment.get_template(template).render(**values)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(page.encode())
 
 
-def plots(report: reports.Report) -> list[dict[str, str]]:
+def plots(report: Report) -> list[dict[str, str]]:
     """[{title, text, svg}] of what the rungs that ran have to show."""
     rungs = {rung["name"]: rung for rung in report["rungs"]}
     drawn = []
@@ -86,7 +87,7 @@ def plots(report: reports.Report) -> list[dict[str, str]]:
     return drawn
 
 
-def flipped_images(report: reports.Report, logits: dict[str, np.ndarray] | None) -> list[dict[str, Any]]:
+def flipped_images(report: Report, logits: dict[str, np.ndarray] | None) -> list[dict[str, Any]]:
     """The flips, each with its id, label and, where the dataset is still there, the image as a data URL."""
     rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
     if rung is None or not rung["details"].get("flips") or logits is None:
@@ -202,14 +203,14 @@ def _thumbnail(source: Source, index: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
-def _accuracy(report: reports.Report) -> dict[str, Any] | None:
+def _accuracy(report: Report) -> dict[str, Any] | None:
     rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
     if rung is None or "acc1" not in rung["details"]:
         return None
-    return rung["details"] | {"sentences": reports.accuracy_sentences(rung["details"])}
+    return rung["details"] | {"sentences": terminal.accuracy_sentences(rung["details"])}
 
 
-def _attested(report: reports.Report) -> list[dict[str, Any]]:
+def _attested(report: Report) -> list[dict[str, Any]]:
     """[{precision, rows: [(entry, reference, candidate, differ)]}]."""
     tables = []
     for precision, pair in report["attestation"]["sides"].items():

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
-from bit_jax import zoo
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.weights import read
+from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
@@ -75,7 +75,7 @@ class Convolutions:
     def architecture(self) -> Architecture:
         if self.weights.startswith(RANDOM):
             return Architecture.parse(self.weights.removeprefix(RANDOM), RANDOM_CLASSES)
-        return read(zoo.find(self.weights).absolute())[0]
+        return read(locate.weight_file(self.weights).absolute())[0]
 
 
 def measure(options: Convolutions, console: Console) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import psutil
 import tyro
 from rich.console import Console
 
-from bit_jax import zoo
 from bit_jax.model import weights
+from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed
@@ -242,7 +242,7 @@ class _Bench:
         if options.weights.startswith(RANDOM):
             inputs.random_weights(self.weight_file, options.weights.removeprefix(RANDOM), RANDOM_CLASSES, options.seed)
         else:
-            self.weight_file = zoo.find(options.weights).absolute()
+            self.weight_file = locate.weight_file(options.weights).absolute()
         self.architecture, _ = weights.read(self.weight_file)
         if options.folder is not None:
             classes = len(open_source(f"folder:{options.folder}", "train").class_names)

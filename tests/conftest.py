@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ import pytest
 from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
 
+# under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # XLA reads its flags now, and never again
 COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"

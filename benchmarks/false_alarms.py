@@ -108,7 +108,7 @@ def rates(case: Case, seed: int = 0) -> dict[str, float]:
 
 
 def simulate(seed: int = 0, output: Path = RESULTS) -> None:
-    """Draws errors for two right sides and judges them by `oracle.errors_and_limits`; two minutes.
+    """Draws errors for two right sides and judges them by `verdict.errors_and_limits`; two minutes.
 
     Args:
         output: JSON; what it holds of real pairs is kept.

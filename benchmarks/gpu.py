@@ -141,7 +141,7 @@ def training(scale: Scale, model: str, precision: str) -> Step:
 
 
 def loop(scale: Scale, model: str, precision: str) -> Step:
-    """As users train; its p_core is to be that of the training step alone."""
+    """A run as users make it, without a trace. Its p_core should be that of the training step alone."""
     command = f"{synthetic(scale, model, precision)} --steps 300 --decay-steps 250 --log-every 50"
     return Step(f"loop-{model}-{precision}", command, 300, {"result": "{dir}/result.json"})
 

@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """In the cache directory, so that a run started again, or another of the same shapes, does not compile anew."""
+    """Has JAX keep what it compiles in the cache directory, so that a run that is started again, or another of the same
+    shapes, does not compile anew."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
             jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))

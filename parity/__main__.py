@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
-    """Every rung in order, up to the first that fails.
+    """Runs every rung in order, up to the first that fails.
 
     Args:
         until: the last rung.
@@ -112,7 +112,7 @@ def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
 
 
 def run_throughput(measurement: Measurement) -> bool:
-    """How fast each framework does the same work: a training step or a forward pass, eager, compiled, in either layout.
+    """Measures how fast each framework does the same work: a training step or a forward pass, eager or compiled.
 
     Each arm's loss is first held against float64; one that is wrong is not timed. Every arm runs in processes of its
     own, in turns with the others; only finished work is timed.
@@ -121,10 +121,11 @@ def run_throughput(measurement: Measurement) -> bool:
 
 
 def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf.OmitArgPrefixes]) -> bool:
-    """How long every convolution of an architecture takes in each framework, by shape and pass, worst first.
+    """Measures how long every convolution of an architecture takes in each framework, worst first.
 
-    Forward, its gradient by the input and by the kernel, each by itself on random data: what a compiler team wants to
-    know. What a training step does beside its convolutions, and what it fuses with them, is not in these times.
+    The passes are forward, the gradient by the input and the gradient by the kernel, each by itself on random data:
+    what a compiler team wants to know. What a training step does beside its convolutions, and what it fuses with them,
+    is not in these times.
     """
     return convolutions.run(measurement)
 
@@ -149,7 +150,7 @@ def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, marg
 
 
 def diff(before: tyro.conf.Positional[UserPath], after: tyro.conf.Positional[UserPath], margin: float = 0.1) -> bool:
-    """What changed from one saved run to another: attestation, verdicts, errors, and each candidate's predictions.
+    """Shows what changed from one saved run to another: attestation, verdicts, errors, predictions.
 
     Args:
         before: folder of the earlier saved run.

@@ -1,6 +1,6 @@
-"""Which BiT it is: `R50x1` stands for units a stage and a width; with the number of classes they decide every array.
+"""The name of a BiT, such as `R50x1`, stands for its units and its width; with the classes they decide every array.
 
-Imports no framework, because a comparison's PyTorch side asks for it too.
+This file imports no framework, because a comparison's PyTorch side asks for it too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The operations of BiT's ResNetV2, written so that XLA moves little memory.
 
-Most have a gradient in closed form; a comment beside each says what that saves. docs/performance.md has the figures.
+Most have a gradient in closed form; a comment beside each says what that saves. docs/notebook.md has the figures.
 """
 
 import functools

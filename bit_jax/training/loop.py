@@ -87,7 +87,7 @@ class Loop:
     input_is_slow: bool = False
 
     def train(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
-        """From step `start` to the end: the last state and its accuracy.
+        """Trains from step `start` to the end, and returns the last state and its accuracy.
 
         Raises:
             Stopped: by a signal; the state of the last finished step is saved.
@@ -103,7 +103,7 @@ class Loop:
     def train_from(
         self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
     ) -> tuple[TrainState, Accuracy | None]:
-        """All steps from `start`; the accuracy is that of the last state, None where it was not just measured."""
+        """Takes all steps from `start`. The accuracy is that of the last state, None where it was not just measured."""
         flags, steps = self.run.config.run, self.run.recipe.schedule.steps
         recorder = profile.Recorder(
             self.run.workdir.profile,

@@ -163,7 +163,7 @@ class Run:
         return weights.read(self.weight_file, num_classes=self.architecture.num_classes)[1]
 
     def needs(self) -> list[resources.Need]:
-        """What the run will need of this machine."""
+        """Lists what the run will need of this machine."""
         return needs(self.config, self.architecture, self.workdir, (self.train, self.validation))
 
 
@@ -195,7 +195,7 @@ def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Sou
 def needs(
     cfg: Config, architecture: Architecture, workdir: Workdir, sources: tuple[input_pipeline.Source, ...]
 ) -> list[resources.Need]:
-    """What a run will need of this machine."""
+    """Lists what a run will need of this machine."""
     files = sum(input_pipeline.descriptors(source) for source in sources)
     dtype = param_dtype(choose(cfg.model.precision).dtype)
     return resources.needs(architecture, dtype, workdir, cfg.run.keep_checkpoints, files)
@@ -223,7 +223,7 @@ def finetune(run: Run) -> dict[str, Any]:
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    """As `finetune`, in a work directory that this process owns."""
+    """Does what `finetune` says, in a work directory that this process owns."""
     workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline()
     with deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)

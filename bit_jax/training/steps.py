@@ -95,7 +95,7 @@ def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> 
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
 ) -> Float[Array, " batch"]:
-    """Of each row, in nats."""
+    """Cross-entropy of each row, in nats."""
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 
 

@@ -151,8 +151,8 @@ class JaxSide:
     def gradients(
         self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = steps.FIRST_SCALE
     ) -> Result:
-        """Of the mean loss of each of `count` batches, by every parameter; in float16 of the loss times `scale`, and
-        divided by it. Says how many batches' gradients are not finite."""
+        """Gradients of the mean loss by every parameter, for each of `count` batches. In float16 the loss is multiplied
+        by `scale` and its gradients are divided by it; the answer says how many batches' gradients are not finite."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
         gradients = self._jit(lambda *given: self._loss_and_gradients(model, *given)[1])

@@ -1,4 +1,4 @@
-"""The tasks that time JAX; the counterpart of `torch_timing.py`."""
+"""The tasks that time JAX; the counterpart of `in_torch/timing.py`."""
 
 import functools
 import time
@@ -26,7 +26,7 @@ class TimedJax(JaxSide):
     _call: Callable[[int], None]  # what `again` repeats
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
+        """Times the forward pass on `count` batches in turn: see `clock.timed`; says the loss of the first too."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -44,7 +44,7 @@ class TimedJax(JaxSide):
         return clock.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
+        """Times a step of training on `count` batches in turn: see `clock.timed`; says the losses of the first too."""
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         training = self.training(clock.SCHEDULE, clock.MOMENTUM)
         losses: list[float] = []
@@ -64,7 +64,7 @@ class TimedJax(JaxSide):
     def convolution_time(
         self, convolution: list[Any], rows: int, which: clock.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `clock.timed`."""
         one = flops.Convolution(*convolution)
         x, kernel, gradient = clock.convolution_arrays(one, rows, sets)
 
@@ -102,8 +102,8 @@ class TimedJax(JaxSide):
         return clock.timed(call, seconds) | {"first": seconds_of_compilation, "rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
-        """Of training on a folder of images and evaluating on its first, with train.py's loader and steps: see
-        `timing.whole_loop`."""
+        """Times training on a folder of images and evaluating on its first ones, with train.py's loader and steps: see
+        `clock.whole_loop`."""
         model, _ = self.model()
         training = self.training(clock.SCHEDULE, clock.MOMENTUM, mixup=clock.MIXUP)
         eval_step = self._jit(bit_steps.make_eval_step(model))
@@ -126,7 +126,7 @@ class TimedJax(JaxSide):
         return times | self._used(), None
 
     def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
+        """Products a second of large matrices, two floating-point operations each: see `clock.CEILING`."""
         platform = self.mesh.devices.flat[0].platform
         left, right = jnp.asarray(clock.matrices(platform), self.precision.dtype)
         multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))

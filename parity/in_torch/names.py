@@ -1,4 +1,4 @@
-"""Which parameter of a PyTorch BiT is which array of the checkpoint, and which module computes which unit.
+"""Matching a PyTorch BiT's parameters with the checkpoint's arrays, and its modules with BiT's units.
 
 Parameters are told by their names where they are spelled as here, in the original code or in timm, and by their
 contents otherwise. Units need no names: a unit is the outermost module that holds its parameters and no others.
@@ -103,7 +103,7 @@ def units(model: nn.Module, keys: dict[str, str]) -> dict[str, nn.Module]:
 
 
 def sites(keys: dict[str, str]) -> list[str]:
-    """Of all units, from the root on."""
+    """Names of all units, from the root on."""
     return sorted({site for key in keys.values() if (site := site_of(key))}, key=_depth)
 
 

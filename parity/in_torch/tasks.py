@@ -1,4 +1,4 @@
-"""The tasks of the ladder in PyTorch, for the reference or any other BiT; the counterpart of `jax_side.py`."""
+"""The tasks of the ladder in PyTorch, for the reference or any other BiT; the counterpart of `in_jax/tasks.py`."""
 
 import contextlib
 import copy
@@ -162,8 +162,8 @@ class TorchSide:
         return None, {"loss of each row": _numpy(rows), "mean loss": _numpy(F.cross_entropy(logits, targets))}
 
     def gradients(self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = FIRST_SCALE) -> Result:
-        """Of the mean loss of each of `count` batches, by every parameter; in float16 of the loss times `scale`, and
-        divided by it. Says how many batches' gradients are not finite."""
+        """Gradients of the mean loss by every parameter, for each of `count` batches. In float16 the loss is multiplied
+        by `scale` and its gradients are divided by it; the answer says how many batches' gradients are not finite."""
         _, keys = self.model()
         model = self._replica(disturb)
         saved, overflows = {}, 0
@@ -418,7 +418,8 @@ def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tenso
 
 
 def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
-    """Of the same seed's disturbance, though the two sides lay arrays out differently: size matters, not place."""
+    """The tensor after the seed's disturbance. The two sides lay arrays out differently, so each value is disturbed by
+    another factor of the same size, which is what matters."""
     if disturb is None:
         return tensor
     factor = torch.from_numpy(inputs.disturbance(name, tuple(tensor.shape), *disturb))
@@ -426,7 +427,7 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
 
 
 def learning_rate(schedule: dict, step: int) -> float:
-    """Of update number `step`: linear warm-up from 0, then a tenth for each decay step that is passed."""
+    """Learning rate of update number `step`: linear warm-up from 0, then a tenth for each decay step that is passed."""
     if step < schedule["warmup_steps"]:
         return schedule["base_lr"] * step / schedule["warmup_steps"]
     return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])

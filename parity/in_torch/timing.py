@@ -1,4 +1,4 @@
-"""The tasks that time PyTorch; the counterpart of `jax_timing.py`."""
+"""The tasks that time PyTorch; the counterpart of `in_jax/timing.py`."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class TimedTorch(TorchSide):
         torch.backends.cudnn.benchmark = True
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times the forward pass on `count` batches in turn: see `timing.timed`; says the loss of the first too."""
+        """Times the forward pass on `count` batches in turn: see `clock.timed`; says the loss of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
@@ -44,7 +44,7 @@ class TimedTorch(TorchSide):
         return clock.timed(apply, seconds, self.devices.first) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times a step of training on `count` batches in turn: see `timing.timed`; says the losses of the first too."""
+        """Times a step of training on `count` batches in turn: see `clock.timed`; says the losses of the first too."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd, scaler, losses = self._sgd(model), self._scaler(), []
@@ -67,7 +67,7 @@ class TimedTorch(TorchSide):
     def convolution_time(
         self, convolution: list[Any], rows: int, which: clock.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `timing.timed`."""
+        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `clock.timed`."""
         one = flops.Convolution(*convolution)
         layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
         dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
@@ -103,9 +103,9 @@ class TimedTorch(TorchSide):
         return clock.timed(call, seconds, self.devices.first) | {"rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
-        """Of training on a folder of images and evaluating on its first: see `timing.whole_loop`.
+        """Times training on a folder of images and evaluating on its first ones: see `clock.whole_loop`.
 
-        As the reference case does it: DataLoader with a worker process a core, Pillow, float32 images, a
+        The loop is the reference case's: DataLoader with a worker process a core, Pillow, float32 images, a
         DistributedSampler.
         """
         model, devices = self._replica(None), self.devices
@@ -138,7 +138,7 @@ class TimedTorch(TorchSide):
         return times | self._used(), None
 
     def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `timing.CEILING`."""
+        """Products a second of large matrices, two floating-point operations each: see `clock.CEILING`."""
         dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
         left, right = torch.from_numpy(clock.matrices(self.device.type)).to(self.device, dtype)
 

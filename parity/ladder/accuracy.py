@@ -10,7 +10,7 @@ from parity.ladder.verdict import Line, Verdict
 
 
 def accuracy(ladder: Ladder) -> RungResult:
-    """acc1 and acc5 of both on the same dataset, exactly once per example."""
+    """Compares acc1 and acc5 of both on the same dataset, exactly once per example."""
     options = ladder.options
     source = ladder.source(options.eval_split)
     devices = max(side.devices for side in ladder.sides.values())

@@ -224,7 +224,7 @@ class Ladder:
 
     @functools.cached_property
     def amplitude(self) -> float:
-        """Of disturbances: a float64 forward pass disturbed so much errs as the better of the two sides does.
+        """Relative size of disturbances, at which a float64 forward pass errs as the better of the two sides does.
 
         It is measured, not assumed, because rounding after every layer is more than rounding once.
         """
@@ -247,7 +247,7 @@ class Ladder:
 
     @property
     def _faulty_role(self) -> str:
-        """Whose the fault is: the candidate's, if its framework is the one that the fault is written for."""
+        """The side that has the fault: the candidate, if its framework is the one that the fault is written for."""
         framework = FAULTS[self.fault].framework if self.fault else None
         return next(role for role in reversed(ROLES) if self.sides[role].framework == framework)
 

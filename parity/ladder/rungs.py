@@ -36,7 +36,7 @@ DISTURBED_ULPS = 16.0  # float64's own rounding, when a chaotic curve has to be 
 
 
 def weights(ladder: Ladder) -> RungResult:
-    """Every array through both loaders."""
+    """Compares every array of the weight file as both loaders read it."""
     reference, candidate = ladder.both("fp64", "weights")
     lines = [
         verdict.exact("weights", key, "fp64", reference[key], candidate[key])
@@ -47,7 +47,7 @@ def weights(ladder: Ladder) -> RungResult:
 
 
 def pixels(ladder: Ladder) -> RungResult:
-    """The same image files through both input pipelines, as evaluation and as training show them."""
+    """Compares what both input pipelines make of the same image files, in evaluation and in training."""
     options = ladder.options
     files = list(options.images) or inputs.write_files(ladder.folder / "files")
     crop = max(options.height_width)
@@ -61,7 +61,7 @@ def pixels(ladder: Ladder) -> RungResult:
 
 
 def forward(ladder: Ladder) -> RungResult:
-    """Every unit's output, free-running; where one differs, also of units that are fed the reference's input."""
+    """Compares every unit's output, free-running; where one differs, also with the reference's input for each unit."""
     result = _judge(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)}, _single)
     if ladder.options.precision == "fp16" and result.verdict != "bug":
         _name_products(ladder, result)
@@ -101,7 +101,7 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
 
 
 def loss(ladder: Ladder) -> RungResult:
-    """Normalization and mixup on each side's own, then the loss of the reference's mixed batch."""
+    """Compares normalization and mixup, which each side does itself, then the loss of the reference's mixed batch."""
     result = _judge(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, _single, disturb=False)
     if result.verdict == "bug":
         return result
@@ -110,7 +110,7 @@ def loss(ladder: Ladder) -> RungResult:
 
 
 def gradients(ladder: Ladder) -> RungResult:
-    """Of every parameter, under the checkpoint's own key names."""
+    """Compares the gradient of every parameter, under the checkpoint's key."""
     batches = ladder.options.batches
     result = _judge(
         ladder,
@@ -131,7 +131,7 @@ def gradients(ladder: Ladder) -> RungResult:
 
 
 def optimizer(ladder: Ladder) -> RungResult:
-    """Parameters and momentum after one step inside the warm-up, with the reference's gradients and a momentum."""
+    """Compares parameters and momentum after one step in the warm-up, with the reference's gradients and a momentum."""
     options = ladder.options
     gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=options.batches)
     arguments = {
@@ -146,7 +146,7 @@ def optimizer(ladder: Ladder) -> RungResult:
 
 
 def curve(ladder: Ladder) -> RungResult:
-    """Losses of some steps on identical batches after mixup, and the parameters after them."""
+    """Compares the losses of some steps on identical batches after mixup, and the parameters after them."""
     options = ladder.options
     training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
     result = _judge(

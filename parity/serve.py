@@ -20,6 +20,7 @@ import psutil
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError
 from parity.sides.side import Side
+from parity.sides.tasks import Tasks
 from parity.sides.worker import Progress
 
 
@@ -37,7 +38,9 @@ def main() -> None:
 
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
-    made = concurrent.futures.Future()  # before anything is asked, so that several processes import at once
+    made: concurrent.futures.Future[Tasks] = (
+        concurrent.futures.Future()
+    )  # before anything is asked, so that several processes import at once
     try:
         made.set_result(_tasks(progress, **job))
     except Exception as error:
@@ -74,7 +77,7 @@ def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Any:
+def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Tasks:
     """Imports the one framework that this process is for."""
     if side["framework"] == "jax":
         from parity.in_jax.timing import TimedJax

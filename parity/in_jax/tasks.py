@@ -30,9 +30,8 @@ from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
 from parity.sides.inputs import Files
 from parity.sides.side import Side
+from parity.sides.tasks import Disturb, Result
 
-Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
 
 
@@ -99,7 +98,7 @@ class JaxSide:
     def weights(self) -> Result:
         return None, self._named(self.model()[1])
 
-    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, **_: Any) -> Result:
+    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
         source = Files(files)
         views = input_pipeline.Views(resize, crop, flip=True)
         loader = input_pipeline.Loader(source, views, global_batch=len(source), seed=seed)

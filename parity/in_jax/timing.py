@@ -18,8 +18,9 @@ from bit_jax.training import steps as bit_steps
 from bit_jax.training.evaluation import evaluate as evaluated
 from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
-from parity.in_jax.tasks import JaxSide, Result
+from parity.in_jax.tasks import JaxSide
 from parity.sides import clock, flops
+from parity.sides.tasks import Result
 
 
 class TimedJax(JaxSide):

@@ -23,9 +23,8 @@ from parity.sides.fingerprint import fingerprint
 from parity.sides.images import rgb
 from parity.sides.inputs import Files
 from parity.sides.side import Side
+from parity.sides.tasks import Disturb, Result
 
-Result = tuple[Any, dict[str, np.ndarray] | None]
-Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
 # of parameters, images and the loss
 DTYPES = {
     "fp32": torch.float32,
@@ -112,7 +111,7 @@ class TorchSide:
         model, keys = self.model()
         return None, self._named(model, keys, lambda parameter: parameter)
 
-    def pixels(self, files: Sequence[str], resize: int, crop: int, draws: list, **_: Any) -> Result:
+    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
         source, saved = Files(files), {}
         for index in range(len(source)):
             example = source[index]

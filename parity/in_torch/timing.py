@@ -13,8 +13,9 @@ from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity.in_torch import loader, pipeline
-from parity.in_torch.tasks import AUTOCAST, DTYPES, Result, TorchSide, update
+from parity.in_torch.tasks import AUTOCAST, DTYPES, TorchSide, update
 from parity.sides import clock, flops
+from parity.sides.tasks import Result
 
 
 class TimedTorch(TorchSide):

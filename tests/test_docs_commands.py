@@ -44,7 +44,7 @@ def commands() -> list[tuple[str, str]]:
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-        for line in [*lines, *re.findall(r"`([^`]+)`", prose)]:
+        for line in [*lines, *(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose))]:
             match = re.match(r"(?:\w+=\S+ )*(?:\S*/)?python3? (.*)", line.strip())
             # a program that is only named has no words behind it
             named = match is None or len(match[1].split()) == (2 if match[1].startswith("-m ") else 1)

@@ -30,7 +30,7 @@ from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import exit_code
 from input_pipeline.files import read_json, write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive
 from input_pipeline.terminal import printable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,8 +325,7 @@ def main(
         only: steps whose name begins so.
         scale: of the work; auto: large where there is an NVIDIA GPU.
     """
-    if minutes <= 0:
-        raise RequestError(f"--minutes {minutes} must be greater than 0")
+    require_positive({"--minutes": minutes})
     large = os.path.exists("/dev/nvidia0") if scale == "auto" else scale == "large"
     wanted = steps(LARGE if large else SMALL)
     if only:

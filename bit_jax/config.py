@@ -12,7 +12,7 @@ import tyro
 
 from bit_jax.model.execution import Remat
 from input_pipeline.errors import RequestError
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive
 
 EMBEDDED = "embedded"  # --model's name for the small model under bit_jax/assets/
 
@@ -182,9 +182,7 @@ class Config:
             "--start-timeout": self.scale.start_timeout,
             "--host-timeout": self.scale.host_timeout,
         }
-        for flag, value in positive.items():
-            if value is not None and value <= 0:
-                raise RequestError(f"{flag} {value} must be greater than 0")
+        require_positive(positive)
         not_negative = {
             "--seed": self.run.seed,
             "--warmup-steps": self.optimizer.warmup_steps,

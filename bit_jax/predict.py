@@ -19,7 +19,7 @@ from bit_jax.training import hyperrule, steps
 from input_pipeline import DatasetError, Views, read_image_file
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive
 from input_pipeline.preprocess import native_area
 from input_pipeline.terminal import printable
 
@@ -54,8 +54,7 @@ def predict_files(
     """
     if not images:
         raise RequestError("no image to predict; name at least one image file")
-    if size is not None and size <= 0:
-        raise RequestError(f"--size {size} must be greater than 0")
+    require_positive({"--size": size})
     path = locate.weight_file(weights)
     for image, predictions in predict(path, images, size=size):
         print(printable(image))

@@ -1,10 +1,12 @@
 """Types of command-line flags that all commands share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from input_pipeline.errors import RequestError
 from input_pipeline.files import user_path
 
 UserPath = Annotated[
@@ -18,3 +20,22 @@ UserPath = Annotated[
     ),
 ]
 """A path as a person types it: `~` is the home directory, and a URL is refused; see `files.user_path`."""
+
+
+def require_positive(flags: Mapping[str, float | None]) -> None:
+    """Refuses a number that has to be greater than 0; None is a flag that was not given.
+
+    Args:
+        flags: {the flag as it is typed, such as "--rows": its value}.
+
+    Raises:
+        RequestError: a value is 0 or less; the message names the flag.
+    """
+    for flag, value in flags.items():
+        if value is not None and value <= 0:
+            raise RequestError(f"{flag} {value} must be greater than 0")
+
+
+def typed(described: object, *names: str) -> dict[str, float | None]:
+    """{the flag as it is typed: its value} of some attributes of a dataclass of flags."""
+    return {f"--{name.replace('_', '-')}": getattr(described, name) for name in names}

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from input_pipeline.errors import RequestError
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,7 @@ class Options:
                 raise RequestError(f"{flag} {value} must be at least 1")
         if self.rows % 2:
             raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
-        if self.margin <= 0 or self.base_lr <= 0:
-            raise RequestError(f"--margin {self.margin} and --base-lr {self.base_lr} must be greater than 0")
+        require_positive(typed(self, "margin", "base_lr"))
         if self.torch_weights is not None and not self.torch_weights.exists():
             raise RequestError(f"--torch-weights {self.torch_weights} does not exist")
 

@@ -9,6 +9,7 @@ from bit_jax.model.execution import Remat
 from bit_jax.published import catalogue
 from bit_jax.training import hyperrule
 from input_pipeline.errors import RequestError
+from input_pipeline.flags import require_positive, typed
 
 IMAGENET_EXAMPLES, IMAGENET_AREA = 1_281_167, 400 * 350
 
@@ -44,9 +45,8 @@ class Request:
 
     def check(self) -> None:
         """Raises RequestError for a number or name that cannot be."""
-        for flag in ("hosts", "devices", "batch_per_device", "microbatches", "crop", "classes", "network_gbps"):
-            if getattr(self, flag) <= 0:
-                raise RequestError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be greater than 0")
+        counts = ("hosts", "devices", "batch_per_device", "microbatches", "crop", "classes", "network_gbps")
+        require_positive(typed(self, *counts))
         if self.batch_per_device % 2:
             raise RequestError(f"--batch-per-device {self.batch_per_device} must be even: mixup pairs neighbours")
         precisions = self.gpu.flops

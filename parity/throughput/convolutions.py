@@ -18,7 +18,7 @@ from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive, typed
 from parity.ladder.ladder import RANDOM, working_folder
 from parity.report import saved
 from parity.sides import flops
@@ -60,9 +60,7 @@ class Convolutions:
 
     def check(self) -> None:
         """Raises RequestError for what cannot be measured."""
-        for flag in ("size", "rows", "sets", "repeat", "rounds", "seconds"):
-            if getattr(self, flag) <= 0:
-                raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
+        require_positive(typed(self, "size", "rows", "sets", "repeat", "rounds", "seconds"))
         for framework in ("torch", "jax"):
             side = parse_side(given := getattr(self, framework))
             if side.framework != framework:

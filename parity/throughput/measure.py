@@ -27,7 +27,7 @@ from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity import faults
@@ -111,9 +111,7 @@ class Throughput:
 
     def check(self) -> None:
         """Raises RequestError for what cannot be measured."""
-        for flag in ("size", "rows", "processes", "seconds", "steps"):
-            if getattr(self, flag) <= 0:
-                raise RequestError(f"--{flag} {getattr(self, flag)} must be greater than 0")
+        require_positive(typed(self, "size", "rows", "processes", "seconds", "steps"))
         for flag, rows in (("--rows", self.rows), ("--gate-rows", self.checked_rows)):
             for arm, side in self.sides.items():
                 unit = 2 * side.devices * side.microbatches  # mixup pairs neighbours

@@ -17,7 +17,7 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath
 from parity.report import saved
-from parity.throughput.measure import machine
+from parity.throughput.machine import machine
 
 VALUES = {"cpu": 2**24, "gpu": 2**30}  # float32 values that are read, and written negated
 COPIES = 20

@@ -21,7 +21,7 @@ import tyro
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import write_json
-from parity.throughput.measure import machine
+from parity.throughput.machine import machine
 
 SWEEPS: dict[str, list[Any]] = {
     "batch": [2, 4, 8, 16],

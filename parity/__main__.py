@@ -27,10 +27,11 @@ from parity.options import Options
 from parity.report import junit, saved, terminal
 from parity.report.difference import difference
 from parity.throughput import convolutions, measure
+from parity.throughput.request import Throughput
 
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
-Measurement = Annotated[measure.Throughput, tyro.conf.OmitArgPrefixes]
+Measurement = Annotated[Throughput, tyro.conf.OmitArgPrefixes]
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ from parity.report.terminal import show
 from parity.sides import classes, images, inputs
 from parity.sides.side import Side, parse_side
 from parity.throughput import report as throughput_report
-from parity.throughput.measure import Throughput
+from parity.throughput.request import Throughput
 
 RNG = np.random.default_rng(0)
 

@@ -29,7 +29,7 @@ from parity.sides import clock, flops
 from parity.sides.side import Side
 from parity.throughput import convolutions, measure
 from parity.throughput import report as throughput_report
-from parity.throughput.measure import Throughput
+from parity.throughput.request import Throughput
 
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
 

@@ -25,7 +25,8 @@ from parity.sides import flops
 from parity.sides.clock import Pass
 from parity.sides.side import Side, parse_side
 from parity.sides.worker import Worker
-from parity.throughput.measure import RANDOM_CLASSES, machine
+from parity.throughput.machine import machine
+from parity.throughput.request import RANDOM_CLASSES
 
 ALIKE = 0.01  # two results' RMS, relative: in bfloat16 they are seen within 0.0001
 PASSES: tuple[Pass, ...] = get_args(Pass)

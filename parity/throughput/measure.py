@@ -2,23 +2,13 @@
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
-import itertools
-import os
-import platform
 import re
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import psutil
-import tyro
 from rich.console import Console
 
 from bit_jax.model import weights
@@ -27,19 +17,18 @@ from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
-from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity import faults
 from parity.ladder.ladder import RANDOM, ULP, working_folder
 from parity.ladder.verdict import MULTIPLE, Line, Look, Verdict, calibrated, look, look_again
-from parity.report import saved
-from parity.sides import clock, flops, inputs
+from parity.sides import clock, inputs
 from parity.sides.side import Side, parse_side
 from parity.sides.worker import Answer, Worker
 from parity.throughput import report as throughput_report
+from parity.throughput.request import RANDOM_CLASSES, Throughput
+from parity.throughput.summary import Ceilings, rate, summarize
 
-RANDOM_CLASSES = 1000
 BATCHES = 3  # that are worked on in turn
 # Of the gate's steps. At a rate that trains, 0.003, a random R50x1's third loss is chaotic: right arms err by 7e-5 to
 # 3.4e-4, and the luckiest was the measure of the others. At this one they err by at most a quarter of what is allowed.
@@ -47,101 +36,6 @@ GATE_LR = 1e-4
 ORACLE = Side("torch")  # which computes in float64
 DISTURBANCES = 3
 LOSSES_AGREE = 0.02  # relative; of `--gate losses`
-LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
-
-
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """The work to time and the arms that do it; each default is written here alone."""
-
-    weights: str = "random:R50x1"
-    """Weights: a published name, the path of an .npz, `embedded`, or random:R50x1 for random ones."""
-    work: Literal["train", "forward", "loop"] = "train"
-    """Work to time: `train` is a training step (forward pass, gradients, SGD with momentum);
-    `forward` is the forward pass alone;
-    `loop` is the whole loop: reading, decoding and augmenting images, mixup, training, and an evaluation."""
-    folder: UserPath | None = None
-    """Folder of images for --work loop, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
-    steps: int = 30
-    """Number of training steps that each process times with --work loop."""
-    size: int = 128
-    """Side of the square images in pixels."""
-    rows: int = 8
-    """Images per batch, over all devices together."""
-    gate_rows: int | None = None
-    """Images per batch in the check of the losses, which also computes in float64 on the CPU. None: --rows.
-    Take fewer for large models and batches."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Precision of matrix products and convolutions in every arm."""
-    arms: tuple[str, ...] = (
-        "torch",
-        "torch:channels_last",
-        "torch:compile",
-        "torch:compile,channels_last",
-        "torch:compile,hugepages",
-        "torch:compile,channels_last,hugepages",
-        "jax",
-        "jax:tuned",
-        "jax:tuned,hugepages",
-    )
-    """Sides to time, written like --reference of the rungs.
-    `torch` and `jax`, with devices=N or without, run with their frameworks' defaults."""
-    processes: int = 3
-    """Number of processes of each arm; the arms take turns."""
-    seconds: float = 10.0
-    """Seconds that each process is timed after compilation and warm-up. --work loop ignores it."""
-    together: bool = False
-    """Keep one process of each arm and time these in turns, --processes times, so that each arm compiles once.
-    On GPUs, their memory must hold all arms."""
-    gate: Literal["float64", "losses"] = "float64"
-    """Check that an arm must pass. `float64`: its losses equal float64's up to rounding.
-    `losses`: the loss of its first call equals PyTorch's within 2 %, for work too large for float64.
-    `python -m parity gradients` judges the same model in full."""
-    seed: int = 0
-    """Seed of weights, images and labels."""
-    json: UserPath | None = None
-    """File to write the measurements to. None: they are only shown."""
-    html: UserPath | None = None
-    """File to write a web page with plots to. None: no page is written."""
-    compare: UserPath | None = None
-    """File of an earlier --json to compare with; the exit code is 1 if an arm became slower. None: no comparison."""
-
-    # a fault that the tests inject into its framework's arms, see `faults.py`
-    fault: Annotated[str | None, tyro.conf.Suppress] = None
-
-    def check(self) -> None:
-        """Raises RequestError for what cannot be measured."""
-        require_positive(typed(self, "size", "rows", "processes", "seconds", "steps"))
-        for flag, rows in (("--rows", self.rows), ("--gate-rows", self.checked_rows)):
-            for arm, side in self.sides.items():
-                unit = 2 * side.devices * side.microbatches  # mixup pairs neighbours
-                if rows <= 0 or rows % unit:
-                    raise RequestError(f"{flag} {rows} must be a multiple of {unit}: {arm} needs even rows a device")
-        if "torch" not in {side.framework for side in self.sides.values()}:
-            raise RequestError("--arms needs one of PyTorch, which the others' errors are compared with")
-        if (self.work == "loop") != (self.folder is not None):
-            raise RequestError("--work loop needs --folder, and nothing else takes it")
-        if self.work == "loop" and self.together:
-            raise RequestError("--work loop takes no --together: its images would be read at once")
-        if self.work == "loop" and self.gate == "losses":
-            raise RequestError("--work loop takes no --gate losses: its batches are drawn by each framework's loader")
-        if self.folder is not None:
-            wanted = clock.EVALUATED * self.rows
-            if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
-                raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
-        if self.compare is not None and not self.compare.exists():
-            raise RequestError(f"--compare {self.compare} does not exist")
-        for path in (self.json, self.html):
-            if path is not None:
-                saved.writable(path)
-
-    @property
-    def checked_rows(self) -> int:
-        return self.rows if self.gate_rows is None else self.gate_rows
-
-    @property
-    def sides(self) -> dict[str, Side]:
-        return {arm: parse_side(arm) for arm in self.arms}
 
 
 def measure(options: Throughput, console: Console) -> dict[str, Any]:
@@ -169,17 +63,16 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for number, arm, times in rounds:
             measured[arm].append(times)
-            console.print(f"{number + 1}/{options.processes}  {arm}: {_rate(options, times):.2f} images/s")
+            console.print(f"{number + 1}/{options.processes}  {arm}: {rate(options, times):.2f} images/s")
         measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
         if not measured:
             raise bench.no_arm_left()
         if options.gate == "losses":
             gate = _same_losses(options, {arm: times[0]["losses"] for arm, times in measured.items()})
-        return _report(options, bench, gate, measured, ceilings)
+        return summarize(options, bench.architecture, bench.failed, gate, measured, ceilings)
 
 
 Round = tuple[int, str, dict[str, Any]]  # (its number, arm, what was timed)
-Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): of products, each time they were timed}
 
 
 def _one_by_one(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
@@ -365,111 +258,6 @@ class _Asking:
 def _in_turn(arms: Sequence[str], process: int) -> Iterator[str]:
     """Each arm once, starting with another one each time, so that none always runs on the warmest machine."""
     return (arms[(place + process) % len(arms)] for place in range(len(arms)))
-
-
-def _report(
-    options: Throughput,
-    bench: _Bench,
-    gate: dict[str, Line],
-    measured: dict[str, list[dict[str, Any]]],
-    ceilings: "Ceilings",
-) -> dict[str, Any]:
-    """`ceilings` are those of each framework, on so many devices."""
-    count = flops.forward if options.work == "forward" else flops.training_step
-    per_image = count(bench.architecture, options.size, options.size)
-    reached = {of: statistics.median(rates) for of, rates in ceilings.items()}
-    arms = {}
-    for arm, processes in measured.items():
-        ceiling = max(rate for (_, devices), rate in reached.items() if devices == bench.sides[arm].devices)
-        arms[arm] = _arm(options, processes, per_image, ceiling)
-    return {
-        "command": shlex.join(["python", "-m", "parity", *sys.argv[1:]]),
-        "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": machine(),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
-        "failed": bench.failed,
-        "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
-        "flops_per_image": per_image,
-        "matrix_product_flops": {str(Side(*of)): rate for of, rate in reached.items()},
-        "arms": arms,
-        "ratios": _ratios(options, bench.sides, arms),
-    }
-
-
-def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
-    rates = [_rate(options, process) for process in processes]
-    again = [] if options.together else processes[1:]
-    return {
-        "images_per_s": statistics.median(rates),
-        "images_per_s_of_processes": rates,
-        "mfu": statistics.median(rates) * per_image / ceiling,
-        "compile_cold": processes[0]["first"],
-        "compile_cached": statistics.median([process["first"] for process in again]) if again else None,
-        "memory_gib": max(process["memory"] for process in processes),
-        "memory_of": processes[0]["memory of"],
-        "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
-        "calls": [process["calls"] for process in processes],
-    } | {name: [process[name] for process in processes] for name in LOOP if name in processes[0]}
-
-
-def _rate(options: Throughput, times: dict[str, Any]) -> float:
-    """Images/s of one process: of the median call, or of the loop's training with its input."""
-    return times["p_train"] if options.work == "loop" else options.rows / statistics.median(times["calls"])
-
-
-def _ratios(options: Throughput, sides: dict[str, Side], arms: dict[str, Any]) -> dict[str, Any]:
-    """JAX over PyTorch on as many devices, by process: those that ran in the same turn are compared."""
-
-    def best(framework: str, devices: int, figure: str) -> str | None:
-        own = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
-        return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
-
-    figures = {"": "images_per_s_of_processes"}
-    if options.work == "loop":
-        figures |= {"with evaluation, ": "p_whole", "evaluation alone, ": "evaluation"}
-    counts = sorted({sides[arm].devices for arm in arms})
-    ratios = {}
-    for devices, (of, figure) in itertools.product(counts, figures.items()):
-        of = of if devices == 1 else f"{devices} devices, {of}"
-        pairs = {
-            f"{of}best against best": (best("jax", devices, figure), best("torch", devices, figure)),
-            f"{of}default against default": (str(Side("jax", devices)), str(Side("torch", devices))),
-        }
-        for what, (jax, torch) in pairs.items():
-            if jax in arms and torch in arms:
-                found = [one / other for one, other in zip(arms[jax][figure], arms[torch][figure], strict=True)]
-                ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
-    return ratios
-
-
-def machine() -> dict[str, Any]:
-    """What figures depend on, by the operating system, the driver and the installed packages: no framework is imported
-    for it."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": psutil.virtual_memory().total / 2**30,
-        "gpus": _gpus(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "jax": importlib.metadata.version("jax"),
-        "torch": importlib.metadata.version("torch"),
-    }
-
-
-def _gpus() -> list[str]:
-    """Names of NVIDIA's GPUs, by the driver's own tool."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):  # there is no driver
-        return []
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def run(options: Throughput) -> bool:

@@ -28,7 +28,7 @@ LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build",
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 LOADS = """
 import bit_jax, jax.numpy as jnp
-from bit_jax.zoo import EMBEDDED_FILE
+from bit_jax.published.locate import EMBEDDED_FILE
 model, params = bit_jax.load(EMBEDDED_FILE)
 print(bit_jax.__file__, model.apply({"params": params}, jnp.zeros((1, 32, 32, 3))).shape, sep="\\n")
 """

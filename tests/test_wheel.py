@@ -45,10 +45,14 @@ class Installed(NamedTuple):
     folder: Path  # empty at first, and the working directory of every command
 
     def run(self, command: str, *arguments: object) -> subprocess.CompletedProcess:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.folder.with_name("xla"))}
-        environment.pop("PYTHONPATH", None)
+        environment = elsewhere() | {"JAX_COMPILATION_CACHE_DIR": str(self.folder.with_name("xla"))}
         words = [self.bin / command, *map(str, arguments)]
         return subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+
+def elsewhere() -> dict[str, str]:
+    """The environment of processes that must not see this repository: pip would take it for the installed package."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def build(kind: str, source: Path, into: Path) -> None:
@@ -79,7 +83,7 @@ def installed(built, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", built.wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, check=True, capture_output=True, env=elsewhere())
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     # a path in a .pth file is searched last, and .pth files that lie there, such as an editable install's, are not read

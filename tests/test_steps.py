@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         jax.tree.map(np.testing.assert_array_equal, step(moved, jnp.float32(loss)), moved)
 
 
-@pytest.mark.parametrize("scales_loss", [False, True])
+@pytest.mark.parametrize("scales_loss", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_after_one_that_failed_changes_nothing_and_has_failed(scales_loss):
     """It was begun before anybody could look at the one before it."""
     model = resnetv2.ResNetV2((1, 1, 1, 1), 0.5, 3)

@@ -357,6 +357,7 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
     assert threading.current_thread() not in let_go_by
 
 
+@pytest.mark.slow
 def test_flagperf_on_imagenet(command, prepared, tmp_path):
     """FlagPerf's preset with a narrow model, on what tfds's own builder made of two small archives."""
     flags = "--resize-to 36 --crop 32 --batch-per-device 4 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2"
@@ -515,6 +516,7 @@ def test_a_damaged_checkpoint(command, finished, tmp_path):
     assert (tmp_path / "run" / "final.npz").read_bytes() == (finished / "final.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_it_runs(command, finished, tmp_path):
     """A real file system: the error says so, nothing hangs, and the run continues when there is room again."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path], capture_output=True)

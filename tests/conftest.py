@@ -66,7 +66,7 @@ def benchmark(name: str) -> ModuleType:
 
 
 def last_step(workdir: Path) -> int:
-    """That a run, which may be going on, has logged; 0 before its first."""
+    """The last step that a run, which may be going on, has logged; 0 before its first."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0

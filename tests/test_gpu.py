@@ -80,8 +80,8 @@ def gpu() -> str:
 
 @pytest.fixture(scope="session")
 def images() -> np.ndarray:
-    """With this seed no ReLU's input is nearer to zero than 1e-5. With another, float32 may round one to the other side
-    of zero, and the gradients then differ by nearly 1 %."""
+    """Images drawn with a seed at which no ReLU's input is nearer to zero than 1e-5. At another seed, float32 may round
+    one to the other side of zero, and the gradients then differ by nearly 1 %."""
     return np.random.default_rng(129).uniform(-1, 1, (4, 48, 48, 3)).astype(np.float32)
 
 

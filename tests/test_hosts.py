@@ -307,7 +307,7 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, start
     within, cable = namespaces
 
     def both(port, *flags):
-        """As on two machines: each on an address of its own, and none of them started by the other's parent."""
+        """Starts two hosts as on two machines: each has an address of its own, and neither has the other's parent."""
         where = ["--coordinator", f"{ADDRESSES[0]}:{port}", "--hosts", 2, "--workdir", tmp_path / "run"]
         command = [sys.executable, *RUN, "--steps", 40, "--model", small_npz, *where, *flags]
         return [started([*within(host), *command, "--host", host], environment) for host in range(2)]

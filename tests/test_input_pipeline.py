@@ -436,7 +436,7 @@ def test_batches_are_read_ahead_and_no_further():
 
 
 def test_50_000_examples_over_7_hosts():
-    """Which rows each host has, without reading any image."""
+    """The hosts' rows are counted without reading any image."""
     counted = np.zeros(50_000, int)
     for host in range(7):
         loader = Loader(Counted(50_000), Views(1, 1, flip=False), 7 * 64, host=host, hosts=7)

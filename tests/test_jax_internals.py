@@ -90,7 +90,7 @@ def test_the_service_is_where_jax_is_told_to_have_it():
 
 
 def test_xla_knows_the_options_for_gpus():
-    """Those for CPUs are given to it by most other tests."""
+    """Most other tests give it the options for CPUs."""
     gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 2), size=2, shape={"fsdp": 1})
     options = Target(gpus, PRECISIONS["fp32"], deterministic=True).compiler_options
     assert len(options) > 5

@@ -444,7 +444,7 @@ def test_what_nothing_was_measured_for_is_not_looked_at_again():
 
 
 class Named:
-    """As much of a dataset as the matching of its classes needs."""
+    """A dataset that has as much as the matching of its classes needs."""
 
     def __init__(self, *class_names, labels=(0, 1)):
         self.name, self.class_names, self.labels = "pets/test", class_names, np.array(labels, np.int32)

@@ -14,7 +14,7 @@ SHAPE = "f32[4,8,6,6]{3,2,1,0}"
 
 
 def module(*lines: str) -> hlo.Module:
-    """Of these instructions, after two arrays %x and %y, each with its JAX name."""
+    """A module of these instructions, each with its JAX name, after two arrays %x and %y."""
     body = "".join(f"  {line}\n" for line in lines)
     return hlo.Module(
         "HloModule jit_train_step, is_scheduled=true\n\n"

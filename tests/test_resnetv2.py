@@ -242,7 +242,8 @@ def test_any_image_size(small_npz, height, width):
     ],
 )
 def test_images_that_the_model_does_not_take(small_npz, monkeypatch, shape, dtype, remedy):
-    """As users run it, without the tests' own checks of shapes; under `jax.jit`, so that values cannot be seen."""
+    """The model runs as users run it, without the tests' own checks of shapes, and under `jax.jit`, where values cannot
+    be seen."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model, params = bit_jax.load(small_npz)
     for apply in (jax.jit(model.apply), model.apply):

@@ -254,7 +254,7 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
 
 
 def test_the_convolutions_of_r50():
-    """As torchvision's ResNet-50 has them: 53, of 16 units with one 3x3 each, and four projections."""
+    """There are as many as in torchvision's ResNet-50: 53, of 16 units with one 3x3 each, and four projections."""
     found = list(flops.convolutions(Architecture((3, 4, 6, 3), 1, 1000), 224, 224))
     assert len(found) == 53
     assert sum(each.size == 3 for each in found) == 16

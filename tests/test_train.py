@@ -312,7 +312,7 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
     let_go_by = []
 
     class State(SimpleNamespace):
-        """Of a step that was begun."""
+        """The state after a step that was begun."""
 
         def __del__(self):
             let_go_by.append(threading.current_thread())

@@ -514,7 +514,7 @@ def test_a_cache_that_is_full_or_read_only(server, monkeypatch):
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("arguments", [["list"], ["--help"]])
 def test_a_reader_that_has_gone_ends_the_list_quietly(arguments, buffered):
-    """As `| head -1` does."""
+    """The reader reads one line, as `| head -1` does."""
     command = [sys.executable, "-m", "bit_jax.zoo", *arguments]
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.weights import read
 from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
@@ -74,7 +73,7 @@ class Convolutions:
     def architecture(self) -> Architecture:
         if self.weights.startswith(RANDOM):
             return Architecture.parse(self.weights.removeprefix(RANDOM), RANDOM_CLASSES)
-        return read(locate.weight_file(self.weights).absolute())[0]
+        return Architecture.of(locate.weight_file(self.weights).absolute())
 
 
 def measure(options: Convolutions, console: Console) -> dict[str, Any]:

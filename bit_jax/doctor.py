@@ -48,7 +48,8 @@ def examine(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) ->
     console.print(_comparison(facts))
     console.print(_resources(facts))
     if differing := _differences([host["alike"] | host["flags"] for host in facts]):
-        raise RequestError(f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started")
+        sentence = f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started"
+        raise hosts.on_all_hosts(RequestError(sentence))
     for warning in _unused_gpus(facts):
         console.print(warning, style="yellow")
     resources.require(needs)  # every host checks its own

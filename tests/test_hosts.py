@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, last_step
 
+from bit_jax.launch import free_port
 from bit_jax.scale import coordinator, schedulers
 from input_pipeline.errors import RequestError
 
@@ -172,6 +173,36 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
     _, result = the_same_run(tmp_path / "alone", workdir)
     assert (result["hosts"], result["devices"], result["mesh"]) == (4, 4, {"data": 1, "fsdp": 4})
     assert result["resumed_from_step"] >= int(ended[0])
+
+
+ENDS_TOGETHER = """
+import sys, time
+import jax
+from bit_jax.config import ScaleConfig
+from bit_jax.scale import hosts
+from input_pipeline.errors import Stopped
+from input_pipeline.exits import exit_code
+
+hosts.BEAT = 0.1
+
+def main():
+    with hosts.joined(ScaleConfig(coordinator=sys.argv[1], hosts=2, host=int(sys.argv[2]))):
+        if hosts.is_first():
+            time.sleep(20 * hosts.BEAT)  # as where it writes the manifest of a large checkpoint
+            print("written", flush=True)
+        raise hosts.on_all_hosts(Stopped(15, "ended by a signal"))
+
+sys.exit(exit_code(main))
+"""
+
+
+def test_no_host_ends_before_the_first_has_written_what_all_say_is_saved(started, environment):
+    """A host that ends is told to the others, which then end at once; but not where all end for the same reason."""
+    address = f"127.0.0.1:{free_port()}"
+    hosts = [started([sys.executable, "-c", ENDS_TOGETHER, address, host], environment) for host in range(2)]
+    (first, written), (other, sentence) = (said_by(host) for host in hosts)
+    assert (written, first) == (["written", "error: ended by a signal"], 143)
+    assert (sentence, other) == (["error: ended by a signal"], 143)
 
 
 SLURM = {

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,7 +19,9 @@ from bit_jax.config import ScaleConfig
 from bit_jax.scale import coordinator, jax_internals
 from bit_jax.scale.schedulers import ALL, Task
 from input_pipeline import exits
-from input_pipeline.errors import RequestError
+from input_pipeline.errors import RequestError, RunFailed, Stopped
+
+Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
@@ -53,13 +55,20 @@ def exchange(what: str, text: str) -> list[str]:
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
 
 
+def on_all_hosts(error: Ending) -> Ending:
+    """Marks an exception that every host raises, because they agreed on its cause."""
+    error.on_all_hosts = True
+    return error
+
+
 @contextlib.contextmanager
 def joined(scale: ScaleConfig) -> Iterator[None]:
     """Joins all hosts of the run in one JAX program while the `with` block runs. SLURM, Open MPI, Kubernetes or the
     flags say which these are; without any of them, the run has one host.
 
     If a host dies or is cut off, the others end with exit code 1 and a sentence that names it, after `--host-timeout`
-    seconds; if a host fails with an error, they end at once.
+    seconds; if a host fails with an error, they end at once. After the block, or an exception that `on_all_hosts` has
+    marked, each waits until all have come so far: the first may still write what another says is written.
 
     Raises:
         RequestError: the hosts do not find each other.
@@ -90,9 +99,17 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        watch.leave(_sentence(error))
+        if getattr(error, "on_all_hosts", False):
+            _part(watch)
+        else:
+            watch.leave(_sentence(error))
         raise
-    wait_for_all("end")
+    _part(watch)
+
+
+def _part(watch: "_Watch") -> None:
+    """Waits until all hosts are here, and ends what joined them. Devices take no part: their collectives time out."""
+    exchange("end", "")
     watch.stop()
     jax.distributed.shutdown()
     exits.end_abruptly(False)
@@ -255,9 +272,7 @@ class _Watch:
                 self._end(f"host 0 is not heard any more: {silence}")
             for host, (_, when) in self._seen.items():
                 if self._heard - when > self._timeout:
-                    self._end(
-                        f"host {host} is not heard any more: nothing for {self._timeout} s; it died, or is cut off"
-                    )
+                    self._end(f"host {host} is not heard any more: {silence}")
 
     def _end(self, sentence: str) -> None:
         if self._stopping.is_set():

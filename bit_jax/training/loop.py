@@ -212,7 +212,8 @@ class Loop:
         if step and step != self.checkpoints.newest:
             self.checkpoints.save(state)
         self.checkpoints.close()
-        raise Stopped(number, f"ended by a signal after step {step}, which is saved; the same command continues")
+        sentence = f"ended by a signal after step {step}, which is saved; the same command continues"
+        raise hosts.on_all_hosts(Stopped(number, sentence))
 
     def check(self, said: dict[str, np.ndarray], begun: Begun, state: TrainState) -> None:
         """Raises RunFailed where the step failed: then neither it nor one begun after it changed anything, and `state`
@@ -227,11 +228,12 @@ class Loop:
         arrays: dict[str, Any] = {name: sharding.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
         with replacing(shown) as file:
             np.savez(file, **arrays)
-        raise RunFailed(
+        sentence = (
             f"the loss of step {step} is {loss}; {shown} holds its batch, the state before it is kept, and the same "
             f"command repeats the step. Lower --base-lr {cfg.optimizer.base_lr} in a new --workdir, or use a "
             f"wider precision than {cfg.model.precision}"
         )
+        raise hosts.on_all_hosts(RunFailed(sentence))
 
     def evaluates_before(self, start: int) -> bool:
         # a run that ended within an evaluation, or between reaching its target and saying so

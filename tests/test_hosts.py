@@ -17,8 +17,9 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, last_step
 
+from bit_jax.config import ScaleConfig
 from bit_jax.launch import free_port
-from bit_jax.scale import coordinator, schedulers
+from bit_jax.scale import coordinator, hosts, schedulers
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -199,8 +200,8 @@ sys.exit(exit_code(main))
 def test_no_host_ends_before_the_first_has_written_what_all_say_is_saved(started, environment):
     """A host that ends is told to the others, which then end at once; but not where all end for the same reason."""
     address = f"127.0.0.1:{free_port()}"
-    hosts = [started([sys.executable, "-c", ENDS_TOGETHER, address, host], environment) for host in range(2)]
-    (first, written), (other, sentence) = (said_by(host) for host in hosts)
+    both = [started([sys.executable, "-c", ENDS_TOGETHER, address, host], environment) for host in range(2)]
+    (first, written), (other, sentence) = (said_by(host) for host in both)
     assert (written, first) == (["written", "error: ended by a signal"], 143)
     assert (sentence, other) == (["error: ended by a signal"], 143)
 
@@ -371,16 +372,21 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, start
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--coordinator 127.0.0.1:1", "needs --hosts and --host"),
-        ("--coordinator 127.0.0.1 --hosts 2 --host 0", "has no port"),
-        ("--coordinator 127.0.0.1:1 --hosts 2 --host 2", "--host 2 is not one of --hosts 2"),
-        ("--hosts 2 --host 0", "need --coordinator ADDRESS:PORT"),
-        ("--coordinator 127.0.0.1:1 --hosts 2 --host 1 --start-timeout 1", "did not find each other in 1 s"),
+        ({"coordinator": "127.0.0.1:1"}, "needs --hosts and --host"),
+        ({"coordinator": "127.0.0.1", "hosts": 2, "host": 0}, "has no port"),
+        ({"coordinator": "127.0.0.1:1", "hosts": 2, "host": 2}, "--host 2 is not one of --hosts 2"),
+        ({"hosts": 2, "host": 0}, "need --coordinator ADDRESS:PORT"),
     ],
 )
-def test_wrong_requests(tmp_path, flags, said):
-    command = [sys.executable, "train.py", "digits", "--workdir", str(tmp_path / "run"), *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_flags_that_name_no_host_are_refused(flags, said):
+    with pytest.raises(RequestError, match=said), hosts.joined(ScaleConfig(**flags)):
+        pass
+
+
+def test_hosts_that_do_not_find_each_other_say_so(started, environment, tmp_path):
+    flags = "--coordinator 127.0.0.1:1 --hosts 2 --host 1 --start-timeout 1".split()
+    command = [sys.executable, "train.py", "digits", "--workdir", tmp_path / "run", *flags]
+    code, said = said_by(started(command, environment))
+    assert code == 2
+    assert said[-1].startswith("error: the hosts did not find each other in 1 s"), said
+    assert not any("Traceback" in line for line in said)

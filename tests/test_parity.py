@@ -247,12 +247,19 @@ def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
         (["weights", "--size", "64x"], "--size 64x is neither"),
         (["weights", "--rows", "3"], "must be even"),
         (["weights", "--torch-model", "parity:nothing"], "--torch-model parity:nothing"),
-        (["weights", "--torch-model", "foreign_bit:load_something_else"], "do not pair up"),
-        (
+        pytest.param(
+            ["weights", "--torch-model", "foreign_bit:load_something_else"], "do not pair up", marks=pytest.mark.slow
+        ),
+        pytest.param(
             ["weights", "--torch-model", "foreign_bit:load_without_logits"],
             "a dict with features, in which there are no",
+            marks=pytest.mark.slow,
         ),
-        (["weights", "--torch-model", "foreign_bit:load_with_probabilities_first"], "[2, 10] is wanted"),
+        pytest.param(
+            ["weights", "--torch-model", "foreign_bit:load_with_probabilities_first"],
+            "[2, 10] is wanted",
+            marks=pytest.mark.slow,
+        ),
         (["weights", "--html", "gs://bucket/r.html"], "is a URL"),
         (["weights", "--weights", "random:R51x1"], "unknown architecture"),
         (["accuracy", "--dataset", "digits", "--eval-split", "train2"], "no split"),

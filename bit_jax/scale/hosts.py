@@ -96,23 +96,23 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
             raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
     watch = _Watch(scale.host_timeout)
     exits.end_abruptly()  # an orderly end would wait for hosts that are gone
+    agreed = None
     try:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(error, "on_all_hosts", False):
+                raise
+            agreed = error
+        wait_for_all("end")
     except BaseException as error:
-        if getattr(error, "on_all_hosts", False):
-            _part(watch)
-        else:
-            watch.leave(_sentence(error))
+        watch.leave(_sentence(error))
         raise
-    _part(watch)
-
-
-def _part(watch: "_Watch") -> None:
-    """Waits until all hosts are here, and ends what joined them."""
-    wait_for_all("end")
     watch.stop()
     jax.distributed.shutdown()
     exits.end_abruptly(False)
+    if agreed is not None:
+        raise agreed
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ Measurement = Annotated[Throughput, tyro.conf.OmitArgPrefixes]
 
 
 def main() -> int:
+    """Runs the command of the command line; returns 0 if it holds, else 1."""
     commands: dict[str, Callable] = {name: _rung_command(name, rung) for name, rung in rungs.RUNGS.items()}
     commands = {
         "all": run_all,
@@ -55,7 +56,7 @@ def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
     """Runs every rung in order, up to the first that fails.
 
     Args:
-        until: the last rung.
+        until: last rung to run.
     """
     names = list(rungs.RUNGS)
     return compare(comparison, names[: names.index(until) + 1])
@@ -70,7 +71,7 @@ def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
 
 
 def compare(options: Options, names: Sequence[str]) -> bool:
-    """Runs rungs, prints and saves the report; whether all hold."""
+    """Runs rungs, prints and saves the report; returns whether all of them hold."""
     for path in (options.json, options.html, options.junit):
         if path is not None:
             saved.writable(path)
@@ -85,9 +86,9 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
         attestation = attest(ladder, rungs=names)
         for sentence in attestation["mismatches"]:
             progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))
-        for split, how in attestation["classes"].items():
+        for split, matching in attestation["classes"].items():
             if ladder.matching(split).class_names is None:
-                progress.print(f"{printable(options.dataset)}, {printable(split)}: {how}")
+                progress.print(f"{printable(options.dataset)}, {printable(split)}: {matching}")
         for name in names:
             results.append(result := timed(rungs.RUNGS[name], ladder))
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
@@ -106,7 +107,7 @@ def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
     """Injects faults that ports of BiT really have, and requires each to be found at the right rung and place.
 
     Args:
-        faults: only these; none: all.
+        faults: names of the faults to inject; none of them means all faults.
         clean: also require that untouched pairs of several depths, widths and image sizes pass.
     """
     return selftest(faults, clean=clean, console=console())
@@ -135,9 +136,9 @@ def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, marg
     """Shows a saved run again.
 
     Args:
-        run: its folder.
-        html: write its page here.
-        margin: judge accuracy anew, from the saved logits, at this margin in percentage points.
+        run: folder of the saved run.
+        html: file to write the run's page to.
+        margin: margin in percentage points at which accuracy is judged anew, from the saved logits.
     """
     from parity.report import page
 
@@ -187,7 +188,7 @@ def _logits(run: Path) -> dict[str, np.ndarray] | None:
 
 
 def _write_forms(report: saved.Report, folder: Path, options: Options) -> None:
-    """Writes the page into the run's folder, and every other form that was asked for."""
+    """Writes the page into the run's folder, and the files that the flags ask for."""
     from parity.report import page
 
     logits = _logits(folder)

@@ -1,7 +1,7 @@
-"""Faults that ports of BiT really have, to be injected into one side: `selftest` requires each to be found.
+"""Faults that ports of BiT really have. `selftest` injects each into one side and requires that it is found.
 
-A fault is a context manager that patches the very code that training runs. It imports that code when it is injected, so
-that naming faults imports neither framework.
+A fault patches the very code that training runs, within a `with` block. It imports that code when it is injected, so
+that this module imports neither framework.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from input_pipeline.errors import RequestError
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What is done, and where it must be found.
+    """One fault, and where it must be found.
 
     Attributes:
-        patch: applies it, within one of the side's processes.
-        what: for people.
-        rung: the first that may not hold.
-        line: how the name of the first line that differs begins.
-        precision: in which it shows.
-        framework: of the side that has it.
-        attested: the entry of the attestation that must differ before anything is compared; empty: none does.
+        patch: function () -> context manager that applies the fault in a side's process.
+        description: description for people.
+        rung: first rung that must fail.
+        line: beginning of the name of the first line that differs in that rung.
+        precision: precision in which that line differs.
+        framework: framework of the side that has the fault.
+        attested: entry of the attestation in which the sides must differ, or empty if they need not.
     """
 
     patch: Callable[[], contextlib.AbstractContextManager[Any]]
-    what: str
+    description: str
     rung: str
     line: str
     precision: str = "fp64"
@@ -38,17 +38,18 @@ class Fault:
 
     @property
     def name(self) -> str:
+        """Name of the fault, as `selftest --faults` takes it."""
         return self.patch.__name__.replace("_", "-")
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(what: str, rung: str, line: str, **more: str) -> Callable:
-    """Enters the function below it into `FAULTS`, under its name; the arguments are `Fault`'s."""
+def fault(description: str, rung: str, line: str, **attributes: str) -> Callable:
+    """Decorates a function that becomes the `patch` of a fault in `FAULTS`; the arguments are attributes of `Fault`."""
 
     def enter(patch: Callable) -> Callable:
-        entry = Fault(patch, what, rung, line, **more)
+        entry = Fault(patch, description, rung, line, **attributes)
         FAULTS[entry.name] = entry
         return patch
 
@@ -56,13 +57,17 @@ def fault(what: str, rung: str, line: str, **more: str) -> Callable:
 
 
 def of(framework: str) -> list[str]:
-    """Names of the faults that are written for a framework."""
+    """Returns the names of the faults of a framework's side."""
     return [name for name, fault in FAULTS.items() if fault.framework == framework]
 
 
 @contextlib.contextmanager
 def injected(name: str | None) -> Iterator[None]:
-    """The fault of that name within the block; none for None."""
+    """Has the fault of that name while the `with` block runs; None: no fault.
+
+    Raises:
+        RequestError: there is no fault of that name.
+    """
     if name is None:
         yield
         return
@@ -123,7 +128,7 @@ def pool_padding() -> Any:
 def stride() -> Any:
     from bit_jax.model import resnetv2
 
-    whole = resnetv2.PreActivationConv
+    convolution = resnetv2.PreActivationConv
     stride = 1
 
     def swapped(features, size, *args, name, **settings):
@@ -132,7 +137,7 @@ def stride() -> Any:
             stride = settings["stride"] = settings["project_stride"]
         elif name == "b":
             settings["stride"] = settings["stride"] // stride
-        return whole(features, size, *args, name=name, **settings)
+        return convolution(features, size, *args, name=name, **settings)
 
     return mock.patch("bit_jax.model.resnetv2.PreActivationConv", swapped)
 
@@ -148,14 +153,14 @@ def projection() -> Any:
     def intercepted():
         unit_input = []
 
-        def record(call, args, kwargs, context):
+        def replace_input(call, args, kwargs, context):
             if isinstance(context.module, resnetv2.BottleneckUnit):
                 unit_input.append(args[0])
             if isinstance(context.module, resnetv2.Projection):
                 args = (unit_input[-1],)
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(replace_input):
             yield
 
     return intercepted()
@@ -185,6 +190,7 @@ def skipped_weight() -> Any:
 
 
 def _loading(change: Callable[[str, Any], Any]) -> Any:
+    """Reads weight files with every array replaced by change(key, array)."""
     import numpy as np
 
     from bit_jax.model import weights
@@ -217,14 +223,15 @@ def antialias() -> Any:
 
 
 def _resizing(*, half_pixel: bool) -> Any:
-    """Bilinear from the four nearest pixels, as OpenCV and TensorFlow 2 (with half-pixel centres) or TensorFlow 1."""
+    """Resizes bilinearly from the four nearest pixels: with half-pixel centres as OpenCV and TensorFlow 2 do, without
+    as TensorFlow 1 does."""
     import numpy as np
 
     def weights_along(size: int, side: int):
         offset = 0.5 if half_pixel else 0.0
-        at = np.clip((np.arange(side) + offset) * size / side - offset, 0, size - 1)
-        low = np.floor(at).astype(int)
-        return low, np.minimum(low + 1, size - 1), at - low
+        place = np.clip((np.arange(side) + offset) * size / side - offset, 0, size - 1)
+        low = np.floor(place).astype(int)
+        return low, np.minimum(low + 1, size - 1), place - low
 
     def resample(pixels, side, window, method, into):
         pixels = np.asarray(pixels, np.float64)
@@ -301,7 +308,7 @@ def summed_loss() -> Any:
 
 @fault("standardization's statistics without gradient", "gradients", "resnet/root_block")
 def detached() -> Any:
-    """The statistics taken as constants: the forward pass is right."""
+    """The gradient takes the statistics for constants; the forward pass is right."""
     import jax
     import jax.numpy as jnp
 
@@ -316,6 +323,8 @@ def detached() -> Any:
 
 
 def _optimizer(**settings: Any) -> Any:
+    """Replaces the optimizer by SGD with other settings: `weight_decay`, `shift` of the schedule in steps,
+    `momentum_scale`, and settings of `optax.sgd`."""
     import optax
 
     from bit_jax.training.optimizer import learning_rate
@@ -384,29 +393,30 @@ def last_batch() -> Any:
     evaluation = Loader.evaluation
 
     def dropping(self):
-        whole = len(self.source) // self.global_batch
-        return (pair for pair in evaluation(self) if pair[0] < whole)
+        full_batches = len(self.source) // self.global_batch
+        return ((number, batch) for number, batch in evaluation(self) if number < full_batches)
 
     return mock.patch.object(Loader, "evaluation", dropping)
 
 
 @fault("some images read upside down", "accuracy", "flipped predictions", precision="fp32")
 def turned_image() -> Any:
-    """A few images of the split are read upside down, as where an EXIF tag is honoured on one side alone."""
+    """A few images of the split are read upside down, as if one side alone ignored an EXIF tag."""
     from input_pipeline.preprocess import Views
 
     pixels = Views.pixels
 
     def turned(self, image):
         decoded = pixels(self, image)
-        chosen = zlib.crc32(decoded[..., 0].tobytes()) % 30 == 0  # by content: threads come in any order
+        # choose by content, because threads read images in any order
+        chosen = zlib.crc32(decoded[..., 0].tobytes()) % 30 == 0
         return decoded[::-1, ::-1] if chosen else decoded
 
     return mock.patch.object(Views, "pixels", turned)
 
 
 def _rounded(x: Any, bits: int) -> Any:
-    """float32 and float16 numbers with `bits` behind the point, as tensor cores read them; others as they are."""
+    """Rounds float32 and float16 numbers to `bits` bits behind the point, as tensor cores do, and no other dtypes."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -421,7 +431,7 @@ def _rounded(x: Any, bits: int) -> Any:
 
 @contextlib.contextmanager
 def _narrow_products(bits: int) -> Iterator[None]:
-    """Both operands of every product rounded."""
+    """Rounds both operands of every product to `bits` bits behind the point."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -474,26 +484,26 @@ def bfloat16_in_float16() -> Any:
 
 
 def _scaling(change: Callable[[Any], Any]) -> Any:
-    """Gradients of the loss at another scale than was asked for; what they are divided by follows."""
+    """Multiplies the loss by change(scale) instead of its scale, and divides the gradients by the same number."""
     from bit_jax.training import steps
 
-    whole = steps.loss_and_gradients
+    right = steps.loss_and_gradients
 
     def changed(model, params, images, targets, microbatches=1, scale=None):
-        return whole(model, params, images, targets, microbatches, None if scale is None else change(scale))
+        return right(model, params, images, targets, microbatches, None if scale is None else change(scale))
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", changed)
 
 
 @fault("the loss divided by its scale in float16", "gradients", "resnet/", precision="fp16")
 def inverse_scale() -> Any:
-    """Small gradients vanish, those that do not are right."""
+    """Small gradients vanish; the others are right."""
     return _scaling(lambda scale: 1 / scale)
 
 
 @fault("the loss scaled twice in float16", "gradients", "loss scale", precision="fp16")
 def squared_scale() -> Any:
-    """Gradients overflow at scales at which the other side's are finite."""
+    """Gradients overflow at scales at which those of the other side are finite."""
     return _scaling(lambda scale: scale * scale)
 
 
@@ -501,12 +511,12 @@ def squared_scale() -> Any:
 def undivided() -> Any:
     from bit_jax.training import steps
 
-    whole = steps.loss_and_gradients
+    right = steps.loss_and_gradients
 
     def multiplied(model, params, images, targets, microbatches=1, scale=None):
         import jax
 
-        loss, gradients = whole(model, params, images, targets, microbatches, scale)
+        loss, gradients = right(model, params, images, targets, microbatches, scale)
         return loss, gradients if scale is None else jax.tree.map(lambda leaf: leaf * scale, gradients)
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", multiplied)

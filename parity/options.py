@@ -87,7 +87,7 @@ class Options:
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 
-    # a fault that the self-test injects on one side, see `faults.py`
+    # name of a fault that the self-test injects into one side, see `faults.py`
     fault: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self):
@@ -106,11 +106,13 @@ class Options:
 
     @property
     def height_width(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
         height, _, width = self.size.partition("x")
         return int(height), int(width or height)
 
     @property
     def schedule(self) -> dict:
+        """Fields of a `Schedule`, as JSON's types."""
         return {
             "base_lr": self.base_lr,
             "warmup_steps": self.warmup_steps,

@@ -1,6 +1,6 @@
-"""The far end of a worker's pipe, in a process that imports one framework: `python -m parity.serve JOB`.
+"""The process of one side, which imports one framework: `python -m parity.serve JOB`, where JOB is a JSON object.
 
-It answers the requests that `sides/worker.py` sends, one JSON object a line on its standard input.
+It answers the requests that `sides/worker.py` sends, one JSON object per line, to its standard input.
 """
 
 import concurrent.futures
@@ -27,28 +27,27 @@ from parity.sides.worker import Progress
 def main() -> None:
     """Answers requests until its standard input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries that print do not disturb the conversation
+    os.dup2(2, 1)  # what libraries print goes to the log instead of between the replies
     job = json.loads(sys.argv[1])
 
     def reply(**content: Any) -> None:
         replies.write(json.dumps(content) + "\n")
 
-    def progress(done: int, of: int) -> None:
-        reply(progress=(done, of))
+    def progress(done: int, total: int) -> None:
+        reply(progress=(done, total))
 
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
-    made: concurrent.futures.Future[Tasks] = (
-        concurrent.futures.Future()
-    )  # before anything is asked, so that several processes import at once
+    # imports before the first request, so that several processes do it at once; an error is the answer to the request
+    future: concurrent.futures.Future[Tasks] = concurrent.futures.Future()
     try:
-        made.set_result(_tasks(progress, **job))
+        future.set_result(_tasks(progress, **job))
     except Exception as error:
-        made.set_exception(error)
+        future.set_exception(error)
     while True:
         request = json.loads(requests.get())
         try:
-            tasks = made.result()
+            tasks = future.result()
             arguments = request["arguments"]
             fault = arguments.pop("fault", None)
             with tasks.injected(fault):
@@ -62,13 +61,14 @@ def main() -> None:
             traceback.print_exc()
             reply(failed=f"{type(error).__name__}: {error}".splitlines()[0])
             if job["rank"]:
-                os._exit(1)  # the others, which wait for it, then fail instead
+                os._exit(1)  # so that the processes that wait for this one fail
 
 
 def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
-    """The thread that reads standard input while tasks compute. At its end this process and all that it started, such
-    as a DataLoader's workers, are gone: nobody waits for their work."""
-    with open(0, closefd=False) as stream:  # not sys.stdin, whose lock Python wants at its own end
+    """Puts the lines of standard input into the queue while tasks compute, in a thread of its own. When the input ends,
+    nobody waits for answers; it then kills what this process has started, such as a DataLoader's workers, and ends it.
+    """
+    with open(0, closefd=False) as stream:  # Python takes the lock of sys.stdin when it exits
         for line in stream:
             requests.put(line)
     for child in psutil.Process().children(recursive=True):
@@ -78,7 +78,7 @@ def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
 
 
 def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Tasks:
-    """Imports the one framework that this process is for."""
+    """Imports the side's framework and returns its tasks."""
     if side["framework"] == "jax":
         from parity.in_jax.timing import TimedJax
 

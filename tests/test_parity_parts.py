@@ -26,8 +26,10 @@ from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
 from input_pipeline.image_file import read_image_file
 from parity.in_jax.tasks import JaxSide
-from parity.in_torch import models, pipeline, resnetv2, tasks
+from parity.in_torch import models, pipeline, resnetv2, units
 from parity.in_torch import names as torch_names
+from parity.in_torch import precision as torch_precision
+from parity.in_torch.tasks import TorchSide
 from parity.ladder import ladder, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
 from parity.ladder.statistics import Paired
@@ -246,10 +248,10 @@ def test_parameters_of_other_names_are_told_by_their_contents_and_units_by_their
     assert keys["middle.3.third.weight"] == "resnet/block2/unit02/c/standardized_conv2d/kernel"
     assert keys["classifier.weight"] == "resnet/head/conv2d/kernel"
     assert sorted(keys.values()) == sorted(arrays)
-    units = torch_names.units(model, keys)
-    assert list(units)[:3] == ["root_block", "block1/unit01", "block1/unit02"]
-    assert units["root_block"] is model.begin
-    assert units["block2/unit02"] is model.middle[3]
+    modules = units.units(model, keys)
+    assert list(modules)[:3] == ["root_block", "block1/unit01", "block1/unit02"]
+    assert modules["root_block"] is model.begin
+    assert modules["block2/unit02"] is model.middle[3]
 
 
 def test_a_model_with_other_weights_is_refused_by_the_names_that_do_not_pair_up(file):
@@ -291,10 +293,9 @@ def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ul
 def test_every_precision_of_a_comparison_is_known_to_both_sides():
     for precision in get_args(get_type_hints(Options)["precision"]):
         assert precision in ladder.ULP
-        assert precision in tasks.DTYPES
-        narrow = tasks.AUTOCAST.get(precision, tasks.DTYPES[precision])
-        assert str(narrow) == f"torch.{PRECISIONS[precision].dtype}"
-    assert tasks.FIRST_SCALE == FIRST_SCALE
+        assert str(torch_precision.PRECISIONS[precision].dtype) == f"torch.{PRECISIONS[precision].dtype}"
+        assert torch_precision.PRECISIONS[precision].scales_loss == PRECISIONS[precision].scales_loss
+    assert torch_precision.FIRST_SCALE == FIRST_SCALE
     offered = set(get_args(get_type_hints(Options)["precision"])) - {"fp64"}
     assert set(get_args(get_type_hints(Throughput)["precision"])) == offered
 
@@ -351,7 +352,7 @@ def test_a_step_whose_gradient_overflows_in_float16_is_skipped(framework, small_
     given: Any = {"mixed": str(mixed), "count": 1, "momentum": 0.9}
     given["schedule"] = {"base_lr": 0.1, "warmup_steps": 0, "decay_steps": [], "steps": 10}
     asked = Side(framework), "fp16", str(small_npz), lambda *_: None
-    side: Any = JaxSide(*asked) if framework == "jax" else tasks.TorchSide(*asked, rank=0, meeting=tmp_path)
+    side: Any = JaxSide(*asked) if framework == "jax" else TorchSide(*asked, rank=0, meeting=tmp_path)
     before = arrays_of(small_npz)
     kernel = "resnet/block4/unit01/b/standardized_conv2d/kernel"
     for scale, overflows in ((2.0**10, 0), (2.0**60, 1)):
@@ -368,10 +369,10 @@ def test_a_unit_without_a_module_of_its_own_is_left_out_and_its_successor_keeps_
     keys = torch_names.official_keys(model, arrays_of(file))
     images = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
-        whole = tasks.record_units(model, keys, images, None)
+        whole = units.record(model, keys, images, None)
         seen = {site: output for site, output in whole.items() if site != "block2/unit01"}
         marked = {site: output + 1 for site, output in seen.items()}
-        forced = tasks.record_units(model, keys, images, marked)
+        forced = units.record(model, keys, images, marked)
     free = model.middle[3](whole["block2/unit01"])
     own = model.middle[3](forced["block2/unit01"])
     assert not torch.equal(forced["block1/unit02"], whole["block1/unit02"])  # fed root_block's marked output

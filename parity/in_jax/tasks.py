@@ -1,7 +1,7 @@
 """The tasks of the ladder in JAX, made of the very functions that training, evaluation and loading are made of.
 
-Every task returns (what it says, {name: array} or None). Arrays are in the checkpoint's layout: images NHWC, kernels
-HWIO, names as the file's keys.
+Every task returns (values, {name: array}), either of which may be None. Arrays are in the checkpoint's layout: images
+NHWC, kernels HWIO, names as the file's keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,24 +36,38 @@ MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, 
 
 
 class JaxSide:
+    """A weight file's model in JAX, and the tasks of `sides/tasks.py` that compute with it.
+
+    Attributes:
+        side, precision: the side and the precision to compute in.
+        weight_file: path of an official `.npz`.
+        progress: function (number done, number in all) -> None; tasks call it after each batch.
+        mesh, target: the side's devices, and how the model runs on them.
+        dtype: dtype of parameters, images and the loss.
+
+    Raises:
+        RequestError: JAX finds fewer devices than the side needs.
+    """
+
     def __init__(self, side: Side, precision: str, weight_file: str, progress: Callable[[int, int], None]):
         self.precision = choose(precision)
         self.side, self.weight_file, self.progress = side, weight_file, progress
-        if len(jax.devices()) < side.devices:
-            found = len(jax.devices())
-            raise RequestError(f"{side} needs {side.devices} devices, and JAX finds {found}; take fewer")
-        self.mesh = sharding.make_mesh(jax.devices()[: side.devices], fsdp=side.fsdp)
+        devices = jax.devices()
+        if len(devices) < side.devices:
+            raise RequestError(f"{side} needs {side.devices} devices, and JAX finds {len(devices)}; take fewer")
+        self.mesh = sharding.make_mesh(devices[: side.devices], fsdp=side.fsdp)
         self.target = Target(self.mesh, self.precision, side.remat, side.microbatches, tuned=side.tuned)
         self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
+        """Has the fault of that name while the `with` block runs; None: no fault."""
         self._fault = fault
         return faults.injected(fault)
 
     def model(self) -> tuple[resnetv2.ResNetV2, Any]:
-        """The model and its parameters where they belong on the mesh."""
+        """Returns the model, with the fault if there is one, and its parameters, placed on the mesh."""
         if self._fault not in self._loaded:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
@@ -61,10 +75,11 @@ class JaxSide:
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
-    def _jit(self, function: Callable, **how: Any) -> Callable:
-        return jax.jit(function, compiler_options=self.target.compiler_options, **how)
+    def _jit(self, function: Callable) -> Callable:
+        return jax.jit(function, compiler_options=self.target.compiler_options)
 
     def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
+        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data."""
         model, params = self.model()
         architecture = Architecture(model.units, model.width, model.num_classes)
         matrix, convolution = products(self.precision)
@@ -92,13 +107,24 @@ class JaxSide:
         } | inputs.described(dataset), None
 
     def products(self) -> Result:
-        """What a matrix product and a convolution multiply with."""
+        """Returns the precisions in which a matrix product and a convolution are really computed."""
         return products(self.precision), None
 
     def weights(self) -> Result:
-        return None, self._named(self.model()[1])
+        """Returns every array of the weight file, as the model holds it."""
+        _, params = self.model()
+        return None, self._named(params)
 
     def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
+        """Returns each image file as evaluation and as each epoch of training show it, normalized.
+
+        Args:
+            files: paths of image files.
+            resize, crop: sides in pixels of the images that training crops, and of the views.
+            epochs: number of epochs.
+            seed: seed of the loader's random draws.
+            draws: not used: PyTorch's side takes these, which are the same as the loader's own.
+        """
         source = Files(files)
         views = input_pipeline.Views(resize, crop, flip=True)
         loader = input_pipeline.Loader(source, views, global_batch=len(source), seed=seed)
@@ -110,21 +136,23 @@ class JaxSide:
         return None, saved
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
+        """Returns every unit's output and the logits; with a `teacher`, a file that another side returned, each unit
+        computes on what the unit before it returned there."""
         model, params = self.model()
-        given = None
+        teacher_outputs = None
         if teacher is not None:
             with np.load(teacher) as file:
-                given = {site: self._rows(file[site]) for site in file.files}
-        seen = model.clone(remat="none")  # it decides what backward passes keep; units within it cannot be looked at
-        apply = self._jit(lambda params, images, given: record_units(seen, params, images, given))
+                teacher_outputs = {site: self._rows(file[site]) for site in file.files}
+        # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
+        plain = model.clone(remat="none")
+        apply = self._jit(lambda params, images, teacher: record_units(plain, params, images, teacher))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
-        outputs = apply(self._disturbed_params(params, disturb), batch, given)
-        # files know no bfloat16
+        outputs = apply(self._disturbed_params(params, disturb), batch, teacher_outputs)
+        # an .npz cannot hold bfloat16
         return None, {site: np.asarray(output, self.dtype) for site, output in outputs.items()}
 
     def mix(self, batches: str) -> Result:
-        """Every batch after normalization and mixup, by the given weights."""
+        """Returns every batch after normalization and mixup, with the weights in the file."""
         model, _ = self.model()
         mix = jax.jit(lambda batch, weight: steps.prepare(batch, model.num_classes, self.dtype, weight))
         saved = {}
@@ -137,6 +165,7 @@ class JaxSide:
         return None, saved
 
     def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+        """Returns the loss of each row of the first batch, and their mean."""
         model, params = self.model()
         images, targets = self._mixed(mixed, 0, disturb)
 
@@ -145,16 +174,23 @@ class JaxSide:
             mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches)
             return {"loss of each row": rows, "mean loss": mean}
 
-        return None, _arrays(self._jit(losses)(self._disturbed_params(params, disturb), images, targets))
+        computed = self._jit(losses)(self._disturbed_params(params, disturb), images, targets)
+        return None, {name: np.asarray(loss) for name, loss in computed.items()}
 
     def gradients(
         self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = steps.FIRST_SCALE
     ) -> Result:
-        """Gradients of the mean loss by every parameter, for each of `count` batches. In float16 the loss is multiplied
-        by `scale` and its gradients are divided by it; the answer says how many batches' gradients are not finite."""
+        """Returns the gradient by every parameter of each batch's mean loss, and {"overflows": number of batches with
+        gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are divided by
+        it."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
-        gradients = self._jit(lambda *given: self._loss_and_gradients(model, *given)[1])
+        microbatches = self.side.microbatches
+
+        @self._jit
+        def gradients(params, images, targets, scale):
+            return steps.loss_and_gradients(model, params, images, targets, microbatches, scale)[1]
+
         loss_scale = jnp.float32(scale) if self.precision.scales_loss else None
         saved, overflows = {}, 0
         for number in range(count):
@@ -165,8 +201,8 @@ class JaxSide:
         return {"overflows": overflows}, saved
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
-        """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
-        before it is not zero."""
+        """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
+        before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
         _, params = self.model()
         sgd = optimizer.sgd(_schedule(schedule), momentum)
 
@@ -178,10 +214,10 @@ class JaxSide:
             return steps.update(state.replace(step=count, opt_state=opt_state), gradients, sgd)
 
         with np.load(gradients) as file:
-            given = weights.unflatten({key: self._param(file[f"0/{key}"]) for key in weights.flatten(params)})
-        state = jax.jit(update)(params, given)
-        after = optax.tree_utils.tree_get(state.opt_state, "trace")
-        return None, self._named(state.params, "params/") | self._named(after, "momentum/")
+            grads = weights.unflatten({key: self._param(file[f"0/{key}"]) for key in weights.flatten(params)})
+        state = jax.jit(update)(params, grads)
+        trace = optax.tree_utils.tree_get(state.opt_state, "trace")
+        return None, self._named(state.params, "params/") | self._named(trace, "momentum/")
 
     def curve(
         self,
@@ -192,8 +228,8 @@ class JaxSide:
         disturb: Disturb | None = None,
         scale: float = steps.FIRST_SCALE,
     ) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the parameters after them; in float16 with a
-        `LossScale`, from `scale` on. Says how many steps it skipped."""
+        """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
+        {"overflows": number of skipped steps}. In float16 a `LossScale` scales the loss, by `scale` at first."""
         training = self.training(schedule, momentum, disturb=disturb)
         loss_scale = training.state.loss_scale
         if loss_scale is not None:
@@ -210,14 +246,15 @@ class JaxSide:
     def training(
         self, schedule: dict[str, Any], momentum: float, *, mixup: float | None = None, disturb: Disturb | None = None
     ) -> "Training":
-        """Training from the weight file's parameters, which steps use up: the next task reads them anew.
+        """Prepares training from the weight file's parameters. Steps donate their buffers, so the next task reads the
+        file again.
 
         Args:
             schedule: fields of a `Schedule`.
-            momentum: of SGD.
-            mixup: alpha, where steps are to take the loader's batches, as in train.py; None: they take images and
-                targets that are mixed already.
-            disturb: see `inputs.disturbance`.
+            momentum: momentum of SGD.
+            mixup: alpha of mixup for steps that take the loader's batches, as in train.py; None for steps that take
+                images and targets that are already mixed.
+            disturb: disturbance of the parameters, see `inputs.disturbance`.
         """
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
@@ -242,7 +279,8 @@ class JaxSide:
         batch: int,
         limit: int | None,
     ) -> Result:
-        """Logits, label and id of every example that evaluation counts, and evaluation's own sums."""
+        """Returns logits, label and index of every example that evaluation counts, the sums that evaluation itself
+        makes, and the number of examples."""
         model, params = self.model()
         source = open_labelled(dataset, split, data_dir, class_names)
         if limit is not None:
@@ -273,9 +311,6 @@ class JaxSide:
         }
         return totals | {"examples": len(source)}, saved
 
-    def _loss_and_gradients(self, model, params, images, targets, scale):
-        return steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, scale)
-
     def _param(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(jnp.asarray(array, self.dtype), sharding.param_sharding(self.mesh, array.shape))
 
@@ -286,9 +321,10 @@ class JaxSide:
         return steps.normalize(sharding.shard_batch(image, self.mesh), self.dtype)
 
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[jax.Array, ...]:
+        """Reads batch `number` of a file and disturbs its images; returns images and targets on the mesh."""
         with np.load(mixed) as file:
-            both = [file[f"{what}/{number}"].astype(self.dtype) for what in ("images", "targets")]
-        images, targets = (jax.device_put(rows, sharding.batch_sharding(self.mesh)) for rows in both)
+            arrays = [file[f"{name}/{number}"].astype(self.dtype) for name in ("images", "targets")]
+        images, targets = (jax.device_put(rows, sharding.batch_sharding(self.mesh)) for rows in arrays)
         return self._disturbed(images, f"images/{number}", disturb), targets
 
     def _disturbed(self, array: jax.Array, name: str, disturb: Disturb | None) -> jax.Array:
@@ -315,14 +351,14 @@ class JaxSide:
 
 
 class Training:
-    """Steps of training, each of which has finished when its call returns.
+    """Training steps: each call takes one and returns when it has finished.
+
+    The first call compiles the step. If the target is tuned, it does so as train.py does, and gives the state the
+    layout that the compiled step wants.
 
     Attributes:
         state: the state after the last step.
-        metrics: what the last step says.
-
-    The step is compiled at the first call; where the target is tuned as train.py compiles it, so that the state lies as
-    the step wants it.
+        metrics: metrics of the last step.
     """
 
     def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, target: Target):
@@ -333,11 +369,12 @@ class Training:
     def __call__(self, *batch: Any) -> None:
         if self._compiled is None:
             self._compiled = self._compile(*batch)
-        # as in train.py's loop, the state before the step is let go while the devices work
+        # as in train.py's loop, the reference to the old state is dropped while the devices work
         self.state, self.metrics = self._compiled(self.state, *batch)
         jax.block_until_ready((self.state, self.metrics))
 
     def lower(self, *batch: Any) -> jax.stages.Lowered:
+        """Lowers the step for the state and a batch, without computing anything."""
         return program.lower_step(self._step, self.state, *batch)
 
     def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
@@ -351,9 +388,15 @@ class Training:
 def record_units(
     model: resnetv2.ResNetV2, params: Any, images: jax.Array, teacher: dict[str, jax.Array] | None
 ) -> dict[str, jax.Array]:
-    """{site: output} for root_block, block1/unit01 and so on, and logits.
+    """Returns {site: output} of every unit and `logits`. A site is the unit's name in the checkpoint: root_block,
+    block1/unit01 and so on.
 
-    With a teacher, {site: output} of another implementation, each unit is given what came before it there.
+    Args:
+        model: the model, without rematerialization.
+        params: parameters of the model.
+        images: images, [batch, height, width, 3].
+        teacher: {site: output} of another implementation, or None. Each unit then computes on what the teacher's unit
+            before it returned, so that errors of earlier units do not reach it.
     """
     outputs: dict[str, jax.Array] = {}
     last = f"block{len(model.units)}/unit{model.units[-1]:02d}"
@@ -363,9 +406,10 @@ def record_units(
             return call(*args, **kwargs)
         site = "/".join(context.module.path)
         before = next(reversed(outputs), None)
-        if teacher is not None and before in teacher:  # a teacher of another make may not show every unit
+        if teacher is not None and before in teacher:  # a model of another make may lack a module for a unit
             args = (teacher[before],)
         outputs[site] = call(*args, **kwargs)
+        # the head computes on what the teacher's last unit returned
         return teacher[site] if teacher is not None and site == last and site in teacher else outputs[site]
 
     with nn.intercept_methods(record):
@@ -376,7 +420,3 @@ def record_units(
 def _schedule(fields: dict[str, Any]) -> Schedule:
     fields = fields | {"decay_steps": tuple(fields["decay_steps"])}
     return Schedule(**fields)
-
-
-def _arrays(tree: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in tree.items()}

@@ -24,14 +24,17 @@ from parity.sides.tasks import Result
 
 
 class TimedJax(JaxSide):
-    _call: Callable[[int], None]  # what `again` repeats
+    """A `JaxSide` with the tasks that time."""
+
+    _call: Callable[[int], None]  # the timed function, which `again` repeats
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times the forward pass on `count` batches in turn: see `clock.timed`; says the loss of the first too."""
+        """Times the forward pass on `count` batches in turn; returns the entries of `clock.timed` and `_used`, and
+        "losses", the mean loss of the first batch."""
         model, params = self.model()
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
-        if self.side.tuned:  # as train.py's evaluation
+        if self.side.tuned:  # train.py's evaluation standardizes kernels once, too
             model, params = model.clone(standardized=True), self._jit(bit_steps.standardized)(params)
         apply = self._jit(lambda params, images: bit_steps.apply_model(model, params, images))
 
@@ -45,7 +48,8 @@ class TimedJax(JaxSide):
         return clock.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times a step of training on `count` batches in turn: see `clock.timed`; says the losses of the first too."""
+        """Times a training step on `count` batches in turn; returns the entries of `clock.timed` and `_used`, and
+        "losses", those of the first steps, which are not timed."""
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         training = self.training(clock.SCHEDULE, clock.MOMENTUM)
         losses: list[float] = []
@@ -59,39 +63,52 @@ class TimedJax(JaxSide):
         return clock.timed(call, seconds) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """Times what was timed last, for so many seconds more."""
+        """Times once more what was timed last; returns "calls", the seconds of each call, and `_used`'s entries."""
         return {"calls": clock.again(self._call, seconds)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: clock.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `clock.timed`."""
-        one = flops.Convolution(*convolution)
-        x, kernel, gradient = clock.convolution_arrays(one, rows, sets)
+        """Times one pass of a convolution; returns the entries of `clock.timed` and "rms", a result's root mean square.
+
+        Args:
+            convolution: fields of a `flops.Convolution`.
+            rows: number of images in an input.
+            which: the pass.
+            sets: number of inputs.
+            repeat: number of times that a call does the pass on each input.
+            seconds: seconds to time calls for.
+        """
+        layer = flops.Convolution(*convolution)
+        images, kernel, gradients = clock.convolution_arrays(layer, rows, sets)
 
         def convolve(x: Any, kernel: Any) -> Any:
             products = self.side.tuned and self.target.on_cpu
-            return ops.convolve(x, kernel, one.stride, self.precision.product, products=products)
+            return ops.convolve(x, kernel, layer.stride, self.precision.product, products=products)
 
-        def passed(x: Any, kernel: Any, gradient: Any) -> Any:
+        def compute(x: Any, kernel: Any, gradient: Any) -> Any:
             if which == "forward":
                 return convolve(x, kernel)
             if which == "by input":
                 return jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)[0]
             return jax.vjp(lambda kernel: convolve(x, kernel), kernel)[1](gradient)[0]
 
-        def all_sets(x: Any, kernel: Any, gradient: Any) -> Any:
-            return [passed(*given) for given in zip(x, [kernel] * sets, gradient, strict=True)]
+        def compute_all(images: Any, kernel: Any, gradients: Any) -> Any:
+            return [compute(x, kernel, gradient) for x, gradient in zip(images, gradients, strict=True)]
 
         options = self.target.compiler_options
-        given = jax.tree.map(lambda array: jnp.asarray(array, self.precision.dtype), (list(x), kernel, list(gradient)))
-        like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), given)
-        free = sharding.any_layout((like, jax.eval_shape(all_sets, *like)))
-        jitted = jax.jit(all_sets, in_shardings=free[0], out_shardings=free[1], compiler_options=options)
+        operands = jax.tree.map(
+            lambda array: jnp.asarray(array, self.precision.dtype), (list(images), kernel, list(gradients))
+        )
+        like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), operands)
+        operand_layouts, result_layouts = sharding.any_layout((like, jax.eval_shape(compute_all, *like)))
+        jitted = jax.jit(
+            compute_all, in_shardings=operand_layouts, out_shardings=result_layouts, compiler_options=options
+        )
         start = time.perf_counter()
         compiled = jitted.lower(*like).compile()
         seconds_of_compilation = time.perf_counter() - start
-        placed = jax.device_put(given, compiled.input_formats[0])
+        placed = jax.device_put(operands, compiled.input_formats[0])
 
         def call(_: int) -> None:
             for _ in range(repeat):
@@ -103,42 +120,45 @@ class TimedJax(JaxSide):
         return clock.timed(call, seconds) | {"first": seconds_of_compilation, "rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
-        """Times training on a folder of images and evaluating on its first ones, with train.py's loader and steps: see
-        `clock.whole_loop`."""
+        """Times training on a folder of images and evaluation on its first ones, with train.py's loader and steps;
+        returns the entries of `clock.whole_loop` and `_used`."""
         model, _ = self.model()
         training = self.training(clock.SCHEDULE, clock.MOMENTUM, mixup=clock.MIXUP)
         eval_step = self._jit(bit_steps.make_eval_step(model))
-        for_evaluation = self._jit(bit_steps.standardized)
+        standardized = self._jit(bit_steps.standardized)
         source = input_pipeline.open_source(folder, "train")
 
-        def batches(source: input_pipeline.Source, views: input_pipeline.Views) -> input_pipeline.Loader:
+        def loader_of(source: input_pipeline.Source, views: input_pipeline.Views) -> input_pipeline.Loader:
             return input_pipeline.Loader(
                 source, views, rows, place=lambda batch: sharding.shard_batch(batch, self.mesh)
             )
 
         def evaluate(examples: int) -> int:
-            chosen = Subset(source, np.arange(examples), source.name)
-            loader = batches(chosen, input_pipeline.Views(crop, crop, flip=False))
-            shown = (batch for _, batch in loader.evaluation())
-            return evaluated(eval_step, for_evaluation(training.state.params), shown, examples).examples
+            subset = Subset(source, np.arange(examples), source.name)
+            loader = loader_of(subset, input_pipeline.Views(crop, crop, flip=False))
+            batches = (batch for _, batch in loader.evaluation())
+            return evaluated(eval_step, standardized(training.state.params), batches, examples).examples
 
-        shown = batches(source, input_pipeline.Views(resize, crop, flip=True)).train(0, clock.STARTS + steps)
-        times = clock.whole_loop(Timeline(), shown, lambda batch: training(batch[1]), evaluate, rows=rows, steps=steps)
+        batches = loader_of(source, input_pipeline.Views(resize, crop, flip=True)).train(0, clock.STARTS + steps)
+        times = clock.whole_loop(
+            Timeline(), batches, lambda batch: training(batch[1]), evaluate, rows=rows, steps=steps
+        )
         return times | self._used(), None
 
     def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `clock.CEILING`."""
+        """Returns the floating-point operations per second of products of large matrices, see `clock.CEILING`."""
         platform = self.mesh.devices.flat[0].platform
         left, right = jnp.asarray(clock.matrices(platform), self.precision.dtype)
         multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))
         times = clock.timed(lambda _: jax.block_until_ready(multiply(left, right)), clock.CEILING_SECONDS)
-        together = self.side.devices if platform != "cpu" else 1  # virtual ones share a CPU
-        return together * clock.rate(times, len(left)), None
+        devices = self.side.devices if platform != "cpu" else 1  # the virtual devices share one CPU
+        return devices * clock.rate(times, len(left)), None
 
     def _used(self) -> dict[str, Any]:
-        memory, of = figures.peak_memory()
-        return {"memory": memory, "memory of": of, "products": self._multiplied}
+        """Returns the peak memory in GiB, whose memory it is, and the precisions of products."""
+        memory, owner = figures.peak_memory()
+        return {"memory": memory, "memory of": owner, "products": self._products}
 
     @functools.cached_property
-    def _multiplied(self) -> tuple[str, str]:
+    def _products(self) -> tuple[str, str]:
         return products(self.precision)

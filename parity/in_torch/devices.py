@@ -1,4 +1,4 @@
-"""PyTorch on several devices, as the reference case: a process each, and DistributedDataParallel averages gradients."""
+"""PyTorch on several devices: one process for each device, and DistributedDataParallel averages the gradients."""
 
 import dataclasses
 import datetime
@@ -12,17 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from input_pipeline.errors import RequestError
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; compiling differs by less between processes
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; processes wait in one while others still compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """This process among those of its side; every one of them runs every task.
+    """This process among those of its side, each of which runs every task on its own device.
 
     Attributes:
-        count: how many processes, with a device each.
-        rank: this one's number; 0 answers.
-        device: its own.
+        count: number of processes.
+        rank: index of this process; the process of rank 0 answers.
+        device: device of this process.
     """
 
     count: int
@@ -31,11 +31,17 @@ class Devices:
 
     @classmethod
     def join(cls, count: int, rank: int, meeting: Path, *, gpu: bool) -> "Devices":
-        """Returns once all are there; `meeting` is a file that none of them has made yet. On CPUs each process takes
-        its share of the threads.
+        """Connects this process with the others and returns when all are there. On CPUs each process takes its share of
+        the threads.
+
+        Args:
+            count: number of processes.
+            rank: index of this process.
+            meeting: path at which the processes meet; no file is there yet.
+            gpu: whether each process has a GPU; otherwise they share the CPU.
 
         Raises:
-            RequestError: there are not as many GPUs.
+            RequestError: there are fewer GPUs than processes.
         """
         if gpu and torch.cuda.device_count() < count:
             raise RequestError(
@@ -56,42 +62,44 @@ class Devices:
         return cls(count, rank, device)
 
     def replica(self, model: nn.Module) -> nn.Module:
-        """What is called in the model's place, so that gradients are those of all rows."""
+        """Returns what to call in the model's place, so that gradients are averaged over the devices."""
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None) if self.count > 1 else model
 
-    def own(self, rows: Tensor) -> Tensor:
-        """This device's share of a batch, in device order."""
+    def share(self, rows: Tensor) -> Tensor:
+        """Returns this device's rows of a batch, whose rows are split over the devices in order."""
         return rows.tensor_split(self.count)[self.rank]
 
-    def joined(self, rows: Tensor) -> Tensor:
-        """The whole batch of everyone's shares, which are equal."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """Returns the rows of all devices in order; each device has equally many."""
         if self.count == 1:
             return rows
         shares = [torch.empty_like(rows) for _ in range(self.count)]
         dist.all_gather(shares, rows.contiguous())
         return torch.cat(shares)
 
-    def mean(self, own: Tensor) -> Tensor:
-        return self.joined(own.detach()[None]).mean(dim=0)
+    def mean(self, value: Tensor) -> Tensor:
+        """Returns the mean of the devices' values, without gradient."""
+        return self.gather(value.detach()[None]).mean(dim=0)
 
-    def total(self, own: float) -> float:
-        return float(self.joined(torch.tensor([own], dtype=torch.float64, device=self.device)).sum())
+    def total(self, value: float) -> float:
+        """Returns the sum of the devices' values."""
+        return float(self.gather(torch.tensor([value], dtype=torch.float64, device=self.device)).sum())
 
-    def first(self, own: bool) -> bool:
-        """What rank 0 says; until it has, nobody goes on."""
+    def agreed(self, answer: bool) -> bool:
+        """Returns the answer of rank 0 in every process, when all have called this."""
         if self.count == 1:
-            return own
-        return bool(self.joined(torch.tensor([own], device=self.device))[0])
+            return answer
+        return bool(self.gather(torch.tensor([answer], device=self.device))[0])
 
     def wait(self) -> None:
-        """Until every device has finished."""
+        """Waits until every device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.count > 1:
-            self.first(True)
+            self.agreed(True)
 
 
-def bare(model: Any) -> nn.Module:
-    """The model in a replica."""
+def unwrapped(model: Any) -> nn.Module:
+    """Returns the model in a replica, or a model that is no replica itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

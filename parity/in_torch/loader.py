@@ -1,6 +1,7 @@
-"""BiT's PyTorch input as a DataLoader, to compare with: `python -m parity.in_torch.loader torch FOLDER BATCH`.
+"""BiT's PyTorch input as a DataLoader, to compare speeds with: `python -m parity.in_torch.loader torch FOLDER BATCH`.
 
-After the reference case: images decoded, resized, cropped and mirrored by Pillow in worker processes, float32 NCHW.
+As in BiT's PyTorch code, Pillow decodes, resizes, crops and mirrors images in worker processes; batches are float32
+NCHW.
 """
 
 import itertools
@@ -22,7 +23,8 @@ from parity.sides.images import rgb
 
 
 class Images(Dataset):
-    """Training views of a source: (float32 [3, crop, crop] in [-1, 1], label)."""
+    """A source's examples as training shows them, (float32 [3, crop, crop] in [-1, 1], label): resized to a square of
+    side `resize`, cropped at random and mirrored by chance."""
 
     def __init__(self, source: Source, resize: int, crop: int):
         self.source, self.resize, self.crop = source, resize, crop
@@ -33,14 +35,14 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         example = self.source[index]
         image = rgb(example, self.source.name)
-        top, left = (int(place) for place in torch.randint(self.resize - self.crop + 1, (2,)))
+        top, left = (int(offset) for offset in torch.randint(self.resize - self.crop + 1, (2,)))
         mirrored = bool(torch.rand(()) < 0.5)
         pixels = pipeline.train(image, self.resize, self.crop, top, left, mirrored)
         return pipeline.to_tensor(np.ascontiguousarray(pixels), torch.float32), example["label"]
 
 
 class EvaluationImages(Dataset):
-    """Evaluation views of a source."""
+    """A source's examples as evaluation shows them, (float32 [3, crop, crop] in [-1, 1], label)."""
 
     def __init__(self, source: Source, crop: int):
         self.source, self.crop = source, crop
@@ -55,15 +57,22 @@ class EvaluationImages(Dataset):
 
 
 def evaluation_batches(source: Source, batch: int, *, crop: int, workers: int) -> Iterator[Any]:
-    """Every example once, in order."""
+    """Yields (images, labels) of every example once, in order."""
     return iter(DataLoader(EvaluationImages(source, crop), batch, num_workers=workers))
 
 
 def batches(
     source: Source, batch: int, *, resize: int, crop: int, workers: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[Any]:
-    """Shuffled epochs without end, of which a process has `shard`: (its number, how many there are); the last, short
-    batch of an epoch is dropped."""
+    """Yields (images, labels) in shuffled epochs without end; the last batch of an epoch is dropped if it is short.
+
+    Args:
+        source: dataset.
+        batch: number of rows in a batch of this process.
+        resize, crop: sides in pixels of the resized images, and of the crops.
+        workers: number of processes that read images.
+        shard: (index of this process, number of processes that share an epoch).
+    """
     images, (rank, count) = Images(source, resize, crop), shard
     sampler: DistributedSampler = DistributedSampler(images, count, rank, drop_last=True)
     loader = DataLoader(images, batch, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=True)

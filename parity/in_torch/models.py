@@ -1,4 +1,4 @@
-"""PyTorch models by other hands: `--torch-model` and `--torch-weights`, made to answer as the reference does."""
+"""Loads other people's PyTorch models, `--torch-model` and `--torch-weights`, and checks that they return logits."""
 
 import importlib
 import re
@@ -23,7 +23,8 @@ WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
 
 
 def build(side: Side, weight_file: str) -> nn.Module:
-    """The reference, or what the factory makes; with the state dict where one is given.
+    """Builds the side's model, the reference unless the side names a factory, and loads the side's state dict if it has
+    one.
 
     Raises:
         RequestError: there is no such factory, it fails, or the state dict is not the model's.
@@ -39,34 +40,35 @@ def build(side: Side, weight_file: str) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns: a tensor, an object or a dict with `logits`, or a tuple whose first they are.
+    """Returns the logits in a model's output: a tensor, an object or dict with `logits`, or a tuple that begins with
+    them.
 
     Raises:
-        RequestError: it returns something else.
+        RequestError: the output is something else.
     """
-    found = output
+    logits = output
     if isinstance(output, Mapping):
-        found = output.get("logits")
+        logits = output.get("logits")
     elif hasattr(output, "logits"):
-        found = output.logits
+        logits = output.logits
     elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if isinstance(found, Tensor):
-        return found
-    what = f"a {type(output).__name__}"
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
+    kind = f"a {type(output).__name__}"
     if isinstance(output, Mapping):
-        what += f" with {', '.join(printable(key) for key in list(output)[:LISTED]) or 'nothing'}"
+        kind += f" with {', '.join(printable(key) for key in list(output)[:LISTED]) or 'nothing'}"
     raise RequestError(
-        f"--torch-model's module returns {what}, in which there are no logits; return a tensor [batch, classes], "
+        f"--torch-model's module returns {kind}, in which there are no logits; return a tensor [batch, classes], "
         "something with `logits`, or a tuple that begins with them"
     )
 
 
 def check(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
-    """Calls a model once, before anything is compared.
+    """Calls a model once, so that a model that does not work is refused before anything is compared.
 
     Raises:
-        RequestError: it fails, or its logits are not [batch, classes].
+        RequestError: the model fails, or its logits are not [batch, classes].
     """
     try:
         with torch.no_grad():
@@ -83,34 +85,34 @@ def check(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
 
 
 def fill(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint's parameters and buffers, wherever in the file they are and whatever wrapped the model.
+    """Loads a file's state dict into the model. It may lie in nested dicts, and be one of a model that was wrapped.
 
     Raises:
-        RequestError: the file cannot be read, or holds no state dict of this model.
+        RequestError: the file cannot be read, holds no state dict of this model, or holds several that differ.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     content = _loaded(path)
-    names = {WRAPPERS.sub("", name): name for name in own}
-    found = [_unwrapped(state, names) for state in _state_dicts(content)]
-    best = max(found, key=lambda state: len(names.keys() & state.keys()), default={})
+    names = {WRAPPERS.sub("", name): name for name in expected}
+    candidates = [_unwrapped(state, names) for state in _state_dicts(content)]
+    best = max(candidates, key=lambda state: len(names.keys() & state.keys()), default={})
     if not names.keys() & best.keys():
         raise RequestError(f"--torch-weights {path} holds no state dict of this model: it is {_described(content)}")
-    whole = [state for state in found if names.keys() <= state.keys()]
+    whole = [state for state in candidates if names.keys() <= state.keys()]
     if any(not _same(state, whole[0], names) for state in whole[1:]):
         raise RequestError(
             f"--torch-weights {path} holds {len(whole)} state dicts of this model that differ, as of an average beside "
             f"the weights ({_described(content)}); save the one that is meant alone"
         )
     missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((names, best), (best, names)))
-    other = [
-        f"{name} {_shape(best[name])} for {_shape(own[names[name]])}"
+    misshapen = [
+        f"{name} {_shape(best[name])} for {_shape(expected[names[name]])}"
         for name in names.keys() & best.keys()
-        if best[name].shape != own[names[name]].shape
+        if best[name].shape != expected[names[name]].shape
     ]
-    if missing or unexpected or other:
+    if missing or unexpected or misshapen:
         raise RequestError(
             f"--torch-weights {path} is not this model's state dict: missing {_listed(missing)}; unexpected "
-            f"{_listed(unexpected)}" + (f"; of another shape {_listed(sorted(other))}" if other else "")
+            f"{_listed(unexpected)}" + (f"; of another shape {_listed(sorted(misshapen))}" if misshapen else "")
         )
     model.load_state_dict({names[name]: tensor for name, tensor in best.items()}, strict=True)
 
@@ -136,7 +138,7 @@ def _factory(name: str) -> Callable[[str], Any]:
 
 
 def _loaded(path: Path) -> Any:
-    """The content of a checkpoint, of which nothing is executed."""
+    """Returns the content of a checkpoint; no code in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises what its unpickler and zip reader raise
@@ -144,7 +146,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Why a file is no checkpoint; a clause."""
+    """Returns a clause that says why a file is no checkpoint."""
     wanted = "give a file that torch.save(model.state_dict(), path) wrote"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror}); {wanted}"
@@ -159,12 +161,12 @@ def _unreadable(path: Path, error: Exception) -> str:
         "is an .npz file, as --weights takes": any(name.endswith(".npy") for name in names),
         "is a TorchScript archive": any("/code/" in name for name in names),
     }
-    what = next((kind for kind, is_that in kinds.items() if is_that), f"is no PyTorch checkpoint ({_sentence(error)})")
-    return f"{what}; {wanted}"
+    reason = next((kind for kind, applies in kinds.items() if applies), None)
+    return f"{reason or f'is no PyTorch checkpoint ({_sentence(error)})'}; {wanted}"
 
 
 def _state_dicts(content: Any, depth: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Every dict in a checkpoint that names tensors, without what else it names."""
+    """Yields the tensors of every dict in a checkpoint that has any."""
     if not isinstance(content, Mapping) or depth > DEEPEST:
         return
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -175,19 +177,19 @@ def _state_dicts(content: Any, depth: int = 0) -> Iterator[dict[str, Tensor]]:
 
 
 def _unwrapped(state: dict[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors under the names that the bare model gives them."""
+    """Returns the tensors under the names that they have in a model that nothing wraps."""
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     while not wanted.keys() & state.keys():
         first = {name.partition(".")[0] for name in state}
         if len(first) != 1 or not all("." in name for name in state):
             break
-        # "model." or "net.", where the model was an attribute of what was saved
+        # a prefix such as "model." or "net.": the model was an attribute of the module that was saved
         state = {WRAPPERS.sub("", name.partition(".")[2]): tensor for name, tensor in state.items()}
     return state
 
 
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in names)
+def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in names)
 
 
 def _described(content: Any) -> str:
@@ -197,7 +199,7 @@ def _described(content: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """How many there are, and the first."""
+    """Returns the number of names and the first `LISTED` of them."""
     if not names:
         return "0"
     more = ", ..." if len(names) > LISTED else ""

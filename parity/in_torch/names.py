@@ -1,7 +1,7 @@
-"""Matching a PyTorch BiT's parameters with the checkpoint's arrays, and its modules with BiT's units.
+"""Pairs a PyTorch BiT's parameters with the checkpoint's arrays.
 
-Parameters are told by their names where they are spelled as here, in the original code or in timm, and by their
-contents otherwise. Units need no names: a unit is the outermost module that holds its parameters and no others.
+A parameter is recognized by its name, if that is the name in the reference, in the original code or in timm, and
+otherwise by its values.
 """
 
 import re
@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from input_pipeline.errors import RequestError
+from parity.in_torch import units
+from parity.in_torch.arrays import HEAD_KERNEL, to_official
 
-HEAD_KERNEL = "resnet/head/conv2d/kernel"
-LISTED = 6
+LISTED = 6  # names that a message spells out
 
 
 def official_keys(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """{parameter name: key in the file}, one to one.
+    """Returns {parameter name: key in the checkpoint}; every parameter and every key occurs once.
 
     Args:
-        model: a BiT with the file's weights; its attribute `official_keys`, if it has one, is believed.
-        arrays: the file's, under plain official keys.
+        model: a BiT with the checkpoint's weights. If it has an attribute `official_keys`, its pairs are taken.
+        arrays: the checkpoint's {key: array}; its convolutions have no numbers in their keys.
 
     Raises:
-        RequestError: parameters and keys do not pair up.
+        RequestError: parameters and keys do not pair up, or a pair differs in shape.
     """
     parameters = dict(model.named_parameters())
     declared = getattr(model, "official_keys", None)
@@ -52,7 +53,7 @@ def official_keys(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, 
 
 
 def by_name(name: str) -> str | None:
-    """The official key of a parameter named as in the reference, the original code or timm; None for another name."""
+    """Returns the key of a parameter named as in the reference, the original code or timm; None for another name."""
     if re.match(r"(root_block|block\d|group_norm|head\.conv2d)\.", name):
         return f"resnet/{name.replace('.', '/')}"
     fixed = {
@@ -83,66 +84,21 @@ def by_name(name: str) -> str | None:
     return f"{part}/group_norm/{'gamma' if match[4] == 'weight' else 'beta'}"
 
 
-def units(model: nn.Module, keys: dict[str, str]) -> dict[str, nn.Module]:
-    """{site: module} for root_block, block1/unit01 and so on, as far as the model has a module for them."""
-    wanted = defaultdict(set)
-    for name, key in keys.items():
-        if site := site_of(key):
-            wanted[site].add(name)
-    held = {
-        prefix: {name for name in keys if name.startswith(f"{prefix}.")}
-        for prefix, _ in model.named_modules()
-        if prefix
-    }
-    found = {}
-    for site in sites(keys):
-        prefix = next((prefix for prefix, names in held.items() if names == wanted[site]), None)
-        if prefix is not None:
-            found[site] = model.get_submodule(prefix)
-    return found
-
-
-def sites(keys: dict[str, str]) -> list[str]:
-    """Names of all units, from the root on."""
-    return sorted({site for key in keys.values() if (site := site_of(key))}, key=_depth)
-
-
-def site_of(key: str) -> str | None:
-    """The unit that an array belongs to; None for the last norm and the head."""
-    match = re.match(r"resnet/(root_block|block\d/unit\d+)/", key)
-    return match[1] if match else None
-
-
-def to_official(array: np.ndarray, key: str) -> np.ndarray:
-    """OIHW -> HWIO; a dense head -> the 1x1 convolution that the file keeps."""
-    if key == HEAD_KERNEL and array.ndim == 2:
-        array = array[:, :, None, None]
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-
-
-def to_torch(array: np.ndarray) -> np.ndarray:
-    """The other way, but for a dense head's shape."""
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
-
-
 def _by_content(parameters: dict[str, nn.Parameter], arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Pairs what has the same values; values that several share pair up in order."""
-    places: dict[bytes, list[str]] = defaultdict(list)
-    for key in sorted(arrays, key=lambda key: (_depth(site_of(key) or "~"), key)):
-        places[_fingerprint(arrays[key])].append(key)
+    """Pairs parameters with arrays of the same values. If several have the same values, they pair up in the order of
+    computation."""
+    keys_of: dict[bytes, list[str]] = defaultdict(list)
+    # "~" sorts the last norm and the head behind every unit
+    for key in sorted(arrays, key=lambda key: (units.order(units.site_of(key) or "~"), key)):
+        keys_of[_fingerprint(arrays[key])].append(key)
     pairs = {}
     for name, parameter in parameters.items():
         array = parameter.detach().to(torch.float32).numpy(force=True)
-        kind = HEAD_KERNEL if array.ndim == 2 else ""
-        same = places.get(_fingerprint(to_official(array, kind)), [])
-        if same:
+        key = HEAD_KERNEL if array.ndim == 2 else ""  # only a dense head has two axes
+        if same := keys_of.get(_fingerprint(to_official(array, key))):
             pairs[name] = same.pop(0)
     return pairs
 
 
 def _fingerprint(array: np.ndarray) -> bytes:
     return repr(array.shape).encode() + np.ascontiguousarray(array, np.float32).tobytes()
-
-
-def _depth(site: str) -> tuple[bool, str]:
-    return (site != "root_block", site)

@@ -1,6 +1,6 @@
-"""BiT's ResNetV2 in plain PyTorch, loading the official `.npz`: the reference that the JAX side is held against.
+"""BiT's ResNetV2 in plain PyTorch, which loads the official `.npz`: the reference that the JAX side is compared with.
 
-Written from the paper (arXiv:1912.11370) and the file layout alone; nothing here is shared with `bit_jax`. The module
+It is written from the paper (arXiv:1912.11370) and the file layout alone and shares nothing with `bit_jax`. The module
 tree is the checkpoint: a parameter's name, with "/" for ".", is its key in the file without the leading `resnet/`.
 """
 
@@ -17,7 +17,7 @@ STANDARDIZE_EPS = 1e-10
 
 
 class StdConv(nn.Module):
-    """Convolution without bias; the kernel, OIHW, is standardized over its inputs on every use."""
+    """Convolution without bias, whose kernel, OIHW, is standardized for each output channel on every use."""
 
     def __init__(self, cin: int, cout: int, size: int, stride: int = 1):
         super().__init__()
@@ -31,7 +31,7 @@ class StdConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Statistics and result in the parameters' dtype, whatever the input's."""
+    """GroupNorm that casts its input to the dtype of its parameters, for its statistics and its result."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -43,6 +43,8 @@ class GroupNorm(nn.Module):
 
 
 class Projection(nn.Module):
+    """The 1x1 convolution of a projected shortcut."""
+
     def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()
         self.standardized_conv2d = StdConv(cin, cout, 1, stride)
@@ -52,7 +54,8 @@ class Projection(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """GroupNorm, ReLU, convolution; apart, because the unit's projection, kept here as in the file, starts between."""
+    """GroupNorm, ReLU and convolution. As in the checkpoint it also holds the unit's projection, which `Unit` applies
+    to what `activate` returns."""
 
     def __init__(self, cin: int, cout: int, size: int, stride: int = 1, proj: nn.Module | None = None):
         super().__init__()
@@ -68,7 +71,8 @@ class PreActivation(nn.Module):
 
 
 class Unit(nn.Module):
-    """Pre-activation bottleneck: 1x1, 3x3 with the stride, 1x1; the shortcut of a stage's first unit is projected."""
+    """Pre-activation bottleneck of three convolutions: 1x1, 3x3 with the stride, 1x1. A stage's first unit projects its
+    shortcut."""
 
     def __init__(self, cin: int, mid: int, stride: int, project: bool):
         super().__init__()
@@ -83,16 +87,20 @@ class Unit(nn.Module):
 
 
 class RootBlock(nn.Module):
+    """The 7x7 convolution of stride 2 and the max-pool before the first unit."""
+
     def __init__(self, cout: int):
         super().__init__()
         self.standardized_conv2d = StdConv(3, cout, 7, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # padded with zeros by hand: the pool's own padding is -inf, which the checkpoints were not trained with
+        # pad with zeros: max_pool2d itself would pad with -inf, which the checkpoints were not trained with
         return F.max_pool2d(F.pad(self.standardized_conv2d(x), (1, 1, 1, 1)), 3, 2)
 
 
 class HeadConv(nn.Module):
+    """The classifier, a 1x1 convolution with bias."""
+
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(num_classes, channels, 1, 1))
@@ -103,7 +111,7 @@ class HeadConv(nn.Module):
 
 
 class ResNetV2(nn.Module):
-    """Images [batch, 3, height, width] in [-1, 1], of any size -> logits [batch, num_classes]."""
+    """BiT, which maps images [batch, 3, height, width] in [-1, 1], of any size, to logits [batch, num_classes]."""
 
     def __init__(self, units: tuple[int, ...], root_channels: int, num_classes: int):
         super().__init__()
@@ -130,7 +138,7 @@ class ResNetV2(nn.Module):
 
 
 def load(path: str) -> ResNetV2:
-    """The model of an official `.npz`, head included, in the file's own dtype.
+    """Loads the model of an official `.npz`, head included, in the file's dtype.
 
     Raises:
         RuntimeError: the file's names or shapes are not a BiT's; PyTorch's message lists them.
@@ -148,10 +156,10 @@ def load(path: str) -> ResNetV2:
 
 
 def official(key: str) -> str:
-    """Key in the file -> parameter name here. Some published files number their convolutions."""
+    """Returns the name of the parameter with that key in the file. Some published files number their convolutions."""
     return re.sub(r"standardized_conv2d_\d+(?=/)", "standardized_conv2d", key.removeprefix("resnet/")).replace("/", ".")
 
 
 def to_torch(array: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW; vectors as they are."""
+    """Turns HWIO into OIHW and leaves vectors as they are."""
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import platform
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from bit_jax.model import probe
 from input_pipeline.examples import Source, Subset
 from parity import faults
-from parity.in_torch import devices, models, names, pipeline, resnetv2
+from parity.in_torch import devices, models, names, pipeline, resnetv2, units
+from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
+from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -25,20 +25,21 @@ from parity.sides.inputs import Files
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
-# of parameters, images and the loss
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.float32,
-    "fp16": torch.float32,
-    "fp64": torch.float64,
-}
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products, and of activations between layers
-FIRST_SCALE = 2.0**16  # GradScaler's own
-MOMENTUM_FROM_PARAMS = 0.1  # as on the JAX side
+MOMENTUM_FROM_PARAMS = 0.1  # as in in_jax/tasks.py
 
 
 class TorchSide:
+    """A weight file's model in PyTorch, and the tasks of `sides/tasks.py` that compute with it.
+
+    Attributes:
+        side, precision: the side and the precision to compute in.
+        weight_file: path of an official `.npz`.
+        progress: function (number done, number in all) -> None; tasks call it after each batch.
+        devices: this process among those of its side.
+        device: this process's device.
+        dtype: dtype of parameters, images and the loss.
+    """
+
     def __init__(
         self,
         side: Side,
@@ -49,155 +50,169 @@ class TorchSide:
         rank: int,
         meeting: Path,
     ):
-        self.side, self.precision, self.weight_file, self.progress = side, precision, weight_file, progress
-        # float64, the gate, runs on the CPU whatever else there is
+        self.precision = choose(precision)
+        self.side, self.weight_file, self.progress = side, weight_file, progress
+        # float64, which decides what is right, runs on the CPU even if there is a GPU
         on_gpu = torch.cuda.is_available() and precision != "fp64"
         self.devices = devices.Devices.join(side.devices, rank, meeting, gpu=on_gpu)
         self.device = self.devices.device
-        multiply_in("tf32" if precision == "tf32" else "ieee")
+        self.dtype = self.precision.param_dtype
         self._loaded: dict[str | None, tuple[nn.Module, dict[str, str]]] = {}
         self._fault: str | None = None
 
     def injected(self, fault: str | None) -> contextlib.AbstractContextManager[None]:
+        """Has the fault of that name while the `with` block runs; None: no fault."""
         self._fault = fault
         return faults.injected(fault)
 
     def model(self) -> tuple[nn.Module, dict[str, str]]:
-        """The model and {parameter name: key in the file}."""
+        """Returns the model, with the fault if there is one, and {parameter name: key in the checkpoint}."""
         if self._fault not in self._loaded:
             model = models.build(self.side, self.weight_file)
-            keys = names.official_keys(model, _file(self.weight_file))
-            self._loaded = {self._fault: (model.to(self.device, DTYPES[self.precision]), keys)}
+            keys = names.official_keys(model, _checkpoint(self.weight_file))
+            self._loaded = {self._fault: (model.to(self.device, self.dtype), keys)}
         return self._loaded[self._fault]
 
     def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
+        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
+
+        Raises:
+            RequestError: the model is not this project's and fails on the images, or its logits are misshapen.
+        """
         model, keys = self.model()
         if self.side.model is not None:
-            shown = pipeline.to_tensor(np.load(images)["image"][0, :2], DTYPES[self.precision])
-            models.check(model, self.side.model, shown.to(self.device), self._classes())
-        matrix, convolution = self._products()
-        cuda = self.device.type == "cuda"
-        norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-        convolutions = [
-            module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")
-        ]
-        eps = resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
-        if not isinstance(model, resnetv2.ResNetV2):
-            eps = _one(norms, "eps"), _one(convolutions, "eps"), _one(norms, "num_groups")
+            batch = pipeline.to_tensor(np.load(images)["image"][0, :2], self.dtype)
+            models.check(model, self.side.model, batch.to(self.device), self._classes())
+        matrix, convolution = products(self.precision, self.device)
+        on_gpu = self.device.type == "cuda"
+        norm_eps, standardize_eps, groups = _constants(model)
         return {
             "framework": "torch",
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "device": f"cuda: {torch.cuda.get_device_name(self.device)}" if cuda else "cpu: cpu",
+            "device": f"cuda: {torch.cuda.get_device_name(self.device)}" if on_gpu else "cpu: cpu",
             "topology": {"devices": self.devices.count, "threads": torch.get_num_threads()},
-            "precision": self.precision,
+            "precision": self.precision.name,
             "matrix products": matrix,
             "convolution products": convolution,
-            "group norm eps": eps[0],
-            "standardization eps": eps[1],
-            "groups": eps[2],
+            "group norm eps": norm_eps,
+            "standardization eps": standardize_eps,
+            "groups": groups,
             "layout": "activations NCHW, kernels OIHW",
             "settings": {
-                **{f"{name}.fp32_precision": backend.fp32_precision for name, backend in _multiplying().items()},
-                "autocast": str(self.precision in AUTOCAST),
+                **float32_settings(),
+                "autocast": str(self.precision.autocasts),
                 "cudnn": str(torch.backends.cudnn.version()),
                 "model": self.side.model or "parity.in_torch.resnetv2",
             },
             "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
-            "weights sha256": fingerprint(self._named(model, keys, lambda parameter: parameter)),
+            "weights sha256": fingerprint(_named(model, keys)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
         } | inputs.described(dataset), None
 
+    def products(self) -> Result:
+        """Returns the precisions in which a matrix product and a convolution are really computed."""
+        return products(self.precision, self.device), None
+
     def weights(self) -> Result:
-        model, keys = self.model()
-        return None, self._named(model, keys, lambda parameter: parameter)
+        """Returns every array of the weight file, as the model holds it."""
+        return None, _named(*self.model())
 
     def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
+        """Returns each image file as evaluation and as each epoch of training show it, normalized.
+
+        Args:
+            files: paths of image files.
+            resize, crop: sides in pixels of the images that training crops, and of the views.
+            epochs, seed: not used: JAX's loader draws by them, and here the draws are given.
+            draws: (top, left, mirrored) for [epoch][file].
+        """
         source, saved = Files(files), {}
         for index in range(len(source)):
             example = source[index]
             image = rgb(example, source.name)
             views = {"evaluation": pipeline.evaluation(image, crop)}
-            for epoch, of_epoch in enumerate(draws):
-                views[f"train, epoch {epoch}"] = pipeline.train(image, resize, crop, *of_epoch[index])
+            for epoch, windows in enumerate(draws):
+                views[f"train, epoch {epoch}"] = pipeline.train(image, resize, crop, *windows[index])
             saved |= {
-                f"{view}: {example['id']}": _nhwc(pipeline.to_tensor(pixels, DTYPES[self.precision]))
+                f"{view}: {example['id']}": to_nhwc(pipeline.to_tensor(pixels, self.dtype))
                 for view, pixels in views.items()
             }
         return None, saved
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
-        model, keys = self.model()
-        given = None
+        """Returns every unit's output and the logits; with a `teacher`, a file that another side returned, each unit
+        computes on what the unit before it returned there."""
+        _, keys = self.model()
+        teacher_outputs = None
         if teacher is not None:
             with np.load(teacher) as file:
-                given = {site: self._tensor(file[site]) for site in file.files if file[site].ndim == 4}
-        batch = pipeline.to_tensor(np.load(images)["image"][0], DTYPES[self.precision])
+                teacher_outputs = {site: self._unit_input(file[site]) for site in file.files if file[site].ndim == 4}
+        batch = pipeline.to_tensor(np.load(images)["image"][0], self.dtype)
         model, batch = self._disturbed_model(disturb), _disturbed(batch, "images", disturb).to(self.device)
-        with torch.no_grad(), self._autocast():
-            outputs = record_units(model, keys, batch, given)
-        return None, {site: _nhwc(output) for site, output in outputs.items()}
+        with torch.no_grad(), self.precision.autocast(self.device):
+            outputs = units.record(model, keys, batch, teacher_outputs)
+        return None, {site: to_nhwc(output) for site, output in outputs.items()}
 
     def mix(self, batches: str) -> Result:
-        """Every batch after normalization and mixup, by the given weights."""
+        """Returns every batch after normalization and mixup, with the weights in the file."""
         classes = self._classes()
         saved = {}
         with np.load(batches) as file:
             image, label, weight = file["image"], file["label"], file["weight"]
         for number in range(len(label)):
-            images = pipeline.to_tensor(image[number], DTYPES[self.precision])
+            images = pipeline.to_tensor(image[number], self.dtype)
             targets = F.one_hot(torch.from_numpy(label[number]).long(), classes).to(images.dtype)
             images, targets = (pipeline.mixup(rows, float(weight[number])) for rows in (images, targets))
-            saved |= {f"images/{number}": _nhwc(images), f"targets/{number}": _nhwc(targets)}
+            saved |= {f"images/{number}": to_nhwc(images), f"targets/{number}": to_nhwc(targets)}
         return None, saved
 
     def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+        """Returns the loss of each row of the first batch, and their mean."""
         model = self._replica(disturb)
         images, targets = self._mixed(mixed, 0, disturb)
-        with torch.no_grad(), self._autocast():
-            logits = self.devices.joined(model(images).to(targets.dtype))
-        targets = self.devices.joined(targets)
+        with torch.no_grad(), self.precision.autocast(self.device):
+            logits = self.devices.gather(model(images).to(targets.dtype))
+        targets = self.devices.gather(targets)
         rows = F.cross_entropy(logits, targets, reduction="none")
-        return None, {"loss of each row": _numpy(rows), "mean loss": _numpy(F.cross_entropy(logits, targets))}
+        return None, {"loss of each row": to_numpy(rows), "mean loss": to_numpy(F.cross_entropy(logits, targets))}
 
     def gradients(self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = FIRST_SCALE) -> Result:
-        """Gradients of the mean loss by every parameter, for each of `count` batches. In float16 the loss is multiplied
-        by `scale` and its gradients are divided by it; the answer says how many batches' gradients are not finite."""
+        """Returns the gradient by every parameter of each batch's mean loss, and {"overflows": number of batches with
+        gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are divided by
+        it."""
         _, keys = self.model()
         model = self._replica(disturb)
         saved, overflows = {}, 0
         for number in range(count):
             model.zero_grad()
             loss = self._loss(model, *self._mixed(mixed, number, disturb))
-            if self._scales_loss:
+            if self.precision.scales_loss:
                 (loss * scale).backward()
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         parameter.grad /= scale
             else:
                 loss.backward()
-            gradients = self._named(model, keys, lambda parameter: parameter.grad)
-            saved |= {f"{number}/{key}": array for key, array in gradients.items()}
-            overflows += not all(np.isfinite(array).all() for array in gradients.values())
+            named = _named(model, keys, lambda parameter: parameter.grad, f"{number}/")
+            saved |= named
+            overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)
         return {"overflows": overflows}, saved
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
-        """Parameters and momentum after update number `step` with the first of the given gradients; the momentum
-        before it is not zero."""
+        """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
+        before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
         _, keys = self.model()
         model = self._disturbed_model(None)
         sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
         with np.load(gradients) as file:
             for name, parameter in model.named_parameters():
                 sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
-                given = torch.from_numpy(names.to_torch(file[f"0/{keys[name]}"])).reshape(parameter.shape)
-                parameter.grad = given.to(parameter)
+                gradient = torch.from_numpy(resnetv2.to_torch(file[f"0/{keys[name]}"]))
+                parameter.grad = gradient.reshape(parameter.shape).to(parameter)  # a dense head has two axes
         sgd.step()
-        params = self._named(model, keys, lambda parameter: parameter)
-        after = self._named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"])
-        named = {f"params/{key}": array for key, array in params.items()}
-        return None, named | {f"momentum/{key}": array for key, array in after.items()}
+        momentums = _named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"], "momentum/")
+        return None, _named(model, keys, prefix="params/") | momentums
 
     def curve(
         self,
@@ -208,8 +223,8 @@ class TorchSide:
         disturb: Disturb | None = None,
         scale: float = FIRST_SCALE,
     ) -> Result:
-        """The loss of each of `count` steps on the replayed batches, and the parameters after them; in float16 with
-        GradScaler, from `scale` on. Says how many steps it skipped."""
+        """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
+        {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by `scale` at first."""
         _, keys = self.model()
         model = self._replica(disturb)
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
@@ -221,9 +236,7 @@ class TorchSide:
             losses.append(self._step(model, sgd, scaler, *self._mixed(mixed, number, disturb)))
             overflows += scaler.get_scale() < before
             self.progress(number + 1, count)
-        params = self._named(model, keys, lambda parameter: parameter)
-        saved = {"losses": np.stack(losses)} | {f"params/{key}": array for key, array in params.items()}
-        return {"overflows": overflows}, saved
+        return {"overflows": overflows}, {"losses": np.stack(losses)} | _named(model, keys, prefix="params/")
 
     def accuracy(
         self,
@@ -235,15 +248,16 @@ class TorchSide:
         batch: int,
         limit: int | None,
     ) -> Result:
-        """Logits, label and number of every example of the split."""
+        """Returns logits, label and index of every example of the split, and how many there are, how many were seen,
+        and for how many the label is among the first one and the first five."""
         model, _ = self.model()
         source: Source = open_labelled(dataset, split, data_dir, class_names)
         if limit is not None:
             source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
         logits, labels, indices = [], [], []
-        for images, label, index in pipeline.evaluation_batches(source, size, batch, DTYPES[self.precision]):
-            with torch.no_grad(), self._autocast():
-                logits.append(_numpy(model(images.to(self.device)).to(images.dtype)))
+        for images, label, index in pipeline.evaluation_batches(source, size, batch, self.dtype):
+            with torch.no_grad(), self.precision.autocast(self.device):
+                logits.append(to_numpy(model(images.to(self.device)).to(images.dtype)))
             labels.append(label)
             indices.append(index)
             self.progress(int(index[-1]) + 1, len(source))
@@ -261,7 +275,7 @@ class TorchSide:
         }, saved
 
     def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        with self._autocast():
+        with self.precision.autocast(self.device):
             logits = model(images)
         return F.cross_entropy(logits.to(targets.dtype), targets)
 
@@ -273,54 +287,40 @@ class TorchSide:
         images: Tensor,
         targets: Tensor,
     ) -> np.ndarray:
-        """One update; the loss before it, of the whole batch."""
+        """Makes one update; returns the mean loss of the whole batch before it."""
         sgd.zero_grad()
         loss = self._loss(model, images, targets)
         update(sgd, scaler, loss)
-        return _numpy(self.devices.mean(loss))
+        return to_numpy(self.devices.mean(loss))
 
     def _scaler(self, scale: float = FIRST_SCALE) -> torch.amp.GradScaler:
-        """What float16 scales the loss by; in other precisions it passes everything on as it is."""
-        return torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self._scales_loss)
+        """Returns the scaler of float16's loss; in other precisions it changes nothing."""
+        return torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self.precision.scales_loss)
 
-    @property
-    def _scales_loss(self) -> bool:
-        return self.precision == "fp16"
-
-    def _named(
-        self, model: nn.Module, keys: dict[str, str], what: Callable[[nn.Parameter], Tensor | None]
-    ) -> dict[str, np.ndarray]:
-        """{key: array in the file's layout} of something that every parameter has; zeros where it has None."""
-        named: dict[str, np.ndarray] = {}
-        for name, parameter in devices.bare(model).named_parameters():
-            tensor = what(parameter)
-            array = _numpy(torch.zeros_like(parameter) if tensor is None else tensor)
-            named[keys[name]] = np.array(names.to_official(array, keys[name]))  # the tensor may change
-        return named
-
-    def _tensor(self, nhwc: np.ndarray) -> Tensor:
-        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
-        return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, dtype)
+    def _unit_input(self, nhwc: np.ndarray) -> Tensor:
+        """Returns a unit's output, NHWC, as the next unit's input."""
+        return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, self.precision.dtype)
 
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[Tensor, Tensor]:
-        """This device's rows of a batch."""
+        """Reads batch `number` of a file and disturbs its images; returns this device's rows of images and targets."""
         with np.load(mixed) as file:
-            images, targets = (torch.from_numpy(file[f"{what}/{number}"]) for what in ("images", "targets"))
+            images, targets = (torch.from_numpy(file[f"{name}/{number}"]) for name in ("images", "targets"))
         images = _disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb)
-        images, targets = self.devices.own(images), self.devices.own(targets)
-        return self._placed(images), targets.to(self.device, DTYPES[self.precision])
+        images, targets = self.devices.share(images), self.devices.share(targets)
+        return self._placed(images), targets.to(self.device, self.dtype)
 
     def _placed(self, images: Tensor) -> Tensor:
-        """NCHW images as this side's model wants them."""
+        """Returns NCHW images on the device, in the dtype and memory format of this side's model."""
         layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
-        return images.to(self.device, DTYPES[self.precision], memory_format=layout)
+        return images.to(self.device, self.dtype, memory_format=layout)
 
     def _classes(self) -> int:
+        """Returns the number of classes of the head."""
         model, keys = self.model()
-        return dict(model.named_parameters())[_name_of(keys, names.HEAD_KERNEL)].shape[0]
+        return next(param.shape[0] for name, param in model.named_parameters() if keys[name] == HEAD_KERNEL)
 
     def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
-        """A copy of the model as the side runs it on one device, its parameters disturbed."""
+        """Returns a copy of the model with disturbed parameters, as the side runs it on one device."""
         model, keys = self.model()
         model = copy.deepcopy(model)
         with torch.no_grad():
@@ -333,92 +333,24 @@ class TorchSide:
         return model
 
     def _replica(self, disturb: Disturb | None) -> nn.Module:
-        """A copy of the model as the side runs it on all of its devices, its parameters disturbed."""
+        """Returns a copy of the model with disturbed parameters, as the side runs it on all of its devices."""
         replica = self.devices.replica(self._disturbed_model(disturb))
         if self.side.compile and self.devices.count > 1:
-            replica.compile()  # from outside: its graph is then cut where gradients are exchanged meanwhile
+            # compile the replica, not the model in it: its graph is then cut where devices exchange gradients
+            replica.compile()
         return replica
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        narrow = AUTOCAST.get(self.precision)
-        return torch.autocast(self.device.type, narrow, enabled=narrow is not None)
-
-    def products(self) -> Result:
-        """What a matrix product and a convolution multiply with."""
-        return self._products(), None
-
-    def _products(self) -> tuple[str, str]:
-        dtype = DTYPES[self.precision]
-        left, right = (torch.from_numpy(operand).to(self.device, dtype) for operand in probe.operands())
-        with self._autocast():
-            matrix = left @ right
-            convolved = F.conv2d(left.T[None, :, :, None], right.T[:, :, None, None])[0, :, :, 0].T
-        return probe.multiplied_in(_numpy(matrix)), probe.multiplied_in(_numpy(convolved))
-
-
-def record_units(
-    model: nn.Module, keys: dict[str, str], images: Tensor, teacher: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """{site: output} of the units that have a module of their own, and `logits`.
-
-    With a teacher, {site: output} of another implementation, each unit is given what came before it there.
-    """
-    outputs: dict[str, Tensor] = {}
-    units, sites = names.units(model, keys), names.sites(keys)
-    given = {} if teacher is None else {after: teacher[site] for site, after in pairwise(sites) if site in teacher}
-
-    def give(site: str) -> Callable:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (given[site],) if site in given else None
-
-        return hook
-
-    def keep(site: str) -> Callable:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            outputs[site] = output
-            return teacher.get(site) if teacher is not None and site == sites[-1] else None
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for site, module in units.items():
-            hooks.callback(module.register_forward_pre_hook(give(site)).remove)
-            hooks.callback(module.register_forward_hook(keep(site)).remove)
-        logits = model(images)
-    return outputs | {"logits": logits}
-
-
-def _multiplying() -> dict[str, Any]:
-    """PyTorch's parts that have a `fp32_precision`, by name."""
-    backends: Any = torch.backends
-    return {
-        "torch.backends": backends,
-        "torch.backends.cuda.matmul": backends.cuda.matmul,
-        "torch.backends.cudnn": backends.cudnn,
-        "torch.backends.cudnn.conv": backends.cudnn.conv,
-    }
-
-
-def multiply_in(form: str) -> None:
-    """What float32 products are computed in, `ieee` or `tf32`.
-
-    Each part is told by itself: in PyTorch 2.11 cuDNN's convolutions stay in TF32, their default, when
-    `torch.backends.fp32_precision` alone is set.
-    """
-    for backend in _multiplying().values():
-        backend.fp32_precision = form
 
 
 def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
-    """One update by the loss's gradient; none where the scaler is in use and the gradient is not finite."""
+    """Makes one update by the gradient of the loss, or none if the scaler is enabled and a gradient is not finite."""
     scaler.scale(loss).backward()
     scaler.step(sgd)
     scaler.update()
 
 
 def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
-    """The tensor after the seed's disturbance. The two sides lay arrays out differently, so each value is disturbed by
-    another factor of the same size, which is what matters."""
+    """Returns the tensor times the seed's disturbance. The layouts of the two sides differ, so a value's factor does
+    too; only the size of the factors matters."""
     if disturb is None:
         return tensor
     factor = torch.from_numpy(inputs.disturbance(name, tuple(tensor.shape), *disturb))
@@ -426,33 +358,45 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
 
 
 def learning_rate(schedule: dict, step: int) -> float:
-    """Learning rate of update number `step`: linear warm-up from 0, then a tenth for each decay step that is passed."""
+    """Returns the learning rate of update number `step`: it rises linearly from 0 during warm-up, and is divided by 10
+    for each decay step below `step`."""
     if step < schedule["warmup_steps"]:
         return schedule["base_lr"] * step / schedule["warmup_steps"]
     return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
 
 
-def _file(path: str) -> dict[str, np.ndarray]:
+def _checkpoint(path: str) -> dict[str, np.ndarray]:
+    """Reads {key: array} of a weight file; its convolutions lose the numbers in their keys."""
     with np.load(path) as file:
         return {f"resnet/{resnetv2.official(key).replace('.', '/')}": file[key] for key in file.files}
 
 
-def _one(modules: list, attribute: str) -> Any:
-    values = sorted({getattr(module, attribute) for module in modules})
+def _constants(model: nn.Module) -> tuple[Any, Any, Any]:
+    """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
+    them."""
+    if isinstance(model, resnetv2.ResNetV2):
+        return resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
+    return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
+
+
+def _attribute(modules: list, name: str) -> Any:
+    """Returns the value that all modules have, a list of all values if they differ, or "unknown" without modules."""
+    values = sorted({getattr(module, name) for module in modules})
     return values[0] if len(values) == 1 else values or "unknown"
 
 
-def _name_of(keys: dict[str, str], wanted: str) -> str:
-    return next(name for name, key in keys.items() if key == wanted)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
-
-
-def _nhwc(tensor: Tensor) -> np.ndarray:
-    array = _numpy(tensor)
-    if array.ndim == 3:
-        return np.ascontiguousarray(array.transpose(1, 2, 0))
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
+def _named(
+    model: nn.Module,
+    keys: dict[str, str],
+    value: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter,
+    prefix: str = "",
+) -> dict[str, np.ndarray]:
+    """Returns {prefix + key: array in the checkpoint's layout} of a value of each parameter; None becomes zeros."""
+    named: dict[str, np.ndarray] = {}
+    for name, parameter in devices.unwrapped(model).named_parameters():
+        tensor = value(parameter)
+        array = to_numpy(torch.zeros_like(parameter) if tensor is None else tensor)
+        named[prefix + keys[name]] = np.array(to_official(array, keys[name]))  # a copy: later steps change the tensor
+    return named

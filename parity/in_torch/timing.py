@@ -13,77 +13,89 @@ from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity.in_torch import loader, pipeline
-from parity.in_torch.tasks import AUTOCAST, DTYPES, TorchSide, update
+from parity.in_torch.precision import products
+from parity.in_torch.tasks import TorchSide, update
 from parity.sides import clock, flops
 from parity.sides.tasks import Result
 
 
 class TimedTorch(TorchSide):
-    """On GPUs with what PyTorch offers for speed: cuDNN's algorithms chosen by trying, and SGD in one kernel."""
+    """A `TorchSide` with the tasks that time. On GPUs it uses what PyTorch offers for speed: cuDNN tries its algorithms
+    and keeps the fastest, and SGD is one kernel."""
 
-    _call: Callable[[int], None]  # what `again` repeats
+    _call: Callable[[int], None]  # the timed function, which `again` repeats
 
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
         torch.backends.cudnn.benchmark = True
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times the forward pass on `count` batches in turn: see `clock.timed`; says the loss of the first too."""
+        """Times the forward pass on `count` batches in turn; returns the entries of `clock.timed` and `_used`, and
+        "losses", the mean loss of the first batch."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
 
-        def apply(call: int) -> None:
-            images, targets = batches[call % count]
-            with torch.inference_mode(), self._autocast():
+        def call(number: int) -> None:
+            images, targets = batches[number % count]
+            with torch.inference_mode(), self.precision.autocast(self.device):
                 logits = model(images)
             self.devices.wait()
             if not losses:
                 losses.append(float(self.devices.mean(F.cross_entropy(logits.to(targets.dtype), targets))))
 
-        self._call = apply
-        return clock.timed(apply, seconds, self.devices.first) | {"losses": losses} | self._used(), None
+        self._call = call
+        return clock.timed(call, seconds, self.devices.agreed) | {"losses": losses} | self._used(), None
 
     def train_time(self, mixed: str, count: int, seconds: float) -> Result:
-        """Times a step of training on `count` batches in turn: see `clock.timed`; says the losses of the first too."""
+        """Times a training step on `count` batches in turn; returns the entries of `clock.timed` and `_used`, and
+        "losses", those of the first steps, which are not timed."""
         model = self._replica(None)
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         sgd, scaler, losses = self._sgd(model), self._scaler(), []
 
-        def step(call: int) -> None:
+        def call(number: int) -> None:
             sgd.zero_grad()
-            loss = self._loss(model, *batches[call % count])
+            loss = self._loss(model, *batches[number % count])
             update(sgd, scaler, loss)
             self.devices.wait()
-            if call < clock.STARTS:
+            if number < clock.STARTS:
                 losses.append(float(self.devices.mean(loss)))
 
-        self._call = step
-        return clock.timed(step, seconds, self.devices.first) | {"losses": losses} | self._used(), None
+        self._call = call
+        return clock.timed(call, seconds, self.devices.agreed) | {"losses": losses} | self._used(), None
 
     def again(self, seconds: float) -> Result:
-        """Times what was timed last, for so many seconds more."""
-        return {"calls": clock.again(self._call, seconds, self.devices.first)} | self._used(), None
+        """Times once more what was timed last; returns "calls", the seconds of each call, and `_used`'s entries."""
+        return {"calls": clock.again(self._call, seconds, self.devices.agreed)} | self._used(), None
 
     def convolution_time(
         self, convolution: list[Any], rows: int, which: clock.Pass, sets: int, repeat: int, seconds: float
     ) -> Result:
-        """Times one pass of a convolution, `repeat` times on each of `sets` inputs a call: see `clock.timed`."""
-        one = flops.Convolution(*convolution)
+        """Times one pass of a convolution; returns the entries of `clock.timed` and "rms", a result's root mean square.
+
+        Args:
+            convolution: fields of a `flops.Convolution`.
+            rows: number of images in an input.
+            which: the pass.
+            sets: number of inputs.
+            repeat: number of times that a call does the pass on each input.
+            seconds: seconds to time calls for.
+        """
+        layer = flops.Convolution(*convolution)
         layout = torch.channels_last if self.side.channels_last else torch.contiguous_format
-        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
 
         def placed(array: np.ndarray, *axes: int) -> Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(axes)))
-            return tensor.to(self.device, dtype, memory_format=layout)
+            return tensor.to(self.device, self.precision.dtype, memory_format=layout)
 
-        images, kernel, gradients = clock.convolution_arrays(one, rows, sets)
-        given = [
+        images, kernel, gradients = clock.convolution_arrays(layer, rows, sets)
+        operands = [
             (placed(x, 0, 3, 1, 2), placed(gradient, 0, 3, 1, 2)) for x, gradient in zip(images, gradients, strict=True)
         ]
-        weight, stride, pad = placed(kernel, 3, 2, 0, 1), [one.stride] * 2, [(one.size - 1) // 2] * 2
+        weight, stride, pad = placed(kernel, 3, 2, 0, 1), [layer.stride] * 2, [(layer.size - 1) // 2] * 2
 
-        def passed(x: Tensor, gradient: Tensor) -> Tensor:
+        def compute(x: Tensor, gradient: Tensor) -> Tensor:
             if which == "forward":
                 return F.conv2d(x, weight, stride=stride, padding=pad)
             wanted = [which == "by input", which == "by kernel", False]
@@ -95,18 +107,19 @@ class TimedTorch(TorchSide):
         def call(_: int) -> None:
             with torch.no_grad():
                 for _ in range(repeat):
-                    for x, gradient in given:
-                        passed(x, gradient)
+                    for x, gradient in operands:
+                        compute(x, gradient)
             self.devices.wait()
 
         self._call = call
-        rms = float(passed(*given[0]).float().square().mean().sqrt())
-        return clock.timed(call, seconds, self.devices.first) | {"rms": rms}, None
+        rms = float(compute(*operands[0]).float().square().mean().sqrt())
+        return clock.timed(call, seconds, self.devices.agreed) | {"rms": rms}, None
 
     def loop_time(self, folder: str, resize: int, crop: int, rows: int, steps: int) -> Result:
-        """Times training on a folder of images and evaluating on its first ones: see `clock.whole_loop`.
+        """Times training on a folder of images and evaluation on its first ones; returns the entries of
+        `clock.whole_loop` and `_used`.
 
-        The loop is the reference case's: DataLoader with a worker process a core, Pillow, float32 images, a
+        The loop is that of BiT's PyTorch code: DataLoader with a worker process for each core, Pillow, float32 images,
         DistributedSampler.
         """
         model, devices = self._replica(None), self.devices
@@ -118,16 +131,16 @@ class TimedTorch(TorchSide):
             images, label = batch
             weight = float(torch.distributions.Beta(clock.MIXUP, clock.MIXUP).sample())
             targets = F.one_hot(label, classes).to(images.dtype)
-            images, targets = (pipeline.mixup(each, weight) for each in (images, targets))
+            images, targets = (pipeline.mixup(tensor, weight) for tensor in (images, targets))
             sgd.zero_grad()
             update(sgd, scaler, self._loss(model, self._placed(images), targets.to(self.device)))
             devices.wait()
 
         def evaluate(examples: int) -> int:
-            own = np.arange(devices.rank, examples, devices.count)
-            chosen, seen = Subset(source, own, source.name), 0
-            for images, label in loader.evaluation_batches(chosen, share, crop=crop, workers=workers):
-                with torch.inference_mode(), self._autocast():
+            indices = np.arange(devices.rank, examples, devices.count)
+            subset, seen = Subset(source, indices, source.name), 0
+            for images, label in loader.evaluation_batches(subset, share, crop=crop, workers=workers):
+                with torch.inference_mode(), self.precision.autocast(self.device):
                     ranks = pipeline.label_rank(model(self._placed(images)), label.to(self.device))
                 seen += int((ranks >= 0).sum())
             return int(devices.total(seen))
@@ -139,16 +152,15 @@ class TimedTorch(TorchSide):
         return times | self._used(), None
 
     def ceiling(self) -> Result:
-        """Products a second of large matrices, two floating-point operations each: see `clock.CEILING`."""
-        dtype = AUTOCAST.get(self.precision, DTYPES[self.precision])
-        left, right = torch.from_numpy(clock.matrices(self.device.type)).to(self.device, dtype)
+        """Returns the floating-point operations per second of products of large matrices, see `clock.CEILING`."""
+        left, right = torch.from_numpy(clock.matrices(self.device.type)).to(self.device, self.precision.dtype)
 
         def multiply(_: int) -> None:
             torch.mm(left, right)
             self.devices.wait()
 
-        timed = clock.timed(multiply, clock.CEILING_SECONDS, self.devices.first)
-        return self.devices.count * clock.rate(timed, len(left)), None
+        times = clock.timed(multiply, clock.CEILING_SECONDS, self.devices.agreed)
+        return self.devices.count * clock.rate(times, len(left)), None
 
     def _sgd(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = self.device.type == "cuda"
@@ -157,10 +169,10 @@ class TimedTorch(TorchSide):
         )
 
     def _used(self) -> dict[str, Any]:
-        """How much memory was in use at most, and in which type products are. What is kept of a GPU's memory for later
-        is given back, for other processes' turns."""
+        """Returns the peak memory in GiB, whose memory it is, and the precisions of products. It also frees the GPU
+        memory that PyTorch only caches, for other processes' turns."""
         on_gpu = self.device.type == "cuda"
         torch.cuda.empty_cache()  # does nothing where there is no GPU
         used = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.devices.total(clock.process_memory())
         of = "device" if on_gpu else "process" if self.devices.count == 1 else f"{self.devices.count} processes"
-        return {"memory": used / 2**30, "memory of": of, "products": self._products()}
+        return {"memory": used / 2**30, "memory of": of, "products": products(self.precision, self.device)}

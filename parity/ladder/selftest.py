@@ -59,7 +59,7 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
             if not found:
                 where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
-            console.print(Text.assemble("  ", _mark(found), f"  {fault.what:<53} {printable(where)}"))
+            console.print(Text.assemble("  ", _mark(found), f"  {fault.description:<53} {printable(where)}"))
     if clean:
         passed = untouched(console) and passed
     console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")

@@ -55,9 +55,11 @@ class Side:
 
     @property
     def processes(self) -> int:
+        """Number of processes: PyTorch has one for each device."""
         return self.devices if self.framework == "torch" else 1
 
     def fields(self) -> dict[str, Any]:
+        """Returns the attributes as JSON's types; `Side(**fields)` is this side again."""
         return dataclasses.asdict(self)
 
     def environment(self, precision: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, RungResult, working_folder
 from parity.options import Options
 
-# small enough that thirty ladders take minutes, with every kind of layer, and a last batch that is not full
+# Small, so that thirty ladders take minutes; it has every kind of layer, and the last batch is not full.
 SMALL = Options(
     size="32",
     rows=4,
@@ -26,6 +26,7 @@ SMALL = Options(
     decay_steps=(4,),
     limit=90,
 )
+# weights and image size of the pairs without a fault
 CLEAN = (
     ("random:R14x0.5", "33x47"),
     ("random:R26x1", "32"),

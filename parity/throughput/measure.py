@@ -95,11 +95,11 @@ def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console:
         asks = {arm: stack.enter_context(bench.process(bench.sides[arm], options.precision, "timed")) for arm in arms}
         firsts: dict[str, dict[str, Any]] = {}
         for arm, ask in asks.items():
-            devices = bench.sides[arm].framework, bench.sides[arm].devices
+            key = bench.sides[arm].framework, bench.sides[arm].devices
             with bench.may_fail(arm, console):
                 firsts[arm] = ask(f"{options.work}_time", **(bench.timed_arguments | {"seconds": 0})).info
-                if devices not in ceilings:
-                    ceilings[devices] = [ask("ceiling").info]
+                if key not in ceilings:
+                    ceilings[key] = [ask("ceiling").info]
                 console.print(f"{arm} has compiled, {firsts[arm]['first']:.0f} s")
         for number in range(options.processes):
             for arm in _in_turn([arm for arm in firsts if arm not in bench.failed], number):
@@ -198,7 +198,7 @@ class _Bench:
         return RunFailed(f"every arm failed: {next(iter(self.failed.values()))}")
 
     def loss_check(self, console: Console) -> dict[str, Line]:
-        """Returns {arm: verdict on its losses}: on those of one training step on each batch, or of each row forward.
+        """Judges every arm's losses, of a training step on each batch or of each row forward; returns {arm: verdict}.
 
         An arm's error against float64 is judged beside the best of the other arms'. Arms in doubt are looked at again,
         on other batches.

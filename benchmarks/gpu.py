@@ -161,7 +161,7 @@ def throughput(kind: str, arms: Sequence[str], scale: Scale, model: str, precisi
     size, rows = scale.models[model]
     command = (
         f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
-        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} --gate losses "
+        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} --loss-check losses "
         f"--json {{json}} --arms {' '.join(arms)}"
     )
     return Step(f"{kind}-{work}-{model}-{precision}", command, 420)

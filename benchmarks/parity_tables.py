@@ -1,6 +1,6 @@
-"""Measures how far JAX and PyTorch are apart, by architecture: the tables of docs/parity.md.
+"""Measures how far JAX and PyTorch differ, by architecture, for the table of docs/parity.md.
 
-Runs `python -m parity all --until RUNG` on random weights in the official layout and writes what the saved reports say.
+Runs `python -m parity all --until RUNG` for each case and keeps a summary of each saved report.
 """
 
 import dataclasses
@@ -22,7 +22,12 @@ RESULTS = Path(__file__).parent / "results" / "parity.json"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One comparison; `until` is its last rung."""
+    """One comparison, with parity's flags.
+
+    Attributes:
+        weights, size, rows, precision: parity's flags of those names.
+        until: the last rung.
+    """
 
     weights: str
     size: str
@@ -47,11 +52,11 @@ CASES = (
 
 
 def main(only: str = "", output: Path = RESULTS) -> None:
-    """A quarter of an hour on two cores; one case at a time.
+    """Measures one case after another and prints the table; all take a quarter of an hour on two cores.
 
     Args:
-        only: measure the cases whose name contains this; the others keep their records.
-        output: JSON with a record a case.
+        only: text that the name of a case must contain to be measured; other cases keep their records.
+        output: JSON file with one record for each case.
     """
     kept = {record["case"]: record for record in json.loads(output.read_text())} if output.exists() else {}
     for case in CASES:
@@ -63,7 +68,7 @@ def main(only: str = "", output: Path = RESULTS) -> None:
 
 
 def measure(case: Case) -> dict:
-    """What the report of one case comes to."""
+    """Runs one comparison and returns its record."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "parity", "all", "--until", case.until, "--weights", case.weights]
         command += ["--size", case.size, "--rows", str(case.rows), "--precision", case.precision, "--run", folder]
@@ -84,14 +89,19 @@ def measure(case: Case) -> dict:
 
 
 def summary(lines: list[dict]) -> dict:
-    """Of one rung: the furthest apart in float64; elsewhere the errors' ratios and the share of the allowance used."""
-    gate = [float(line["difference"]) for line in lines if line["precision"] == "fp64"]
+    """Summarizes a rung's lines.
+
+    Returns:
+        The number of arrays, the largest difference in float64, the candidate's largest error, the least, median and
+        largest ratio of the two sides' errors, and the largest share that an error takes of its limit.
+    """
+    float64 = [float(line["difference"]) for line in lines if line["precision"] == "fp64"]
     judged = [line for line in lines if line["reference_error"] and line["candidate_error"]]
     ratios = sorted(line["candidate_error"] / line["reference_error"] for line in judged)
     used = [line["used"] for line in judged if line["used"] is not None]
     return {
         "arrays": len({line["name"] for line in lines}),
-        "float64": max(gate, default=None),
+        "float64": max(float64, default=None),
         "error": max((line["candidate_error"] for line in judged), default=None),
         "ratio": [ratios[0], ratios[len(ratios) // 2], ratios[-1]] if ratios else None,
         "used": max(used, default=None),
@@ -99,6 +109,7 @@ def summary(lines: list[dict]) -> dict:
 
 
 def table(measured: list[dict]) -> Table:
+    """Returns the records as a table with a row for each case and rung."""
     shown = Table(title="JAX against PyTorch")
     for column in (
         "case",

@@ -1,4 +1,4 @@
-"""The command that an installed package puts on the path: `bit-jax-parity` is `python -m parity`."""
+"""The entry point of the installed command `bit-jax-parity`, which does what `python -m parity` does."""
 
 from input_pipeline.exits import exit_code
 

@@ -30,7 +30,7 @@ from parity.in_torch import models, pipeline, resnetv2, units
 from parity.in_torch import names as torch_names
 from parity.in_torch import precision as torch_precision
 from parity.in_torch.tasks import TorchSide
-from parity.ladder import ladder, rungs, statistics, verdict
+from parity.ladder import ladder, question, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
 from parity.ladder.statistics import Paired
 from parity.options import Options
@@ -56,7 +56,7 @@ def calibrated(reference, candidate, disturbed=()):
     return verdict.calibrated("forward", "x", "fp32", [look])
 
 
-def test_gate_tells_rounding_from_a_wrong_epsilon():
+def test_float64_tells_rounding_from_a_wrong_epsilon():
     assert verdict.in_float64("forward", "x", ORACLE, ORACLE.copy()).verdict == "equal"
     assert verdict.in_float64("forward", "x", ORACLE, ORACLE * (1 + 1e-13)).verdict == "rounding"
     assert verdict.in_float64("forward", "x", ORACLE, ORACLE * (1 + 1e-7)).verdict == "bug"
@@ -283,7 +283,7 @@ def test_line_is_plain_data():
 
 @pytest.mark.parametrize(("ulps", "verdict"), [(3.0, "equal"), (500.0, "bug")])
 def test_both_sides_in_a_narrower_format_are_not_taken_for_equal(monkeypatch, ulps, verdict):
-    monkeypatch.setattr(rungs, "_judge", lambda *_, **__: RungResult("forward", []))
+    monkeypatch.setattr(rungs.Question, "judge", lambda *_, **__: RungResult("forward", []))
     ladder: Any = SimpleNamespace(options=Options(), pictures=lambda look=0: None, amplitude_in_ulp=ulps)
     result = rungs.forward(ladder)
     assert result.verdict == verdict
@@ -302,7 +302,7 @@ def test_every_precision_of_a_comparison_is_known_to_both_sides():
 
 def test_in_float16_a_side_that_multiplies_in_another_format_fails_by_name(monkeypatch):
     """bfloat16 errs only 8 times more than float16, which errors alone hardly tell."""
-    monkeypatch.setattr(rungs, "_judge", lambda *_, **__: RungResult("forward", []))
+    monkeypatch.setattr(rungs.Question, "judge", lambda *_, **__: RungResult("forward", []))
     products = {"reference": ["float16", "float16"], "candidate": ["float16", "bfloat16"]}
     options = Options(precision="fp16")
     answers: Any = SimpleNamespace(options=options, pictures=lambda look=0: None, amplitude_in_ulp=1.0)
@@ -336,10 +336,10 @@ def test_gradients_that_overflow_on_one_side_alone_are_told(reference, candidate
         return SimpleNamespace(info=info, discard=lambda: discarded.append((role, scale)))
 
     answers: Any = SimpleNamespace(options=Options(precision="fp16"), ask=ask)
-    found = rungs._loss_scales(answers, "gradients", {})
+    found = question.loss_scales(answers, "gradients", {})
     assert tuple(found.values()) == scales
     assert all(scale > found[role] for role, scale in discarded)
-    line = rungs._scale_line("gradients", "fp16", found)
+    line = question.scale_line("gradients", "fp16", found)
     assert line.verdict == verdict
     assert ("finite up to a loss scale" in line.note) == (min(scales) < FIRST_SCALE)
 

@@ -60,7 +60,7 @@ def test_what_is_measured_and_said(measured):
         assert 0 < arm["mfu"] < 1
     assert report["arms"]["jax"]["compile_cold"] > report["arms"]["jax"]["compile_cached"] > 0
     assert set(report["ratios"]) == {"best against best", "default against default"}
-    assert all(line["verdict"] == "rounding" for line in report["gate"].values())
+    assert all(line["verdict"] == "rounding" for line in report["loss_check"].values())
     assert "best against best: jax is" in said
 
 
@@ -72,7 +72,7 @@ def test_both_frameworks_train_in_float16_by_the_scaled_loss(tmp_path):
     report = json.loads(path.read_text())
     for arm in report["arms"].values():
         assert arm["products"] == {"matrix": "float16", "convolution": "float16"}
-    assert all(line["verdict"] == "rounding" for line in report["gate"].values())
+    assert all(line["verdict"] == "rounding" for line in report["loss_check"].values())
 
 
 @pytest.mark.slow
@@ -140,13 +140,13 @@ def test_slower_than_before_is_told(measured, capsys):
 @pytest.mark.slow
 def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
     path = tmp_path / "report.json"
-    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "gate_rows": 2, "seconds": 0.2, "processes": 1}
+    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "loss_check_rows": 2, "seconds": 0.2, "processes": 1}
     asked = Throughput(work="forward", arms=("torch", "jax"), fault="sample-variance", json=path, **quick)
     assert not measure.run(asked)
     assert "jax was not timed: its loss is wrong" in capsys.readouterr().out
     report = json.loads(path.read_text())
     assert set(report["arms"]) == {"torch"}
-    assert report["gate"]["jax"]["verdict"] == "bug"
+    assert report["loss_check"]["jax"]["verdict"] == "bug"
     assert not report["ratios"]
 
 
@@ -210,7 +210,7 @@ def test_operations_are_those_of_the_models_own_convolutions(name, height, width
     [
         (["--rows", "3"], "--rows 3 must be a multiple of 2: torch needs even rows a device"),
         (["--arms", "torch", "torch:devices=4"], "--rows 4 must be a multiple of 8: torch:devices=4 needs"),
-        (["--gate-rows", "0"], "--gate-rows 0 must be a multiple of 2"),
+        (["--loss-check-rows", "0"], "--loss-check-rows 0 must be a multiple of 2"),
         (["--seconds", "0"], "--seconds 0.0 must be greater than 0"),
         (["--arms", "jax"], "--arms needs one of PyTorch"),
         (["--arms", "torch", "jax:compile"], "side 'jax:compile' is neither"),
@@ -343,6 +343,6 @@ def test_an_arm_in_doubt_is_looked_at_again_beside_one_that_is_not():
 
     bench: Any = SimpleNamespace(sides=dict.fromkeys(("torch", "jax", "jax:tuned")), failed={}, _look=look)
     bench._float64, bench.options = contextlib.nullcontext(), Throughput()
-    gate = measure._Bench.gate(bench, Console(quiet=True))
-    assert [gate[arm].verdict for arm in bench.sides] == ["rounding", "rounding", "bug"]
+    lines = measure._Bench.loss_check(bench, Console(quiet=True))
+    assert [lines[arm].verdict for arm in bench.sides] == ["rounding", "rounding", "bug"]
     assert asked == [["torch", "jax", "jax:tuned"], ["jax", "jax:tuned", "torch"], *2 * [["jax:tuned", "torch"]]]

@@ -1,5 +1,5 @@
 """Is it the same?
 
-The rungs from weights to accuracy, and the verdict on what two sides computed.
+Rungs from weights to accuracy ask two sides for the same work, and the verdict judges their answers.
 It may import: input_pipeline, bit_jax, parity.sides, parity.faults, parity.options.
 """

@@ -1,4 +1,4 @@
-"""The ladder's last rung: both sides on the same dataset, and what their logits say of each other."""
+"""The ladder's last rung: both sides classify the same dataset, and their predictions are compared in pairs."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from parity.ladder.verdict import Line, Verdict
 
 
 def accuracy(ladder: Ladder) -> RungResult:
-    """Compares acc1 and acc5 of both on the same dataset, exactly once per example."""
+    """Compares acc1 and acc5 of both sides on the same dataset, with every example exactly once."""
     options = ladder.options
     source = ladder.source(options.eval_split)
     devices = max(side.devices for side in ladder.sides.values())
@@ -25,7 +25,7 @@ def accuracy(ladder: Ladder) -> RungResult:
     }
     answers = {role: ladder.ask(role, options.precision, "accuracy", **arguments) for role in ladder.sides}
     examples = min(len(source), options.limit or len(source))
-    logits = {}
+    logits, labels = {}, {}
     result = RungResult("accuracy", [])
     for role, answer in answers.items():
         arrays = answer.arrays
@@ -38,31 +38,37 @@ def accuracy(ladder: Ladder) -> RungResult:
             result.findings.append(f"the {role} evaluated {len(arrays['index'])} rows of {examples} examples: {note}")
             continue
         order = np.argsort(arrays["index"])
-        logits[role], labels = arrays["logits"][order], arrays["labels"][order]
-        ranks = statistics.rank(logits[role], labels)
+        logits[role], labels[role] = arrays["logits"][order], arrays["labels"][order]
+        ranks = statistics.rank(logits[role], labels[role])
         counted = {f"correct{k}": int((ranks < k).sum()) for k in (1, 5)}
-        own = {name: answer.info[name] for name in counted}
-        note = "" if own == counted else f"it counted {own}, its logits say {counted}"
-        result.lines.append(_fact(f"{role}: counts follow from its logits", options.precision, own == counted, note))
-        result.details[f"{role}_labels"] = labels
+        reported = {name: answer.info[name] for name in counted}
+        note = "" if reported == counted else f"it counted {reported}, its logits say {counted}"
+        result.lines.append(
+            _fact(f"{role}: counts follow from its logits", options.precision, reported == counted, note)
+        )
     if len(logits) < 2:
-        result.details = {}
         return result
-    labels, other = (result.details.pop(f"{role}_labels") for role in ladder.sides)
-    result.lines.append(verdict.exact("accuracy", "labels", options.precision, labels, other))
-    judged = compare_logits(logits["reference"], logits["candidate"], labels, options.margin / 100, options.precision)
+    truth = labels["reference"]
+    result.lines.append(verdict.exact("accuracy", "labels", options.precision, truth, labels["candidate"]))
+    judged = compare_logits(logits["reference"], logits["candidate"], truth, options.margin / 100, options.precision)
     result.lines += judged.lines
     result.findings += judged.findings
     result.details = judged.details | {"size": ladder.eval_size, "dataset": source.name, "margin": options.margin}
     result.details["class_names"] = list(source.class_names)
-    result.details["arrays"] = {"labels": labels, "ids": _ids(source, examples), **logits}
+    result.details["arrays"] = {"labels": truth, "ids": _ids(source, examples), **logits}
     return result
 
 
 def compare_logits(
     reference: np.ndarray, candidate: np.ndarray, labels: np.ndarray, margin: float, precision: str
 ) -> RungResult:
-    """Two sides' logits of the same images; `margin` is a share, 0.001 for 0.1 percentage points."""
+    """Compares two sides' logits [images, classes] of the same images.
+
+    Args:
+        labels: number of each image's class.
+        margin: share of images within which two accuracies count as the same: 0.001 for 0.1 percentage points.
+        precision: precision that the lines of the result name.
+    """
     right = [statistics.rank(logits, labels) < 1 for logits in (reference, candidate)]
     top5 = [float((statistics.rank(logits, labels) < 5).mean()) for logits in (reference, candidate)]
     paired = statistics.Paired.count(*right)
@@ -100,8 +106,10 @@ def compare_logits(
 
 
 def _fact(name: str, precision: str, holds: bool, note: str = "") -> Line:
+    """Returns the line of a statement that is either true or a bug."""
     return Line("accuracy", name, precision, "equal" if holds else "bug", 0.0 if holds else np.inf, 0.0, note=note)
 
 
 def _ids(source: Any, examples: int) -> np.ndarray:
+    """Returns the ids of the first examples of a dataset."""
     return np.array([str(source[index]["id"]) for index in range(examples)])

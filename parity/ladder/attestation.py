@@ -1,12 +1,14 @@
-"""What is in force on both sides, before anything is compared; a difference here is said first, for it may explain
-all the others."""
+"""Collects what both sides compute with before anything is compared.
+
+A mismatch is shown first, because it may explain every difference that follows.
+"""
 
 from collections.abc import Collection
 from typing import Any
 
 from parity.ladder.ladder import ROLES, Ladder
 
-# entry of the attestation -> what a difference in it does
+# entry of the attestation -> what a mismatch in it explains
 EXPLAINS = {
     "matrix products": "explains differences in the head, of the size of the narrower format",
     "convolution products": "explains differences from the first convolution on, of the size of the narrower format",
@@ -18,27 +20,28 @@ EXPLAINS = {
     "training examples": "the two do not read the same dataset",
     "evaluation examples": "the two do not read the same dataset",
 }
-# tf32: whatever the hardware has
+# precision -> the format of products that must be seen; tf32 is absent, because not all hardware has it
 PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 UNKNOWN = "unknown"
 
 
 def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
-    """{"sides": {precision: {role: entries}}, "mismatches": sentences, "classes": {split: how their labels were
-    matched}}, as JSON.
+    """Returns {"sides": {precision: {role: entries}}, "mismatches": sentences, "classes": {split: how its labels were
+    matched}}, in JSON's types.
 
     Args:
-        rungs: names of those that will be climbed; what the dataset's rungs will use is attested too.
+        rungs: names of the rungs that will be climbed; a dataset that one of them uses is attested too.
 
     Raises:
-        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; nothing was started.
+        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; no process was
+            started.
     """
     options = ladder.options
-    needed = {
+    datasets = {
         "curve": ("training examples", options.train_split),
         "accuracy": ("evaluation examples", options.eval_split),
     }
-    splits = [needed[rung] for rung in needed if rung in rungs]
+    splits = [datasets[rung] for rung in datasets if rung in rungs]
     matchings = {split: ladder.matching(split) for _, split in splits}
     precisions = dict.fromkeys(("fp64", options.precision))
     ladder.start(*precisions)
@@ -56,6 +59,7 @@ def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
 
 
 def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns sentences on the entries that differ between the sides, and on products in another format than asked."""
     reference, candidate = (pair[role] for role in ROLES)
     sentences = []
     for entry, effect in EXPLAINS.items():

@@ -1,4 +1,4 @@
-"""Runs rungs in order and stops at the first that fails: the two sides' processes, their files, the shared inputs."""
+"""One comparison: the two sides' processes, the files they exchange, and the inputs that both are given."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,22 @@ from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
 RANDOM = "random:"
-RANDOM_CLASSES = 100
+RANDOM_CLASSES = 100  # classes of a random model's head
+
+# The spacing of floating-point numbers at 1. TF32 and float16 keep 10 bits after the point, bfloat16 keeps 7.
+ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
 
 
 @dataclasses.dataclass
 class RungResult:
-    """What one rung found.
+    """The result of one rung.
 
     Attributes:
-        name, lines: of the rung.
-        findings: sentences, the first divergence among them.
-        details: what its plots and tables are made of, in JSON's types.
-        seconds: it took.
+        name: name of the rung.
+        lines: verdicts on its arrays.
+        findings: sentences on what differs and where it differs first.
+        details: data of its plots and tables, in JSON's types, and `arrays`, which are saved in a file of their own.
+        seconds: seconds that the rung took.
     """
 
     name: str
@@ -54,18 +58,19 @@ class RungResult:
 
     @property
     def verdict(self) -> Verdict:
+        """The gravest verdict of the lines."""
         return worst([line.verdict for line in self.lines])
 
 
 class Ladder:
-    """One comparison: options in, processes and files inside; rungs ask it for answers.
+    """One comparison, which rungs ask for both sides' answers. Its processes end with the `with` block.
 
     Attributes:
-        options: as given.
+        options: options of the comparison.
         sides: {role: side}.
-        folder: of the files that the processes exchange; gone afterwards.
-        weight_file, architecture: of the model.
-        fault: injected into one side, see `faults.py`; None: nothing is.
+        folder: folder with the files that the processes exchange.
+        weight_file, architecture: the model's weights and its architecture.
+        fault: name of the fault that is injected into one side, see `faults.py`, or None.
     """
 
     def __init__(self, options: Options, folder: Path, console: Console | None = None):
@@ -109,13 +114,13 @@ class Ladder:
             worker.close()
 
     def start(self, *precisions: str) -> None:
-        """Starts both sides' processes, so that they import while others work."""
+        """Starts both sides' processes of those precisions, so that they import their frameworks at the same time."""
         for precision in precisions:
             for role in ROLES:
                 self._worker(role, precision)
 
     def ask(self, role: str, precision: str, task: str, **arguments: Any) -> Answer:
-        """One task on one side, or its answer if it was asked before."""
+        """Runs a task on one side and returns its answer; an equal request is answered without running it again."""
         if self.fault is not None and role == self._faulty_role:
             arguments |= {"fault": self.fault}
         request = json.dumps([role, precision, task, arguments], default=str)
@@ -133,12 +138,15 @@ class Ladder:
         return self._answers[request]
 
     def both(self, precision: str, task: str, **arguments: Any) -> tuple[Arrays, Arrays]:
-        """The arrays of the reference and of the candidate."""
+        """Returns the arrays with which the reference and the candidate answer."""
         reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
         return reference, candidate
 
     def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
-        """The reference's float64 arrays under each disturbance of that relative amplitude; every look has its own."""
+        """Returns the reference's float64 arrays under each of several disturbances of that relative amplitude.
+
+        Every look has its own disturbances.
+        """
         draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
             self.ask(
@@ -149,7 +157,7 @@ class Ladder:
 
     @contextlib.contextmanager
     def forgetting(self) -> Iterator[None]:
-        """Answers that are asked for within are not kept: those of a large model fill a disk."""
+        """Removes the files of new answers at the end of the block: those of a large model fill a disk."""
         kept = dict(self._answers)
         try:
             yield
@@ -159,11 +167,11 @@ class Ladder:
             self._answers = kept
 
     def say(self, sentence: str) -> None:
-        """A line for people, above the progress bars."""
+        """Prints a line above the progress bars."""
         self._progress.console.print(printable(sentence))
 
     def pictures(self, look: int = 0) -> Path:
-        """Batches of pictures, for the rungs of single batches; every look has others."""
+        """Returns the file of generated pictures in --batches batches; every look has other pictures."""
         options = self.options
         path = self.folder / f"pictures {options.seed} {look}.npz"
         if not path.exists():
@@ -177,7 +185,7 @@ class Ladder:
         return path
 
     def dataset_batches(self, look: int = 0) -> Path:
-        """Batches of the dataset, for the curve; every look has them in another order."""
+        """Returns the file of the dataset's batches for the curve rung; every look has them in another order."""
         options = self.options
         path = self.folder / f"batches {options.seed} {look}.npz"
         if not path.exists():
@@ -187,14 +195,15 @@ class Ladder:
         return path
 
     def mixed_pictures(self, look: int = 0) -> Path:
+        """Returns the file of the picture batches after the reference's mixup, which both sides are given."""
         return self.ask("reference", "fp64", "mix", batches=self.pictures(look)).arrays.path
 
     def mixed_batches(self, look: int = 0) -> Path:
-        """The reference's dataset batches after mixup: what both sides replay."""
+        """Returns the file of the dataset's batches after the reference's mixup, which both sides replay."""
         return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def source(self, split: str) -> Source:
-        """A split of the dataset under the head's labels.
+        """Opens a split of the dataset, with labels that are numbers of the head's classes.
 
         Raises:
             RequestError: there is no such split, or its classes are not the head's.
@@ -203,7 +212,11 @@ class Ladder:
         return classes.open_labelled(options.dataset, split, options.data_dir, self.matching(split).class_names)
 
     def matching(self, split: str) -> classes.Matching:
-        """How a split's labels are matched to the head's."""
+        """Matches a split's classes to the head's.
+
+        Raises:
+            RequestError: there is no such split, or its classes are not the head's.
+        """
         options = self.options
         key = options.dataset, split
         if key not in self._matchings:
@@ -218,40 +231,43 @@ class Ladder:
 
     @functools.cached_property
     def eval_size(self) -> int:
-        """Side of the square images that evaluation shows: asked for, or what the weights were trained with."""
+        """Side in pixels of the square images in evaluation: --eval-size, or what the weights were trained with."""
         crop = None if self.options.weights.startswith(RANDOM) else described(self.weight_file).crop
         return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property
     def amplitude(self) -> float:
-        """Relative size of disturbances, at which a float64 forward pass errs as the better of the two sides does.
+        """Relative size of disturbances under which float64's forward pass errs as much as the better side does.
 
-        It is measured, not assumed, because rounding after every layer is more than rounding once.
+        It is measured, not assumed, because rounding after every layer errs more than rounding once. Float64 is
+        disturbed by one ulp, and that ulp is scaled by the median over the units of a side's error to float64's.
         """
         precision = self.options.precision
         arguments = {"images": self.pictures()}
         oracle = self.ask("reference", "fp64", "forward", **arguments).arrays
         results = self.both(precision, "forward", **arguments)
         unit = ULP[precision]
-        response = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
-        one = [relative_rmse(oracle[site], response[site]) for site in oracle.names]
-        errs = [
-            float(np.median([relative_rmse(oracle[s], result[s]) / r for s, r in zip(oracle.names, one, strict=True)]))
+        disturbed = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
+        of_one_ulp = {site: relative_rmse(oracle[site], disturbed[site]) for site in oracle.names}
+        ulps = [
+            float(np.median([relative_rmse(oracle[site], result[site]) / error for site, error in of_one_ulp.items()]))
             for result in results
         ]
-        return unit * min(errs)
+        return unit * min(ulps)
 
     @property
     def amplitude_in_ulp(self) -> float:
+        """`amplitude` in units in the last place of the precision asked for."""
         return self.amplitude / ULP[self.options.precision]
 
     @property
     def _faulty_role(self) -> str:
-        """The side that has the fault: the candidate, if its framework is the one that the fault is written for."""
+        """Role of the side that has the fault: the candidate, unless the fault is written for the other framework."""
         framework = FAULTS[self.fault].framework if self.fault else None
         return next(role for role in reversed(ROLES) if self.sides[role].framework == framework)
 
     def _worker(self, role: str, precision: str) -> Worker:
+        """Returns a side's process of that precision, which is started if there is none."""
         key = role, precision
         if key not in self._workers:
             side = self.sides[role]
@@ -259,6 +275,7 @@ class Ladder:
         return self._workers[key]
 
     def _weight_file(self) -> Path:
+        """Returns the path of the weights; random ones are drawn first."""
         name = self.options.weights
         if not name.startswith(RANDOM):
             return locate.weight_file(name).absolute()
@@ -272,17 +289,15 @@ def _save(path: Path, batches: inputs.Batches) -> None:
     np.savez(path, **arrays)
 
 
-# The spacing of floating-point numbers at 1; TF32 and float16 keep 10 bits behind the point, bfloat16 7.
-ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
-
-
 @contextlib.contextmanager
 def working_folder() -> Iterator[Path]:
+    """Makes a temporary folder, which is removed at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         yield Path(folder)
 
 
-def timed(rung: Any, ladder: Ladder) -> RungResult:
+def timed(rung: Callable[[Ladder], RungResult], ladder: Ladder) -> RungResult:
+    """Runs a rung and returns its result with the seconds that it took."""
     start = time.perf_counter()
     result = rung(ladder)
     result.seconds = time.perf_counter() - start

@@ -1,38 +1,36 @@
-"""The ladder's rungs: what each asks of both sides, and how the answers are judged.
+"""The ladder's rungs: what each asks of both sides, and what it says of a difference.
 
-A rung takes the ladder and returns its result; every rung is judged in float64 first and, where that agrees, in the
-precision asked for.
+A rung is a function of the ladder that returns the rung's result. `question.Question` judges the answers.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from bit_jax.training.hyperrule import resolution
-from bit_jax.training.steps import FIRST_SCALE
 from input_pipeline.preprocess import Views
 from parity.ladder import verdict
 from parity.ladder.accuracy import accuracy
 from parity.ladder.attestation import PRODUCTS
-from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
-from parity.ladder.verdict import LIMIT, MULTIPLE, Line
+from parity.ladder.ladder import ROLES, Ladder, RungResult
+from parity.ladder.question import (
+    LOSS_SCALE,
+    NOT_COMPARED,
+    Question,
+    absent_lines,
+    by_batch,
+    float64_lines,
+    one_batch,
+)
+from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
 from parity.sides.worker import Arrays
 
-NOT_COMPARED = "not compared: no module of its own in the"
-EPOCHS = 2  # of the pixels rung: augmentation differs between them
-SCHEDULE_STEP = 2  # of the optimizer rung: inside the warm-up, where the rate changes every step
+EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
+SCHEDULE_STEP = 2  # step of the optimizer rung: inside the warm-up, where the rate changes every step
 NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500
-SHOWN = 3  # names of arrays in a line that tells of a further look
-LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scaling are wrong
-LOSS_SCALE = "loss scale"  # the line that tells of it
-# times: autocast keeps the head kernel's gradient in float16, JAX in float32, so right sides overflow at other scales:
-# a random R14x0.5's at 2^16 in PyTorch alone, at 2^14 in neither. A loss that is scaled twice is 2^9 times apart.
-SCALES_APART = 64.0
-DISTURBED_ULPS = 16.0  # float64's own rounding, when a chaotic curve has to be told from a wrong one
+OPERANDS = ("matrix products", "convolution products")  # names of the lines of `_name_products`
 
 
 def weights(ladder: Ladder) -> RungResult:
@@ -43,7 +41,7 @@ def weights(ladder: Ladder) -> RungResult:
         for key in reference.names
         if key in candidate
     ]
-    return RungResult("weights", lines + _absent("weights", "fp64", reference, candidate))
+    return RungResult("weights", lines + absent_lines("weights", "fp64", reference, candidate))
 
 
 def pixels(ladder: Ladder) -> RungResult:
@@ -56,13 +54,13 @@ def pixels(ladder: Ladder) -> RungResult:
     draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
     shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
     reference, candidate = ladder.both("fp64", "pixels", epochs=EPOCHS, draws=draws, **shared)
-    lines = _in_float64("pixels", _single(reference), _single(candidate), fail_fast=options.fail_fast)
-    return RungResult("pixels", lines + _absent("pixels", "fp64", reference, candidate))
+    lines = float64_lines("pixels", one_batch(reference), one_batch(candidate), fail_fast=options.fail_fast)
+    return RungResult("pixels", lines + absent_lines("pixels", "fp64", reference, candidate))
 
 
 def forward(ladder: Ladder) -> RungResult:
-    """Compares every unit's output, free-running; where one differs, also with the reference's input for each unit."""
-    result = _judge(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)}, _single)
+    """Compares every unit's output; if one differs, compares again with the reference's input given to each unit."""
+    result = Question(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)}).judge()
     if ladder.options.precision == "fp16" and result.verdict != "bug":
         _name_products(ladder, result)
     if ladder.options.precision != "fp64" and result.verdict != "bug":
@@ -82,12 +80,12 @@ def forward(ladder: Ladder) -> RungResult:
     return result
 
 
-OPERANDS = ("matrix products", "convolution products")  # of what: lines of `_name_products`
-
-
 def _name_products(ladder: Ladder, result: RungResult) -> None:
-    """A bug, said first, for each kind of product that a side does not multiply in float16. It errs 8 times less than
-    bfloat16, which is within `NARROW` and hardly beyond what errors may differ by, so errors alone would not tell."""
+    """Puts first in the result a bug for each kind of product that a side does not multiply in float16.
+
+    Float16 errs only 8 times less than bfloat16, which is within `NARROW` and hardly more than two sides' errors may
+    differ by, so errors alone would not tell the two formats apart.
+    """
     precision = ladder.options.precision
     wrong = [
         (kind, f"{precision} was asked for, but the {role} multiplies in {used}")
@@ -102,24 +100,24 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
 
 def loss(ladder: Ladder) -> RungResult:
     """Compares normalization and mixup, which each side does itself, then the loss of the reference's mixed batch."""
-    result = _judge(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, _single, disturb=False)
-    if result.verdict == "bug":
-        return result
-    rest = _judge(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)}, _single)
-    return RungResult("loss", result.lines + rest.lines)
+    mixed = Question(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, disturb=False).judge()
+    if mixed.verdict == "bug":
+        return mixed
+    losses = Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)}).judge()
+    return RungResult("loss", mixed.lines + losses.lines)
 
 
 def gradients(ladder: Ladder) -> RungResult:
     """Compares the gradient of every parameter, under the checkpoint's key."""
     batches = ladder.options.batches
-    result = _judge(
+    result = Question(
         ladder,
         "gradients",
         "gradients",
         lambda look: {"mixed": ladder.mixed_pictures(look), "count": batches},
-        _by_batch,
+        by_batch,
         differentiates=True,
-    )
+    ).judge()
     failed = [line for line in result.lines if line.verdict == "bug" and line.name != LOSS_SCALE]
     if failed:
         last = max(failed, key=lambda line: _order(line.name))
@@ -131,7 +129,7 @@ def gradients(ladder: Ladder) -> RungResult:
 
 
 def optimizer(ladder: Ladder) -> RungResult:
-    """Compares parameters and momentum after one step in the warm-up, with the reference's gradients and a momentum."""
+    """Compares parameters and momentum after one step, inside the warm-up, with the reference's gradients."""
     options = ladder.options
     gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=options.batches)
     arguments = {
@@ -140,8 +138,8 @@ def optimizer(ladder: Ladder) -> RungResult:
         "momentum": options.momentum,
         "step": SCHEDULE_STEP,
     }
-    result = _judge(ladder, "optimizer", "optimizer", lambda look: arguments, _single, disturb=False)
-    _name_first(result)
+    result = Question(ladder, "optimizer", "optimizer", lambda look: arguments, disturb=False).judge()
+    _count_differing(result)
     return result
 
 
@@ -149,15 +147,14 @@ def curve(ladder: Ladder) -> RungResult:
     """Compares the losses of some steps on identical batches after mixup, and the parameters after them."""
     options = ladder.options
     training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
-    result = _judge(
+    result = Question(
         ladder,
         "curve",
         "curve",
         lambda look: {"mixed": ladder.mixed_batches(look)} | training,
-        _single,
         chaotic=True,
         differentiates=True,
-    )
+    ).judge()
     reference, candidate = result.details["losses"]["fp64"]
     apart = np.abs(np.subtract(reference, candidate)) > LIMIT * np.abs(reference)
     if result.verdict == "bug" and apart.any():
@@ -165,7 +162,7 @@ def curve(ladder: Ladder) -> RungResult:
         result.findings.append(
             f"the losses part at step {step} of {options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
         )
-    _name_first(result)
+    _count_differing(result)
     return result
 
 
@@ -180,197 +177,13 @@ RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
     "accuracy": accuracy,
 }
 
-Grouping = Callable[[Arrays], dict[str, list[Callable[[], np.ndarray]]]]
-Asking = Callable[[int], dict[str, Any]]
-
-
-def _judge(
-    ladder: Ladder,
-    rung: str,
-    task: str,
-    arguments: Asking,
-    group: Grouping,
-    *,
-    disturb: bool = True,
-    chaotic: bool = False,
-    differentiates: bool = False,
-) -> RungResult:
-    """Float64, then the precision asked for; lines that luck may have brought beyond their limits are looked at again.
-
-    Args:
-        rung, task: what to ask.
-        arguments: (number of the look) -> what the task is given; every look has other images.
-        group: the answer's arrays by name, one a batch.
-        disturb: whether the task can be disturbed to see which error to expect; else one ulp is.
-        chaotic: whether rounding may grow so much that float64 has to be disturbed too, to tell.
-        differentiates: whether the task takes gradients: in float16 of the scaled loss, see `_loss_scales`.
-    """
-    precision, fail_fast = ladder.options.precision, ladder.options.fail_fast
-    reference, candidate = ladder.both("fp64", task, **arguments(0))
-    lines = _in_float64(rung, group(reference), group(candidate), fail_fast=fail_fast)
-
-    def grown(look: int, doubtful: Sequence[str]) -> dict[str, tuple[float, float]]:
-        return _growth(ladder, task, arguments(look), look, doubtful)
-
-    beyond = [line.name for line in lines if line.verdict == "bug" and np.isfinite(line.difference)]
-    if chaotic and beyond:
-        again = _telling(ladder, grown)
-        judged = verdict.look_again(grown(0, beyond), again, lambda name, looks: _allow_for_growth(rung, name, looks))
-        allowed = {line.name: line for line in judged}
-        lines = [allowed.get(line.name, line) for line in lines]
-    result = RungResult(rung, lines + _absent(rung, "fp64", reference, candidate))
-    if "losses" in reference.names:
-        result.details["losses"] = {"fp64": [reference["losses"].tolist(), candidate["losses"].tolist()]}
-    if result.verdict == "bug" or precision == "fp64":
-        return result
-
-    def scaled(look: int) -> dict[str, Any]:
-        """What both sides are told beside the arguments: the same scale."""
-        if not (differentiates and precision == "fp16"):
-            return {}
-        return {"scale": min(_loss_scales(ladder, task, arguments(look)).values())}
-
-    def measured(look: int, doubtful: Sequence[str] | None = None) -> dict[str, verdict.Look]:
-        return _look(ladder, task, arguments(look), scaled(look), group, look, doubtful, disturb=disturb)
-
-    lines = verdict.look_again(
-        measured(0),
-        _telling(ladder, measured),
-        lambda name, looks: verdict.calibrated(rung, name, precision, looks),
-    )
-    if scaled(0):
-        lines.insert(0, line := _scale_line(rung, precision, _loss_scales(ladder, task, arguments(0))))
-        result.findings += [line.note] if line.note else []
-    failed = next((place for place, line in enumerate(lines) if line.verdict == "bug"), len(lines))
-    result.lines += lines[: failed + 1] if fail_fast else lines
-    if "losses" in reference.names:
-        results = ladder.both(precision, task, **arguments(0), **scaled(0))
-        result.details["losses"][precision] = [side["losses"].tolist() for side in results]
-    return result
-
-
-Again = Callable[[int, list[str]], dict[str, Any]]
-
-
-def _telling(ladder: Ladder, look: Again) -> Again:
-    """A further look, of which a person is told and whose files are not kept."""
-
-    def again(number: int, doubtful: list[str]) -> dict[str, Any]:
-        ladder.say(f"beyond its limit, by chance perhaps: {', '.join(doubtful[:SHOWN])}; looking at other images")
-        with ladder.forgetting():
-            return look(number, doubtful)
-
-    return again
-
-
-def _look(
-    ladder: Ladder,
-    task: str,
-    arguments: dict[str, Any],
-    scaled: dict[str, Any],
-    group: Grouping,
-    number: int,
-    names: Sequence[str] | None,
-    *,
-    disturb: bool,
-) -> dict[str, verdict.Look]:
-    """One look in the precision asked for, where the task is told `scaled` too; at the arrays of those names, or
-    all."""
-    exact = group(ladder.ask("reference", "fp64", task, **arguments).arrays)
-    disturbed = ladder.disturbed(task, MULTIPLE * ladder.amplitude, number, **arguments) if disturb else []
-    others = [group(arrays) for arrays in disturbed]
-    reference, candidate = (
-        group(arrays) for arrays in ladder.both(ladder.options.precision, task, **arguments, **scaled)
-    )
-    return {
-        name: verdict.look(
-            _read(batches), _read(reference[name]), _read(candidate[name]), [_read(other[name]) for other in others]
-        )
-        for name, batches in exact.items()
-        if name in reference and name in candidate and (names is None or name in names)
-    }
-
-
-def _loss_scales(ladder: Ladder, task: str, arguments: dict[str, Any]) -> dict[str, float]:
-    """{role: the largest of train.py's first loss scale and its halves at which no gradient of that side overflows in
-    float16}. Training, too, halves its scale until none does; both sides are judged at the smaller of theirs."""
-    scales = {}
-    for role in ROLES:
-        scale = FIRST_SCALE
-        while scale > LEAST_SCALE:
-            answer = ladder.ask(role, ladder.options.precision, task, **arguments, scale=scale)
-            if not answer.info["overflows"]:
-                break
-            answer.discard()
-            scale /= 2
-        scales[role] = scale
-    return scales
-
-
-def _scale_line(rung: str, precision: str, scales: dict[str, float]) -> Line:
-    """A bug where gradients of one side are finite at more than SCALES_APART times the other's scale; within that, it
-    is said."""
-    reference, candidate = (scales[role] for role in ROLES)
-    apart = max(reference, candidate) / min(reference, candidate)
-    note = ""
-    if (reference, candidate) != (FIRST_SCALE, FIRST_SCALE):
-        note = (
-            f"gradients are finite up to a loss scale of {reference:g} on the reference, {candidate:g} on the candidate"
-        )
-    judged = "equal" if apart == 1 else "rounding" if apart <= SCALES_APART else "bug"
-    return Line(rung, LOSS_SCALE, precision, judged, apart - 1, SCALES_APART - 1, note=note)
-
-
-def _in_float64(rung: str, reference: dict[str, list], candidate: dict[str, list], *, fail_fast: bool) -> list[Line]:
-    """A line a name: the worst of its batches."""
-    lines = []
-    for name, batches in reference.items():
-        if name not in candidate:
-            continue
-        pairs = zip(batches, candidate[name], strict=True)
-        of_batches = [verdict.in_float64(rung, name, ours(), theirs()) for ours, theirs in pairs]
-        lines.append(max(of_batches, key=lambda line: (line.verdict == "bug", line.difference)))
-        if fail_fast and lines[-1].verdict == "bug":
-            break
-    return lines
-
-
-def _growth(
-    ladder: Ladder, task: str, arguments: dict[str, Any], number: int, names: Sequence[str]
-) -> dict[str, tuple[float, float]]:
-    """{name: (how far the two are apart, what float64's own rounding grows to)} in one look."""
-    reference, candidate = ladder.both("fp64", task, **arguments)
-    disturbed = ladder.disturbed(task, DISTURBED_ULPS * ULP["fp64"], number, **arguments)
-    return {
-        name: (
-            verdict.relative_difference(reference[name], candidate[name]),
-            max(verdict.relative_difference(reference[name], arrays[name]) for arrays in disturbed),
-        )
-        for name in names
-    }
-
-
-def _allow_for_growth(rung: str, name: str, looks: Sequence[tuple[float, float]]) -> Line:
-    """The verdict on an array beyond the limit of float64."""
-    difference = min(apart for apart, _ in looks)
-    grown = sorted(grown for _, grown in looks)[(len(looks) - 1) // 2]
-    limit = max(grown, LIMIT)
-    note = f"{DISTURBED_ULPS:g} ulp of float64 grow to {grown:.1e} here; a lower --base-lr would tell more"
-    judged = "rounding" if difference <= limit else "bug"
-    return Line(rung, name, "fp64", judged, difference, limit, disturbed_error=grown, note=note, looks=len(looks))
-
-
-def _absent(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> list[Line]:
-    """What only one side has. A model without a module for a unit cannot be looked into there: that is no fault."""
-    names = [(name, "candidate") for name in reference.names if name not in candidate]
-    names += [(name, "reference") for name in candidate.names if name not in reference]
-    if rung == "forward":
-        return [Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {who}") for name, who in names]
-    return [Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none") for name, who in names]
-
 
 def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
-    """Says where the two first part, and whether that unit errs on its own or only passes on what it was given."""
+    """Adds to the result where the two sides first differ, and whether that unit is wrong by itself.
+
+    Each unit is computed again from the float64 reference's input. A unit that only passed on the difference of its
+    input then agrees.
+    """
     precision = failed[0].precision
     path = ladder.ask("reference", "fp64", "forward", images=ladder.pictures()).arrays.path
     exact = Arrays(path)
@@ -409,39 +222,22 @@ def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
     }
 
 
-def _name_first(result: RungResult) -> None:
+def _count_differing(result: RungResult) -> None:
+    """Adds to the result how many lines differ, and which of them most."""
     failed = [line for line in result.lines if line.verdict == "bug"]
     if failed:
-        result.findings.append(f"{len(failed)} of {len(result.lines)} lines differ, the most {_most(failed)}")
-
-
-def _most(lines: list[Line]) -> str:
-    line = max(lines, key=lambda line: line.difference)
-    return f"{line.name} ({_size(line)})"
+        most = max(failed, key=lambda line: line.difference)
+        result.findings.append(
+            f"{len(failed)} of {len(result.lines)} lines differ, the most {most.name} ({_size(most)})"
+        )
 
 
 def _size(line: Line) -> str:
     return line.note or f"relative difference {line.difference:.1e}, limit {line.limit:.0e}"
 
 
-def _single(arrays: Arrays) -> dict[str, list[Callable[[], np.ndarray]]]:
-    return {name: [lambda name=name: arrays[name]] for name in arrays.names}
-
-
-def _by_batch(arrays: Arrays) -> dict[str, list[Callable[[], np.ndarray]]]:
-    """Names begin with the batch's number."""
-    batches = defaultdict(list)
-    for name in arrays.names:
-        batches[name.split("/", 1)[1]].append(lambda name=name: arrays[name])
-    return dict(batches)
-
-
-def _read(batches: Iterable[Callable[[], np.ndarray]]) -> list[np.ndarray]:
-    return [read() for read in batches]
-
-
 def _order(key: str) -> tuple:
-    """Depth in the network of a parameter's key."""
+    """Returns the depth in the network of a parameter's key, as a tuple that sorts from the first layer to the last."""
     place = re.match(r"resnet/(?:block(\d)/unit(\d+)/([abc])/(proj)?|(root_block)|(group_norm)|(head))", key)
     if place is None:
         return (9,)

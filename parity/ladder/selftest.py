@@ -1,4 +1,4 @@
-"""Does the ladder find what it claims to find? Known faults injected into one side, one after the other."""
+"""Does the ladder find what it claims to find? Injects known faults into one side, one after the other."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, RungResult, working_folder
 from parity.options import Options
 
-# small enough that thirty ladders take minutes, with every kind of layer, and a last batch that is not full
+# Small, so that thirty ladders take minutes; it has every kind of layer, and the last batch is not full.
 SMALL = Options(
     size="32",
     rows=4,
@@ -26,6 +26,7 @@ SMALL = Options(
     decay_steps=(4,),
     limit=90,
 )
+# weights and image size of the pairs without a fault
 CLEAN = (
     ("random:R14x0.5", "33x47"),
     ("random:R26x1", "32"),
@@ -37,7 +38,10 @@ CLEAN_RUNGS = ("weights", "forward", "loss", "gradients")
 
 
 def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
-    """Shows a line a fault; whether all were found and every untouched pair passed.
+    """Prints a line for each fault; returns whether all were found and, with `clean`, every untouched pair passed.
+
+    Args:
+        names: names of the faults to inject; none: all.
 
     Raises:
         RequestError: there is no fault of that name.
@@ -54,12 +58,12 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
                 options = dataclasses.replace(SMALL, precision=precision)
                 ladder = Ladder(options, stack.enter_context(working_folder()), console)
                 ladders[precision] = stack.enter_context(ladder)
-            failed, found = inject(ladders[precision], fault)
-            passed = passed and found
+            failed, detected = inject(ladders[precision], fault)
+            passed = passed and detected
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
-            if not found:
+            if not detected:
                 where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
-            console.print(Text.assemble("  ", _mark(found), f"  {fault.description:<53} {printable(where)}"))
+            console.print(Text.assemble("  ", _mark(detected), f"  {fault.description:<53} {printable(where)}"))
     if clean:
         passed = untouched(console) and passed
     console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")
@@ -67,7 +71,8 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
 
 
 def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
-    """Climbs with the fault in place: the first rung that fails, and whether it was found as it must be."""
+    """Climbs with the fault in place; returns the first rung that fails, or None, and whether the fault was found where
+    it must be."""
     ladder.fault = fault.name
     try:
         mismatches = attest(ladder, rungs=rungs.RUNGS)["mismatches"]
@@ -83,7 +88,7 @@ def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
 
 
 def climb(ladder: Ladder, names: Sequence[str] = tuple(rungs.RUNGS)) -> RungResult | None:
-    """The first rung that fails."""
+    """Climbs the rungs of those names; returns the result of the first that fails, or None."""
     for name in names:
         result = rungs.RUNGS[name](ladder)
         if result.verdict == "bug":
@@ -92,6 +97,7 @@ def climb(ladder: Ladder, names: Sequence[str] = tuple(rungs.RUNGS)) -> RungResu
 
 
 def first_bug(result: RungResult) -> str:
+    """Returns the name of the first array that fails in a rung."""
     return next(line.name for line in result.lines if line.verdict == "bug")
 
 
@@ -103,7 +109,7 @@ def _size(result: RungResult) -> str:
 
 
 def untouched(console: Console, pairs: Sequence[tuple[str, str]] = CLEAN) -> bool:
-    """Whether pairs without a fault pass, at several depths, widths and image sizes."""
+    """Climbs with pairs (weights, size) without a fault, prints a line for each, and returns whether all pass."""
     passed = True
     console.print(f"pairs without a fault, which must pass {', '.join(CLEAN_RUNGS)}:")
     for weights, size in pairs:

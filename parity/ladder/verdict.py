@@ -256,10 +256,12 @@ def relative_difference(reference: np.ndarray, candidate: np.ndarray) -> float:
 
 
 def relative_rmse(oracle: np.ndarray, result: np.ndarray) -> float:
+    """Returns the RMSE of a result, relative to the RMS of the float64 result."""
     return rms(result.astype(np.float64) - oracle) / _scale(oracle)
 
 
 def rms(array: np.ndarray) -> float:
+    """Returns the root mean square; 0 of an empty array."""
     return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
 
 

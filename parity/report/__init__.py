@@ -1,5 +1,5 @@
 """How is it shown?
 
-Saved comparisons, tables in the terminal, JUnit, and HTML pages with plots.
+Comparisons are saved, and shown in the terminal, as JUnit XML and as HTML pages with plots.
 It may import: input_pipeline, bit_jax, parity.sides, parity.ladder.
 """

@@ -1,4 +1,4 @@
-"""Compares two saved runs, and says whether anything got worse."""
+"""Compares two saved runs and decides whether anything became worse."""
 
 from typing import Any
 
@@ -10,19 +10,20 @@ from input_pipeline.terminal import printable
 from parity.report.saved import Report
 from parity.report.terminal import COLOURS, number
 
-GREW = 2.0  # an error that changes by more is worth a line
+GREW = 2.0  # factor by which an error has to change to be shown
 
 
 def difference(before: Report, after: Report, console: Console) -> bool:
-    """Shows what changed from one saved run to another; whether nothing got worse."""
+    """Prints what changed from one saved run to another; returns whether nothing became worse."""
     changes = Table(title="what changed", title_justify="left")
     for column in ("what", "before", "after"):
         changes.add_column(column)
-    for what, (old, new) in _attested_changes(before, after).items():
-        changes.add_row(Text(printable(what)), Text(printable(old)), Text(printable(new)))
+    for name, (old, new) in _attested_changes(before, after).items():
+        changes.add_row(Text(printable(name)), Text(printable(old)), Text(printable(new)))
     worse = False
     lines = [
-        {(r["name"], x["name"], x["precision"]): x for r in run["rungs"] for x in r["lines"]} for run in (before, after)
+        {(rung["name"], line["name"], line["precision"]): line for rung in run["rungs"] for line in rung["lines"]}
+        for run in (before, after)
     ]
     for key in dict.fromkeys([*lines[0], *lines[1]]):
         old, new = (run.get(key) for run in lines)
@@ -42,6 +43,7 @@ def difference(before: Report, after: Report, console: Console) -> bool:
 
 
 def _grown(old: dict, new: dict) -> bool:
+    """Whether the candidate's error changed by more than GREW, in either direction."""
     values = [line["candidate_error"] for line in (old, new)]
     if None in values or not all(values):
         return False
@@ -56,10 +58,11 @@ def _described(line: dict | None) -> Text:
 
 
 def _attested_changes(before: Report, after: Report) -> dict[str, tuple[Any, Any]]:
+    """Returns {name of what the sides compute with: (before, after)} where the two differ."""
     changes = {}
-    for what in ("sides", "architecture", "precision"):
-        if before[what] != after[what]:
-            changes[what] = before[what], after[what]
+    for field in ("sides", "architecture", "precision"):
+        if before[field] != after[field]:
+            changes[field] = before[field], after[field]
     for precision, pair in after["attestation"]["sides"].items():
         for role, entries in pair.items():
             old = before["attestation"]["sides"].get(precision, {}).get(role, {})

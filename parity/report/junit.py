@@ -7,7 +7,7 @@ from parity.report.saved import Report
 
 
 def to_xml(report: Report) -> bytes:
-    """Returns JUnit XML with a suite for each rung, and a case for each array and precision."""
+    """Returns JUnit XML with a suite for each rung and a test case for each array and precision."""
     suites = ET.Element(
         "testsuites", name=f"parity: {report['sides']['candidate']} against {report['sides']['reference']}"
     )

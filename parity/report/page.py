@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: plots as inline SVG, images as data URLs, nothing fetched."""
+"""Writes a report as one self-contained HTML page, which fetches nothing: plots are inline SVG, images data URLs."""
 
 import base64
 import io
@@ -24,8 +24,8 @@ from parity.report import terminal
 from parity.report.saved import Report
 from parity.sides.images import decode
 
-THUMBNAIL = 96  # pixels
-SHOWN_FLIPS = 60
+THUMBNAIL = 96  # side of a flipped image on the page, in pixels
+SHOWN_FLIPS = 60  # the most flipped images that the page shows
 COLOURS = {"reference": "#c2185b", "candidate": "#1565c0", "disturbed": "#757575"}
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
@@ -43,7 +43,7 @@ def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = Non
     """Writes the page, atomically.
 
     Args:
-        logits: of the accuracy rung, for the ids of flipped images.
+        logits: the accuracy rung's arrays, see `saved.load_logits`; without them no flipped images are shown.
     """
     render(
         "page.html.j2",
@@ -58,7 +58,7 @@ def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = Non
 
 
 def render(template: str, path: Path, **values: Any) -> None:
-    """Writes a page of this package's templates, atomically."""
+    """Fills in one of this package's templates and writes the page, atomically."""
     loader = jinja2.FunctionLoader(lambda name: resources.files("parity.report").joinpath(name).read_text())
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
     environment.filters["number"] = lambda value: "" if value is None else terminal.number(value)
@@ -69,7 +69,7 @@ def render(template: str, path: Path, **values: Any) -> None:
 
 
 def plots(report: Report) -> list[dict[str, str]]:
-    """[{title, text, svg}] of what the rungs that ran have to show."""
+    """Returns the plots, see `plot`, of the rungs that ran."""
     rungs = {rung["name"]: rung for rung in report["rungs"]}
     drawn = []
     if "forward" in rungs:
@@ -88,7 +88,10 @@ def plots(report: Report) -> list[dict[str, str]]:
 
 
 def flipped_images(report: Report, logits: dict[str, np.ndarray] | None) -> list[dict[str, Any]]:
-    """The flips, each with its id, label and, where the dataset is still there, the image as a data URL."""
+    """Returns the flips, those that rounding does not explain first, with the image's id and the label.
+
+    If the dataset can still be read, each flip also has the image, as a data URL.
+    """
     rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
     if rung is None or not rung["details"].get("flips") or logits is None:
         return []
@@ -113,22 +116,22 @@ def flipped_images(report: Report, logits: dict[str, np.ndarray] | None) -> list
     ]
 
 
-def plot(title: str, text: str, draw: Callable[..., None], *given: Any) -> dict[str, str]:
-    """{title, text, svg} of what `draw` draws on a figure from what it is given."""
+def plot(title: str, text: str, draw: Callable[..., None], *data: Any) -> dict[str, str]:
+    """Returns {title, text, svg}, where `draw` draws the data on a figure."""
     svg = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        draw(figure, *given)
+        draw(figure, *data)
         figure.savefig(svg, format="svg", metadata={"Date": None})
     return {"title": title, "text": text, "svg": svg.getvalue()[svg.getvalue().index("<svg") :]}
 
 
 def _by_depth(figure: Figure, rung: dict, precision: str) -> None:
     axes = figure.subplots()
-    gate = [line for line in rung["lines"] if line["precision"] == "fp64" and _positive(line["difference"])]
+    float64 = [line for line in rung["lines"] if line["precision"] == "fp64" and _positive(line["difference"])]
     sites = list(dict.fromkeys(line["name"] for line in rung["lines"]))
     place = {site: index for index, site in enumerate(sites)}
-    _line(axes, place, gate, "difference", "black", "float64: reference and candidate apart")
+    _line(axes, place, float64, "difference", "black", "float64: reference and candidate apart")
     axes.axhline(LIMIT, color="black", linestyle=":", linewidth=1, label=f"float64 limit {LIMIT:.0e}")
     judged = [line for line in rung["lines"] if line["precision"] == precision and line["reference_error"] is not None]
     for who, colour in COLOURS.items():
@@ -180,13 +183,14 @@ def _curve(figure: Figure, rung: dict, precision: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the plot, where it hides nothing."""
+    """Puts the legend beside the plot, where it hides nothing."""
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
-def _line(axes: Axes, place: dict[str, int], lines: list[dict], what: str, colour: str, label: str) -> None:
-    lines = [line for line in lines if _positive(line[what])]
-    values = [float(line[what]) for line in lines]
+def _line(axes: Axes, place: dict[str, int], lines: list[dict], field: str, colour: str, label: str) -> None:
+    """Draws one field of the report's lines over their places; a logarithmic axis has no zero and no infinity."""
+    lines = [line for line in lines if _positive(line[field])]
+    values = [float(line[field]) for line in lines]
     if not lines:
         return
     axes.plot([place[line["name"]] for line in lines], values, "o-", markersize=3, color=colour, label=label)
@@ -197,6 +201,7 @@ def _positive(value: Any) -> bool:
 
 
 def _thumbnail(source: Source, index: int) -> str:
+    """Returns an example's image as the data URL of a small PNG."""
     image = decode(source[index]["image"]).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     png = io.BytesIO()
     image.save(png, "PNG")
@@ -204,6 +209,7 @@ def _thumbnail(source: Source, index: int) -> str:
 
 
 def _accuracy(report: Report) -> dict[str, Any] | None:
+    """Returns the accuracy rung's statistics, also in sentences; None if the rung has none."""
     rung = next((rung for rung in report["rungs"] if rung["name"] == "accuracy"), None)
     if rung is None or "acc1" not in rung["details"]:
         return None
@@ -211,7 +217,7 @@ def _accuracy(report: Report) -> dict[str, Any] | None:
 
 
 def _attested(report: Report) -> list[dict[str, Any]]:
-    """[{precision, rows: [(entry, reference, candidate, differ)]}]."""
+    """Returns the attestation as [{precision, rows: [(entry, reference, candidate, whether they differ)]}]."""
     tables = []
     for precision, pair in report["attestation"]["sides"].items():
         reference, candidate = pair["reference"], pair["candidate"]

@@ -1,6 +1,6 @@
-"""A finished comparison is one JSON-like dict; this builds it, and keeps it in a folder.
+"""Builds the report of a finished comparison, a dict in JSON's types, and keeps it in the run's folder.
 
-Everything that is shown is shown from the dict, so that a saved run looks as it did when it ran.
+Everything that is shown is made from the report alone, so that a saved run looks as it did when it ran.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Report = dict[str, Any]
 
 
 def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult], command: str) -> Report:
-    """Returns everything of a comparison but its logits."""
+    """Returns the report of a comparison: everything but the logits."""
     failed = next((result.name for result in results if result.verdict == "bug"), None)
     options = {key: value for key, value in dataclasses.asdict(ladder.options).items() if key != "fault"}
     return {
@@ -93,10 +93,10 @@ def _finite(value: Any) -> Any:
 
 
 def writable(path: Path) -> None:
-    """Makes the directory of a file that will be written, and tries whether it can be.
+    """Tries to write where a file will be written later, and leaves nothing there.
 
     Raises:
-        RequestError: it cannot; this is better known at the start than after an hour.
+        RequestError: nothing can be written there; it is better to know at the start than after an hour.
     """
     if path.is_dir():
         raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
@@ -108,24 +108,24 @@ def writable(path: Path) -> None:
     except OSError as error:
         raise RequestError(f"{path} cannot be written ({error.strerror}); give another path") from None
     finally:
-        for parent in made:  # nothing is left of a comparison that is refused or fails
+        for parent in made:  # nothing stays behind if the comparison is refused or fails
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 class _Tried(Exception):
-    pass
+    """Ends the attempt to write before the file is put in its place."""
 
 
 @contextlib.contextmanager
 def owned(folder: Path | None) -> Iterator[Path]:
-    """Makes the folder of a run this process's own; nothing is left of one in which no report was saved.
+    """Makes a run's folder and claims it for this process; a folder without a saved report is removed in the end.
 
     Args:
-        folder: None: a new one in `RUNS`, named by the time.
+        folder: the folder; None: a new one in `RUNS`, named by the time.
 
     Raises:
-        RequestError: it holds a saved run, another process owns it, or it cannot be made.
+        RequestError: the folder holds a saved run, another process owns it, or it cannot be made.
     """
     wanted = folder or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made = [parent for parent in wanted.parents if not parent.exists()]
@@ -141,12 +141,16 @@ def owned(folder: Path | None) -> Iterator[Path]:
         raise RequestError(f"--run {wanted} is not a directory; choose another") from None
     finally:
         for parent in made:
-            with contextlib.suppress(OSError):  # it holds the run
+            with contextlib.suppress(OSError):  # it holds a saved run
                 parent.rmdir()
 
 
 def _made(folder: Path, *, another: bool) -> tuple[Path, bool]:
-    """Returns the folder and whether it is new. One that exists is taken, or `another`, with a number at its end."""
+    """Makes the folder and returns (folder, whether it is new).
+
+    Args:
+        another: whether a folder that exists is to be replaced by a new one with a number at the end of its name.
+    """
     for number in itertools.count(2):
         try:
             folder.mkdir()
@@ -159,7 +163,7 @@ def _made(folder: Path, *, another: bool) -> tuple[Path, bool]:
 
 
 def save(report: Report, results: list[RungResult], folder: Path) -> None:
-    """Writes logits.npz where there was an accuracy rung, and last report.json, which makes it a saved run."""
+    """Writes logits.npz, if there was an accuracy rung, and last report.json, which makes the folder a saved run."""
     for result in results:
         if "arrays" in result.details:
             with replacing(folder / "logits.npz") as file:
@@ -175,7 +179,7 @@ def load(folder: Path) -> Report:
     """Reads a saved run's report.
 
     Raises:
-        RequestError: the folder holds none, or one of another version.
+        RequestError: the folder holds no report, or the report of another version.
     """
     path = folder / "report.json" if folder.is_dir() else folder
     if not path.exists():
@@ -190,7 +194,7 @@ def load_logits(folder: Path) -> dict[str, np.ndarray]:
     """Reads {labels, ids, reference, candidate} of a saved run.
 
     Raises:
-        RequestError: the run kept none.
+        RequestError: the run has no readable logits.
     """
     try:
         with np.load(folder / "logits.npz") as file:

@@ -16,7 +16,7 @@ COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the table, what was found, and one sentence at the end; the console takes no markup."""
+    """Prints mismatches, the table of rungs, the findings, and the conclusion; the console must not read markup."""
     sides, precision = report["sides"], report["precision"]
     names = [sides[role] for role in ROLES]
     for sentence in report["attestation"]["mismatches"]:
@@ -48,10 +48,12 @@ def _plain(text: object) -> Text:
 
 
 def _marked(mark: str, sentence: str) -> Text:
+    """Returns a sentence behind a mark in red."""
     return Text.assemble((mark, "bold red"), "  ", printable(sentence))
 
 
 def _float64_cell(rung: dict) -> str:
+    """Returns the largest difference in float64 and its array; that of a bug, if there is one."""
     lines = [line for line in rung["lines"] if line["precision"] == "fp64" and float(line["limit"]) < math.inf]
     if not lines:
         return ""
@@ -62,6 +64,7 @@ def _float64_cell(rung: dict) -> str:
 
 
 def _precision_cell(rung: dict, precision: str) -> str:
+    """Returns both sides' errors on the array that takes the largest share of its limit; of accuracy, both acc1."""
     if rung["name"] == "accuracy":
         details = rung["details"]
         if "acc1" not in details:
@@ -87,7 +90,7 @@ def _show_accuracy(report: Report, console: Console) -> None:
 
 
 def accuracy_sentences(details: dict[str, Any]) -> list[str]:
-    """Says in sentences what the statistics of the accuracy rung are."""
+    """Returns sentences with the statistics of the accuracy rung."""
     (both, reference_only), (candidate_only, neither) = details["table"]
     low, high = (f"{100 * end:+.4f}" for end in details["interval"])
     flips, margin = details["flips"], details["margin"]
@@ -106,7 +109,7 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
 
 
 def conclusion(report: Report) -> str:
-    """Says in one sentence whether the comparison holds, and where it fails."""
+    """Returns one sentence on whether the comparison holds, and if not, where it fails."""
     reference, candidate = (report["sides"][role] for role in ROLES)
     if not report["rungs"]:
         return "nothing was compared"
@@ -122,10 +125,9 @@ def conclusion(report: Report) -> str:
 
 def number(value: Any) -> str:
     """Writes an error with two digits; zero is 0."""
-    number = float(value)
-    return "0" if number == 0 else f"{number:.1e}"
+    return "0" if float(value) == 0 else f"{float(value):.1e}"
 
 
 def short(name: str) -> str:
-    """Returns a parameter's key without what every key says; other names are returned as they are."""
+    """Returns a parameter's key without the parts that all keys share; other names are returned unchanged."""
     return name.replace("resnet/", "").replace("standardized_conv2d/", "")

@@ -1,4 +1,4 @@
-"""Every convolution of an architecture in both frameworks, alone: where one loses, by shape and pass."""
+"""Times every convolution of an architecture by itself in both frameworks, to show where one of them loses."""
 
 import collections
 import dataclasses
@@ -27,13 +27,13 @@ from parity.sides.worker import Worker
 from parity.throughput.machine import machine
 from parity.throughput.request import RANDOM_CLASSES
 
-ALIKE = 0.01  # two results' RMS, relative: in bfloat16 they are seen within 0.0001
+ALIKE = 0.01  # relative difference allowed between the two results' RMS; in bfloat16 it is seen below 0.0001
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolutions:
-    """The convolutions to time and the two sides; each default is written here alone."""
+    """The convolutions to time and the two sides."""
 
     weights: str = "random:R50x1"
     """Weights whose architecture is timed: a published name, the path of an .npz, `embedded`, or random:R50x1."""
@@ -59,25 +59,33 @@ class Convolutions:
     """File to write the measurements to. None: they are only shown."""
 
     def check(self) -> None:
-        """Raises RequestError for what cannot be measured."""
+        """Checks the values and the file that they name.
+
+        Raises:
+            RequestError: a value cannot be measured with, or the file cannot be written.
+        """
         require_positive(typed(self, "size", "rows", "sets", "repeat", "rounds", "seconds"))
         for framework in ("torch", "jax"):
-            side = parse_side(given := getattr(self, framework))
+            side = parse_side(text := getattr(self, framework))
             if side.framework != framework:
-                raise RequestError(f"--{framework} {given} is not of that framework")
+                raise RequestError(f"--{framework} {text} is not of that framework")
             if side.devices != 1:
-                raise RequestError(f"--{framework} {given} has {side.devices} devices; a convolution is timed on one")
+                raise RequestError(f"--{framework} {text} has {side.devices} devices; a convolution is timed on one")
         if self.json is not None:
             saved.writable(self.json)
 
     def architecture(self) -> Architecture:
+        """Returns the architecture of the weights."""
         if self.weights.startswith(RANDOM):
             return Architecture.parse(self.weights.removeprefix(RANDOM), RANDOM_CLASSES)
         return Architecture.of(locate.weight_file(self.weights).absolute())
 
 
 def measure(options: Convolutions, console: Console) -> dict[str, Any]:
-    """Everything that is reported, in JSON's types. A pass that one side cannot compute is left out, and named."""
+    """Measures all convolutions and returns the report, in JSON's types.
+
+    A pass that a side cannot compute, or for which the two results differ, is left out and named in the report.
+    """
     counts = collections.Counter(flops.convolutions(options.architecture(), options.size, options.size))
     rows, failed = [], []
     with working_folder() as folder, _Pair(options, folder) as pair:
@@ -101,14 +109,15 @@ def measure(options: Convolutions, console: Console) -> dict[str, Any]:
     }
 
 
-def title(one: flops.Convolution) -> str:
-    """3x3, 64 to 64 channels, 56x56."""
-    step = f", stride {one.stride}" if one.stride > 1 else ""
-    return f"{one.size}x{one.size}, {one.cin} to {one.cout} channels, {one.given[0]}x{one.given[1]}{step}"
+def title(convolution: flops.Convolution) -> str:
+    """Returns a convolution in words, such as "3x3, 64 to 64 channels, 56x56"."""
+    size, (height, width) = convolution.size, convolution.given
+    stride = f", stride {convolution.stride}" if convolution.stride > 1 else ""
+    return f"{size}x{size}, {convolution.cin} to {convolution.cout} channels, {height}x{width}{stride}"
 
 
 class _Pair:
-    """Both sides' processes, for as long as the block lasts."""
+    """Both sides' processes, which end with the `with` block."""
 
     def __init__(self, options: Convolutions, folder: Path):
         self.options = options
@@ -124,37 +133,38 @@ class _Pair:
             worker.close()
 
     def times(self, convolution: flops.Convolution, which: Pass) -> dict[str, Any]:
-        """{side: seconds of the pass, the median of its rounds, and "SIDE of rounds": of each}.
+        """Returns {side: seconds of the pass in the median of the rounds, "SIDE of rounds": seconds in each round}.
 
         Raises:
-            RunFailed: a side cannot compute it, or the two compute something else.
+            RunFailed: a side cannot compute the pass, or the two sides' results differ.
         """
-        options, found = self.options, {name: [] for name in self._workers}
-        given = {"convolution": list(convolution), "rows": options.rows, "which": which}
-        work = {"sets": options.sets, "repeat": options.repeat, "seconds": 0}
-        rms = {name: self._ask(name, "convolution_time", **work, **given)["rms"] for name in self._workers}
+        options, seconds = self.options, {name: [] for name in self._workers}
+        work = {"convolution": list(convolution), "rows": options.rows, "which": which}
+        work |= {"sets": options.sets, "repeat": options.repeat, "seconds": 0}
+        rms = {name: self._ask(name, "convolution_time", **work)["rms"] for name in self._workers}
         if not abs(rms["jax"] / rms["torch"] - 1) <= ALIKE:
             raise RunFailed(f"the RMS of PyTorch's result is {rms['torch']:.6g}, of JAX's {rms['jax']:.6g}")
         for _ in range(options.rounds):
-            for name, medians in found.items():
+            for name, of_rounds in seconds.items():
                 calls = self._ask(name, "again", seconds=options.seconds)["calls"]
-                medians.append(statistics.median(calls) / (options.sets * options.repeat))
-        of_rounds = {f"{name} of rounds": medians for name, medians in found.items()}
-        return {name: statistics.median(medians) for name, medians in found.items()} | of_rounds
+                of_rounds.append(statistics.median(calls) / (options.sets * options.repeat))
+        medians = {name: statistics.median(of_rounds) for name, of_rounds in seconds.items()}
+        return medians | {f"{name} of rounds": of_rounds for name, of_rounds in seconds.items()}
 
     def _ask(self, name: str, task: str, **arguments: Any) -> Any:
         return self._workers[name].ask(task, save_as=task, progress=lambda done, of: None, **arguments).info
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    options = found["options"]
+def show(report: dict[str, Any], console: Console) -> None:
+    """Prints the table, the sums over a step, and the passes that are left out."""
+    options = report["options"]
     table = Table(
         title=f"{options['weights']}, {options['rows']} x {options['size']}x{options['size']}, "
         f"{options['precision']}: {options['jax']} beside {options['torch']}, worst first"
     )
     for column in ("convolution", "pass", "times", "PyTorch ms", "JAX ms", "PyTorch / JAX", "TFLOP/s", "lost ms"):
         table.add_column(column, justify="left" if column in ("convolution", "pass") else "right")
-    for row in found["convolutions"]:
+    for row in report["convolutions"]:
         torch, jax = row["torch"], row["jax"]
         table.add_row(
             row["convolution"],
@@ -167,22 +177,22 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{row['count'] * (jax - torch) * 1e3:.2f}",
         )
     console.print(table)
-    sums = {name: sum(row["count"] * row[name] for row in found["convolutions"]) for name in ("torch", "jax")}
+    sums = {name: sum(row["count"] * row[name] for row in report["convolutions"]) for name in ("torch", "jax")}
     ratio = sums["torch"] / sums["jax"] if sums["jax"] else float("nan")
     console.print(
         f"all of a step, each by itself: PyTorch {sums['torch'] * 1e3:.1f} ms, JAX {sums['jax'] * 1e3:.1f} ms, "
         f"{ratio:.2f} times as fast"
     )
-    for sentence in found["failed"]:
+    for sentence in report["failed"]:
         console.print(f"left out: {sentence}", style="bold red")
 
 
 def run(options: Convolutions) -> bool:
-    """Measures, prints, saves; whether every pass could be computed by both."""
+    """Measures, prints and saves; returns whether both sides computed every pass."""
     options.check()
-    found = measure(options, terminal.console(stderr=True))
-    show(found, terminal.console())
+    report = measure(options, terminal.console(stderr=True))
+    show(report, terminal.console())
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, found)
-    return not found["failed"]
+        write_json(options.json, report)
+    return not report["failed"]

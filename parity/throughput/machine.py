@@ -1,4 +1,4 @@
-"""The machine that figures were measured on."""
+"""Describes the machine that figures are measured on."""
 
 import importlib.metadata
 import os
@@ -11,8 +11,7 @@ import psutil
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on, by the operating system, the driver and the installed packages: no framework is imported
-    for it."""
+    """Returns the hardware and the versions that figures depend on, in JSON's types, without importing a framework."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -26,15 +25,16 @@ def machine() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    """Names of NVIDIA's GPUs, by the driver's own tool."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    """Returns the names of NVIDIA's GPUs, from the driver's own tool."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):  # there is no driver
         return []
 
 
 def _processor() -> str:
+    """Returns the processor's name, from Linux where it says so."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

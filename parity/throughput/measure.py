@@ -1,4 +1,4 @@
-"""XLA against PyTorch on the same work: first whether an arm computes the right thing, then how fast."""
+"""Times arms of JAX and PyTorch on the same work, after a check that each arm computes the right losses."""
 
 import contextlib
 import dataclasses
@@ -29,30 +29,31 @@ from parity.throughput import report as throughput_report
 from parity.throughput.request import RANDOM_CLASSES, Throughput
 from parity.throughput.summary import Ceilings, rate, summarize
 
-BATCHES = 3  # that are worked on in turn
-# Of the gate's steps. At a rate that trains, 0.003, a random R50x1's third loss is chaotic: right arms err by 7e-5 to
-# 3.4e-4, and the luckiest was the measure of the others. At this one they err by at most a quarter of what is allowed.
-GATE_LR = 1e-4
-ORACLE = Side("torch")  # which computes in float64
-DISTURBANCES = 3
-LOSSES_AGREE = 0.02  # relative; of `--gate losses`
+BATCHES = 3  # batches that are worked on in turn
+# Learning rate of the loss check's steps. At 0.003, a rate that trains, a random R50x1's third loss is chaotic: correct
+# arms err by 7e-5 to 3.4e-4, and the one with the smallest error by luck decides the others' limit. At this rate they
+# err by at most a quarter of their limits.
+LOSS_CHECK_LR = 1e-4
+ORACLE = Side("torch")  # side that computes in float64
+DISTURBANCES = 3  # disturbances of float64 in each look of the loss check
+LOSSES_AGREE = 0.02  # relative difference that `--loss-check losses` allows
 
 
 def measure(options: Throughput, console: Console) -> dict[str, Any]:
-    """Everything that is reported, in JSON's types.
+    """Measures all arms and returns the report, in JSON's types.
 
-    An arm whose process fails, by running out of memory say, is left out, which the report says; the others go on.
+    An arm whose process fails, for example because it runs out of memory, is left out and named in the report; the
+    other arms go on.
 
     Raises:
-        RunFailed: no arm computes the right thing, or none is left.
+        RunFailed: no arm computes the right losses, or every arm failed.
     """
     with working_folder() as folder:
         bench = _Bench(options, folder)
-        gate = bench.gate(console) if options.gate == "float64" else {}
-        for arm, line in gate.items():
-            if line.verdict == "bug":
-                console.print(f"{arm} is not timed: {line.note}", style="bold red")
-        wrong = [arm for arm, line in gate.items() if line.verdict == "bug"]
+        loss_check = bench.loss_check(console) if options.loss_check == "float64" else {}
+        wrong = [arm for arm, line in loss_check.items() if line.verdict == "bug"]
+        for arm in wrong:
+            console.print(f"{arm} is not timed: {loss_check[arm].note}", style="bold red")
         arms = [arm for arm in bench.sides if arm not in (*wrong, *bench.failed)]
         if not arms and not wrong:
             raise bench.no_arm_left()
@@ -67,37 +68,38 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         measured = {arm: times for arm, times in measured.items() if arm not in bench.failed}
         if not measured:
             raise bench.no_arm_left()
-        if options.gate == "losses":
-            gate = _same_losses(options, {arm: times[0]["losses"] for arm, times in measured.items()})
-        return summarize(options, bench.architecture, bench.failed, gate, measured, ceilings)
+        if options.loss_check == "losses":
+            loss_check = _same_losses(options, {arm: times[0]["losses"] for arm, times in measured.items()})
+        return summarize(options, bench.architecture, bench.failed, loss_check, measured, ceilings)
 
 
-Round = tuple[int, str, dict[str, Any]]  # (its number, arm, what was timed)
+Round = tuple[int, str, dict[str, Any]]  # (number of the round, arm, what its process timed)
 
 
 def _one_by_one(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
-    """A new process for each arm in each round."""
+    """Starts a new process for each arm in each round; yields what each timed."""
     for number in range(bench.options.processes):
         for arm in _in_turn(arms, number):
             side = bench.sides[arm]
             with bench.may_fail(arm, console), bench.process(side, bench.options.precision, "timed") as ask:
-                times = ask(f"{bench.options.work}_time", **bench.timed).info
+                times = ask(f"{bench.options.work}_time", **bench.timed_arguments).info
                 ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
                 yield number, arm, times
 
 
 def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console: Console) -> Iterator[Round]:
-    """One process for each arm, all of them there from the first round to the last; only one works at a time."""
+    """Starts one process for each arm and keeps all of them, of which one works at a time; yields what each timed in
+    each round."""
     options = bench.options
     with contextlib.ExitStack() as stack:
         asks = {arm: stack.enter_context(bench.process(bench.sides[arm], options.precision, "timed")) for arm in arms}
         firsts: dict[str, dict[str, Any]] = {}
         for arm, ask in asks.items():
-            of = bench.sides[arm].framework, bench.sides[arm].devices
+            key = bench.sides[arm].framework, bench.sides[arm].devices
             with bench.may_fail(arm, console):
-                firsts[arm] = ask(f"{options.work}_time", **(bench.timed | {"seconds": 0})).info
-                if of not in ceilings:
-                    ceilings[of] = [ask("ceiling").info]
+                firsts[arm] = ask(f"{options.work}_time", **(bench.timed_arguments | {"seconds": 0})).info
+                if key not in ceilings:
+                    ceilings[key] = [ask("ceiling").info]
                 console.print(f"{arm} has compiled, {firsts[arm]['first']:.0f} s")
         for number in range(options.processes):
             for arm in _in_turn([arm for arm in firsts if arm not in bench.failed], number):
@@ -106,25 +108,32 @@ def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console:
 
 
 def _same_losses(options: Throughput, losses: dict[str, list[float]]) -> dict[str, Line]:
-    """{arm: whether its first loss is what the arms of PyTorch say in their median}. Later ones depend on rounding too
-    much: of a random R14x0.5 in float32 the third differs by 2 %."""
-    firsts = {arm: own[0] for arm, own in losses.items()}
-    agreed = statistics.median(loss for arm, loss in firsts.items() if parse_side(arm).framework == "torch")
+    """Returns {arm: verdict on its first loss}, which must be the median of the PyTorch arms' first losses within
+    LOSSES_AGREE.
+
+    Later losses depend too much on rounding: a random R14x0.5's third loss in float32 differs by 2 %.
+    """
+    firsts = {arm: of_steps[0] for arm, of_steps in losses.items()}
+    expected = statistics.median(loss for arm, loss in firsts.items() if parse_side(arm).framework == "torch")
     lines = {}
-    for arm, own in firsts.items():
-        apart = abs(own / agreed - 1)
-        right = apart <= LOSSES_AGREE  # not where it is NaN
+    for arm, loss in firsts.items():
+        apart = abs(loss / expected - 1)
+        right = apart <= LOSSES_AGREE  # False for NaN
         verdict: Verdict = "rounding" if right else "bug"
-        note = "" if right else f"its first loss is {own:.6g}, PyTorch's {agreed:.6g}"
+        note = "" if right else f"its first loss is {loss:.6g}, PyTorch's {expected:.6g}"
         lines[arm] = Line("loss", arm, options.precision, verdict, apart, LOSSES_AGREE, note=note)
     return lines
 
 
 class _Bench:
-    """The files that arms are given, and their processes.
+    """One measurement: the arms' inputs and their processes.
 
     Attributes:
-        failed: {arm: why}, of those that a process of theirs failed.
+        options, folder: the request, and the folder that the files are written to.
+        weight_file, architecture: the model's weights and its architecture.
+        sides: {arm: side}.
+        failed: {arm: error}, for each arm of which a process failed.
+        checked, mixed: files of the batches that the loss check and the clock use.
     """
 
     def __init__(self, options: Throughput, folder: Path):
@@ -145,23 +154,23 @@ class _Bench:
         self.sides = options.sides
         self.failed: dict[str, str] = {}
         self._started = 0
-        self._float64 = self.process(ORACLE, "fp64", "gate")
+        self._float64 = self.process(ORACLE, "fp64", "loss_check")
         self.checked = self._batches(options.checked_rows)
         self.mixed = self.checked if options.checked_rows == options.rows else self._batches(options.rows)
 
     def _batches(self, rows: int, look: int = 0) -> Path:
-        """A file of so many images in each of the batches, normalized and mixed; every look has others."""
+        """Returns a file of BATCHES batches of so many rows, normalized and mixed; every look has other images."""
         options, classes = self.options, self.architecture.num_classes
         seeds = [options.seed + look * BATCHES + number for number in range(BATCHES)]
         batches = [inputs.picture_batch(rows, options.size, options.size, classes, seed) for seed in seeds]
-        given = self.folder / f"batches of {rows}, {look}.npz"
+        path = self.folder / f"batches of {rows}, {look}.npz"
         arrays: dict[str, Any] = inputs.joined(batches).arrays()
-        np.savez(given, **arrays)
-        return self._float64("mix", batches=given).arrays.path
+        np.savez(path, **arrays)
+        return self._float64("mix", batches=path).arrays.path
 
     @property
-    def timed(self) -> dict[str, Any]:
-        """What the task of the clock is given."""
+    def timed_arguments(self) -> dict[str, Any]:
+        """Arguments of the task that is timed."""
         options = self.options
         if options.folder is None:
             return {"mixed": self.mixed, "count": BATCHES, "seconds": options.seconds}
@@ -169,15 +178,15 @@ class _Bench:
         shown = {"resize": resize, "crop": options.size, "rows": options.rows}
         return {"folder": f"folder:{options.folder.absolute()}", "steps": options.steps, **shown}
 
-    def process(self, side: Side, precision: str, phase: str) -> "_Asking":
-        """One process of an arm; what it compiles is kept for its later ones of the same phase."""
+    def process(self, side: Side, precision: str, phase: str) -> "_Process":
+        """Starts a process of a side. What it compiles is kept for the side's later processes of the same phase."""
         self._started += 1
         folder = self.folder / phase / re.sub(r"\W", "_", str(side)) / f"{self._started:03d}"
-        return _Asking(Worker(side, precision, self.weight_file, folder))
+        return _Process(Worker(side, precision, self.weight_file, folder))
 
     @contextlib.contextmanager
     def may_fail(self, arm: str, console: Console) -> Iterator[None]:
-        """Within the block a failed process is noted, and the block left."""
+        """Leaves the block at a process's failure, which is printed and kept in `failed`."""
         try:
             yield
         except RunFailed as error:
@@ -185,11 +194,15 @@ class _Bench:
             console.print(f"{arm} failed: {printable(error)}", style="bold red")
 
     def no_arm_left(self) -> RunFailed:
+        """Returns the error that says that every arm failed."""
         return RunFailed(f"every arm failed: {next(iter(self.failed.values()))}")
 
-    def gate(self, console: Console) -> dict[str, Line]:
-        """{arm: the verdict on its losses}, over a step on each batch, or of each row forward: against float64, and
-        against the best of the other arms. Arms in doubt are looked at again, on other batches."""
+    def loss_check(self, console: Console) -> dict[str, Line]:
+        """Judges every arm's losses, of a training step on each batch or of each row forward; returns {arm: verdict}.
+
+        An arm's error against float64 is judged beside the best of the other arms'. Arms in doubt are looked at again,
+        on other batches.
+        """
 
         def again(number: int, doubtful: list[str]) -> dict[str, Look]:
             console.print(
@@ -201,7 +214,7 @@ class _Bench:
 
         def judge(arm: str, looks: list[Look]) -> Line:
             line = calibrated("loss", arm, self.options.precision, looks)
-            if line.verdict == "bug" and line.note.startswith("the reference"):  # it is another arm that errs
+            if line.verdict == "bug" and line.note.startswith("the reference"):  # another arm errs, not this one
                 line = dataclasses.replace(line, verdict="rounding", note="")
             return line
 
@@ -210,7 +223,7 @@ class _Bench:
         return {line.name: line for line in lines if line.name not in self.failed}
 
     def _look(self, number: int, arms: Sequence[str], console: Console) -> dict[str, Look]:
-        """How much each arm's losses err on one set of batches."""
+        """Returns how much each arm's losses err on one set of batches."""
         precision = self.options.precision
         amplitude = MULTIPLE * ULP[precision]
         batches = self._batches(self.options.checked_rows, number) if number else self.checked
@@ -221,30 +234,34 @@ class _Bench:
         for arm in arms:
             side = self.sides[arm]
             fault = self.options.fault if self.options.fault in faults.of(side.framework) else None
-            with self.may_fail(arm, console), self.process(side, precision, "gate") as ask:
+            with self.may_fail(arm, console), self.process(side, precision, "loss_check") as ask:
                 losses[arm] = self._losses(ask, batches, fault=fault)
         looks = {}
-        for arm, found in losses.items():
-            others = [other for name, other in losses.items() if name != arm] or [found]
-            best = min(others, key=lambda other: float(np.abs(other - exact).max()))
-            looks[arm] = look([exact], [best], [found], [[one] for one in disturbed])
+        for arm, of_arm in losses.items():
+            others = [of_other for other, of_other in losses.items() if other != arm] or [of_arm]
+            best = min(others, key=lambda of_other: float(np.abs(of_other - exact).max()))
+            looks[arm] = look([exact], [best], [of_arm], [[of_draw] for of_draw in disturbed])
             console.print(f"{arm}: its loss is {looks[arm].candidate[0]:.1e} off float64's")
         return looks
 
-    def _losses(self, ask: "_Asking", batches: Path, **more: Any) -> np.ndarray:
+    def _losses(self, ask: "_Process", batches: Path, **more: Any) -> np.ndarray:
         if self.options.work == "forward":
             return ask("loss", mixed=batches, **more).arrays["loss of each row"]
-        training = {"schedule": clock.SCHEDULE | {"base_lr": GATE_LR}, "momentum": clock.MOMENTUM, "count": BATCHES}
+        training = {
+            "schedule": clock.SCHEDULE | {"base_lr": LOSS_CHECK_LR},
+            "momentum": clock.MOMENTUM,
+            "count": BATCHES,
+        }
         return ask("curve", mixed=batches, **training, **more).arrays["losses"]
 
 
-class _Asking:
-    """A worker's tasks, for as long as the block lasts."""
+class _Process:
+    """A worker's process, which is called with tasks and ends with the `with` block."""
 
     def __init__(self, worker: Worker):
         self._worker, self._asked = worker, 0
 
-    def __enter__(self) -> "_Asking":
+    def __enter__(self) -> "_Process":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -255,13 +272,14 @@ class _Asking:
         return self._worker.ask(task, save_as=f"{self._asked} {task}", progress=lambda done, of: None, **arguments)
 
 
-def _in_turn(arms: Sequence[str], process: int) -> Iterator[str]:
-    """Each arm once, starting with another one each time, so that none always runs on the warmest machine."""
-    return (arms[(place + process) % len(arms)] for place in range(len(arms)))
+def _in_turn(arms: Sequence[str], number: int) -> Iterator[str]:
+    """Yields each arm once, starting with another arm in each round: otherwise the same arm would always run when the
+    machine is warmest."""
+    return (arms[(place + number) % len(arms)] for place in range(len(arms)))
 
 
 def run(options: Throughput) -> bool:
-    """Measures, prints, saves; whether every arm computes the right thing and none became slower."""
+    """Measures, prints and saves; returns whether every arm computes the right losses and none became slower."""
     options.check()
     console = terminal.console()
     old = throughput_report.load(options.compare) if options.compare else None
@@ -281,5 +299,5 @@ def run(options: Throughput) -> bool:
         write_json(options.json, measured)
     if options.html is not None:
         throughput_report.write_page(measured, options.html)
-    holds = not measured["failed"] and all(line["verdict"] != "bug" for line in measured["gate"].values())
+    holds = not measured["failed"] and all(line["verdict"] != "bug" for line in measured["loss_check"].values())
     return holds and not (old is not None and throughput_report.slower(measured, old, console))

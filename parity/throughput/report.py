@@ -1,4 +1,4 @@
-"""What a throughput comparison measured, as tables, as a page, and against an earlier one."""
+"""Shows a throughput comparison in tables and on a page, and compares it with an earlier one."""
 
 import datetime
 import statistics
@@ -19,25 +19,24 @@ from parity.sides.side import parse_side
 TITLES = {"jax": "JAX", "torch": "PyTorch"}
 COLOURS = {"jax": "#1565c0", "torch": "#c2185b"}
 WORK = {"train": "training step", "forward": "forward pass", "loop": "whole loop"}
-Report = dict[str, Any]  # as `throughput.measure` returns it, or as its JSON says
-
-
-NEEDED = ("options", "arms", "gate", "ratios", "when")
+Report = dict[str, Any]  # what `measure.measure` returns, or its JSON
+NEEDED = ("options", "arms", "loss_check", "ratios", "when")
 
 
 def load(path: Path) -> Report:
-    """An earlier measurement's JSON.
+    """Reads an earlier comparison's JSON.
 
     Raises:
-        RequestError: it cannot be read, or is something else.
+        RequestError: the file cannot be read, or is not a throughput comparison.
     """
-    found = read_json(path, dict, "give a file that `parity throughput --json` wrote")
-    if missing := [name for name in NEEDED if name not in found]:
+    report = read_json(path, dict, "give a file that `parity throughput --json` wrote")
+    if missing := [name for name in NEEDED if name not in report]:
         raise RequestError(f"{path} has no {missing[0]!r}; give a file that `parity throughput --json` wrote")
-    return found
+    return report
 
 
 def show(report: Report, console: Console) -> None:
+    """Prints the tables, the ratios, and the arms that failed or compute wrong losses."""
     console.print(_table(report))
     for table in _more(report):
         console.print(table)
@@ -48,8 +47,11 @@ def show(report: Report, console: Console) -> None:
 
 
 def slower(report: Report, old: Report, console: Console) -> list[str]:
-    """Arms that are slower than in an earlier report, by more than both spreads; all are printed."""
-    found = []
+    """Prints each arm's rate relative to an earlier report, and returns the arms that became slower.
+
+    An arm is slower if its fastest process is slower than the slowest process of the earlier report.
+    """
+    slower_arms = []
     for arm, now in report["arms"].items():
         if arm not in old["arms"]:
             continue
@@ -57,16 +59,16 @@ def slower(report: Report, old: Report, console: Console) -> list[str]:
         worse = max(now["images_per_s_of_processes"]) < min(before["images_per_s_of_processes"])
         ratio = now["images_per_s"] / before["images_per_s"]
         console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}")
-        found += [arm] if worse else []
-    return found
+        slower_arms += [arm] if worse else []
+    return slower_arms
 
 
 def write_page(report: Report, path: Path) -> None:
-    """The tables and plots as one self-contained HTML page."""
-    drawn = [
+    """Writes the tables and plots as one self-contained HTML page."""
+    plots = [
         page.plot("Images a second", "Bars: medians of processes; points: the processes.", _rates, report),
         page.plot("Every call", "Seconds of each timed call, by process, in the order they ran.", _calls, report),
-        page.plot("Compilation", "What the first call takes longer than the median.", _compilation, report),
+        page.plot("Compilation", "Seconds that the first call takes longer than the median.", _compilation, report),
     ]
     page.render(
         "throughput.html.j2",
@@ -77,11 +79,12 @@ def write_page(report: Report, path: Path) -> None:
         sentences=sentences(report),
         refused=refused(report),
         tables=[_cells(table) for table in (_table(report), *_more(report))],
-        plots=drawn,
+        plots=plots,
     )
 
 
 def title(report: Report) -> str:
+    """Returns the work and the machine in words."""
     options = report["options"]
     work = WORK[options["work"]]
     return f"{options['weights']}, {work}, {options['rows']} x {options['size']}x{options['size']}, " + (
@@ -90,28 +93,30 @@ def title(report: Report) -> str:
 
 
 def sentences(report: Report) -> list[str]:
-    """The ratios and what the figures mean."""
-    said = []
-    for what, ratio in report["ratios"].items():
+    """Returns sentences with the ratios and with what the MFU is relative to."""
+    lines = []
+    for name, ratio in report["ratios"].items():
         spread = f"{min(ratio['of_processes']):.2f} to {max(ratio['of_processes']):.2f}"
-        said.append(f"{what}: {ratio['jax']} is {ratio['median']:.2f} times {ratio['torch']} ({spread})")
+        lines.append(f"{name}: {ratio['jax']} is {ratio['median']:.2f} times {ratio['torch']} ({spread})")
     ceilings = ", ".join(
         f"{rate / 1e9:.0f} GFLOP/s ({_title(side)})" for side, rate in report["matrix_product_flops"].items()
     )
-    said.append(
+    lines.append(
         f"MFU: {report['flops_per_image'] / 1e9:.2f} GFLOP an image x images/s, over the better of the measured matrix "
         f"products: {ceilings}"
     )
-    return said
+    return lines
 
 
 def refused(report: Report) -> list[str]:
-    def so(arm: str) -> str:
+    """Returns a sentence for each arm that failed or computes wrong losses."""
+
+    def timed(arm: str) -> str:
         return "was timed, but not rightly" if arm in report["arms"] else "was not timed"
 
-    return [f"{arm} failed: {why}" for arm, why in report["failed"].items()] + [
-        f"{arm} {so(arm)}: its loss is wrong: {line['note']}"
-        for arm, line in report["gate"].items()
+    return [f"{arm} failed: {error}" for arm, error in report["failed"].items()] + [
+        f"{arm} {timed(arm)}: its loss is wrong: {line['note']}"
+        for arm, line in report["loss_check"].items()
         if line["verdict"] == "bug"
     ]
 
@@ -121,27 +126,31 @@ def _fastest_first(report: Report) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _table(report: Report) -> Table:
+    """Returns the table of all arms, the fastest first."""
     table = Table(title=Text(printable(title(report))))
     for column in ("arm", "images/s", "of processes", "MFU", "compile cold s", "cached s", "GiB", "products"):
         table.add_column(column, justify="left" if column in ("arm", "products") else "right")
-    for arm, found in _fastest_first(report):
-        rates = found["images_per_s_of_processes"]
+    for arm, figures in _fastest_first(report):
+        rates = figures["images_per_s_of_processes"]
         table.add_row(
             printable(arm),
-            f"{found['images_per_s']:.2f}",
+            f"{figures['images_per_s']:.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
-            f"{found['mfu']:.0%}",
-            f"{found['compile_cold']:.1f}",
-            "" if found["compile_cached"] is None else f"{found['compile_cached']:.1f}",
-            f"{found['memory_gib']:.2f}",
-            found["products"]["convolution"],
+            f"{figures['mfu']:.0%}",
+            f"{figures['compile_cold']:.1f}",
+            "" if figures["compile_cached"] is None else f"{figures['compile_cached']:.1f}",
+            f"{figures['memory_gib']:.2f}",
+            figures["products"]["convolution"],
         )
     return table
 
 
 def _more(report: Report) -> list[Table]:
-    """FlagPerf's rows, of one host. A step alone has p_core, images/s of finished steps; a loop has the rest; what is
-    of whole runs (e2e_time, acc1), and several hosts, train.py reports."""
+    """Returns the table with FlagPerf's rows for one host; none for the forward pass.
+
+    A training step alone has p_core, the images/s of finished steps; a loop has the other rates too. What belongs to
+    whole runs (e2e_time, acc1) and to several hosts is reported by train.py.
+    """
     options = report["options"]
     if options["work"] == "forward":
         return []
@@ -151,21 +160,21 @@ def _more(report: Report) -> list[Table]:
     loop = options["work"] == "loop"
     for column in ("waits for input", "evaluation images/s") if loop else ():
         table.add_column(column, justify="right")
-    for arm, found in _fastest_first(report):
+    for arm, figures in _fastest_first(report):
 
-        def shown(name: str, form: str = ".2f", found: dict[str, Any] = found) -> str:
-            return format(statistics.median(found[name]), form) if name in found else ""
+        def shown(name: str, form: str = ".2f", figures: dict[str, Any] = figures) -> str:
+            return format(statistics.median(figures[name]), form) if name in figures else ""
 
         devices = parse_side(arm).devices
-        core = shown("p_core") if loop else f"{found['images_per_s']:.2f}"
+        core = shown("p_core") if loop else f"{figures['images_per_s']:.2f}"
         row = [f"1x{devices}", arm, options["precision"], f"{options['rows'] / devices:g}"]
-        row += [shown("p_whole"), shown("p_train"), core, f"{found['memory_gib']:.2f}"]
+        row += [shown("p_whole"), shown("p_train"), core, f"{figures['memory_gib']:.2f}"]
         table.add_row(*row, *([shown("input_share", ".1%"), shown("evaluation")] if loop else []))
     return [table]
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """A table of rich as {title, columns: [(name, is a number)], rows}."""
+    """Returns rich's table as {title, columns: [(name, whether it holds numbers)], rows}."""
     cells = [list(column.cells) for column in table.columns]
     return {
         "title": str(table.title),
@@ -177,9 +186,9 @@ def _cells(table: Table) -> dict[str, Any]:
 def _rates(figure: Figure, report: Report) -> None:
     axes = figure.subplots()
     arms = _fastest_first(report)[::-1]
-    for place, (arm, found) in enumerate(arms):
-        axes.barh(place, found["images_per_s"], color=_colour(arm), alpha=0.6)
-        rates = found["images_per_s_of_processes"]
+    for place, (arm, figures) in enumerate(arms):
+        axes.barh(place, figures["images_per_s"], color=_colour(arm), alpha=0.6)
+        rates = figures["images_per_s_of_processes"]
         axes.plot(rates, [place] * len(rates), "o", markersize=4, color="black")
     axes.set_yticks(range(len(arms)), [arm for arm, _ in arms])
     axes.set(xlabel="images/s")
@@ -188,9 +197,9 @@ def _rates(figure: Figure, report: Report) -> None:
 def _calls(figure: Figure, report: Report) -> None:
     arms = _fastest_first(report)
     row = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
-    for axes, (arm, found) in zip(row, arms, strict=True):
+    for axes, (arm, figures) in zip(row, arms, strict=True):
         start = 0
-        for calls in found["calls"]:
+        for calls in figures["calls"]:
             axes.plot(range(start, start + len(calls)), calls, ".", markersize=3, color=_colour(arm))
             start += len(calls)
             axes.axvline(start - 0.5, color="grey", linewidth=0.5)
@@ -202,15 +211,15 @@ def _calls(figure: Figure, report: Report) -> None:
 def _compilation(figure: Figure, report: Report) -> None:
     axes = figure.subplots()
     arms = _fastest_first(report)[::-1]
-    for place, (arm, found) in enumerate(arms):
-        axes.barh(place + 0.2, found["compile_cold"], height=0.38, color=_colour(arm), alpha=0.6)
-        axes.barh(place - 0.2, found["compile_cached"] or 0, height=0.38, color=_colour(arm), alpha=0.25)
+    for place, (arm, figures) in enumerate(arms):
+        axes.barh(place + 0.2, figures["compile_cold"], height=0.38, color=_colour(arm), alpha=0.6)
+        axes.barh(place - 0.2, figures["compile_cached"] or 0, height=0.38, color=_colour(arm), alpha=0.25)
     axes.set_yticks(range(len(arms)), [arm for arm, _ in arms])
     axes.set(xlabel="seconds: above, the first process; below, from its cache")
 
 
 def _title(side: str) -> str:
-    """PyTorch, or PyTorch, devices=8."""
+    """Returns a side's name for readers, such as "PyTorch" or "PyTorch, devices=8"."""
     framework, _, rest = side.partition(":")
     return TITLES[framework] + (f", {rest}" if rest else "")
 

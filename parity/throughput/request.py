@@ -1,4 +1,4 @@
-"""The request of a throughput comparison: its flags, and which of them cannot be."""
+"""The flags of a throughput comparison and the checks of their values."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from parity.report import saved
 from parity.sides import clock
 from parity.sides.side import Side, parse_side
 
-RANDOM_CLASSES = 1000
+RANDOM_CLASSES = 1000  # classes of a random model's head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Throughput:
     """Side of the square images in pixels."""
     rows: int = 8
     """Images per batch, over all devices together."""
-    gate_rows: int | None = None
-    """Images per batch in the check of the losses, which also computes in float64 on the CPU. None: --rows.
+    loss_check_rows: int | None = None
+    """Images per batch in the loss check, which also computes in float64 on the CPU. None: --rows.
     Take fewer for large models and batches."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of matrix products and convolutions in every arm."""
@@ -58,8 +58,8 @@ class Throughput:
     together: bool = False
     """Keep one process of each arm and time these in turns, --processes times, so that each arm compiles once.
     On GPUs, their memory must hold all arms."""
-    gate: Literal["float64", "losses"] = "float64"
-    """Check that an arm must pass. `float64`: its losses equal float64's up to rounding.
+    loss_check: Literal["float64", "losses"] = "float64"
+    """Loss check that an arm must pass. `float64`: its losses equal float64's up to rounding.
     `losses`: the loss of its first call equals PyTorch's within 2 %, for work too large for float64.
     `python -m parity gradients` judges the same model in full."""
     seed: int = 0
@@ -71,13 +71,17 @@ class Throughput:
     compare: UserPath | None = None
     """File of an earlier --json to compare with; the exit code is 1 if an arm became slower. None: no comparison."""
 
-    # a fault that the tests inject into its framework's arms, see `faults.py`
+    # fault that the tests inject into the arms of the framework that it is written for, see `faults.py`
     fault: Annotated[str | None, tyro.conf.Suppress] = None
 
     def check(self) -> None:
-        """Raises RequestError for what cannot be measured."""
+        """Checks the values against each other and the files that they name.
+
+        Raises:
+            RequestError: a value cannot be measured with, or a file cannot be written.
+        """
         require_positive(typed(self, "size", "rows", "processes", "seconds", "steps"))
-        for flag, rows in (("--rows", self.rows), ("--gate-rows", self.checked_rows)):
+        for flag, rows in (("--rows", self.rows), ("--loss-check-rows", self.checked_rows)):
             for arm, side in self.sides.items():
                 unit = 2 * side.devices * side.microbatches  # mixup pairs neighbours
                 if rows <= 0 or rows % unit:
@@ -88,12 +92,14 @@ class Throughput:
             raise RequestError("--work loop needs --folder, and nothing else takes it")
         if self.work == "loop" and self.together:
             raise RequestError("--work loop takes no --together: its images would be read at once")
-        if self.work == "loop" and self.gate == "losses":
-            raise RequestError("--work loop takes no --gate losses: its batches are drawn by each framework's loader")
+        if self.work == "loop" and self.loss_check == "losses":
+            raise RequestError(
+                "--work loop takes no --loss-check losses: its batches are drawn by each framework's loader"
+            )
         if self.folder is not None:
-            wanted = clock.EVALUATED * self.rows
-            if (found := len(open_source(f"folder:{self.folder}", "train"))) < wanted:
-                raise RequestError(f"--folder {self.folder} has {found} training images; {wanted} are evaluated")
+            evaluated = clock.EVALUATED * self.rows
+            if (images := len(open_source(f"folder:{self.folder}", "train"))) < evaluated:
+                raise RequestError(f"--folder {self.folder} has {images} training images; {evaluated} are evaluated")
         if self.compare is not None and not self.compare.exists():
             raise RequestError(f"--compare {self.compare} does not exist")
         for path in (self.json, self.html):
@@ -102,8 +108,10 @@ class Throughput:
 
     @property
     def checked_rows(self) -> int:
-        return self.rows if self.gate_rows is None else self.gate_rows
+        """Images per batch in the loss check."""
+        return self.rows if self.loss_check_rows is None else self.loss_check_rows
 
     @property
     def sides(self) -> dict[str, Side]:
+        """{arm: side}."""
         return {arm: parse_side(arm) for arm in self.arms}

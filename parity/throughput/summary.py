@@ -1,4 +1,4 @@
-"""The figures of a throughput comparison, made of what its processes timed."""
+"""Computes the figures of a throughput comparison from what its processes timed."""
 
 import dataclasses
 import datetime
@@ -16,21 +16,28 @@ from parity.throughput.machine import machine
 from parity.throughput.request import Throughput
 
 LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
-Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): of products, each time they were timed}
+Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): FLOP/s of matrix products, each time measured}
 
 
 def summarize(
     options: Throughput,
     architecture: Architecture,
     failed: dict[str, str],
-    gate: dict[str, Line],
+    loss_check: dict[str, Line],
     measured: dict[str, list[dict[str, Any]]],
-    ceilings: "Ceilings",
+    ceilings: Ceilings,
 ) -> dict[str, Any]:
-    """`ceilings` are those of each framework, on so many devices."""
+    """Returns the report, in JSON's types.
+
+    Args:
+        failed: {arm: error} of the arms that are left out.
+        loss_check: {arm: verdict on its losses}.
+        measured: {arm: what each of its processes timed}.
+        ceilings: FLOP/s that matrix products reach, by framework and number of devices.
+    """
     count = flops.forward if options.work == "forward" else flops.training_step
     per_image = count(architecture, options.size, options.size)
-    reached = {of: statistics.median(rates) for of, rates in ceilings.items()}
+    reached = {key: statistics.median(rates) for key, rates in ceilings.items()}
     arms = {}
     for arm, processes in measured.items():
         ceiling = max(products for (_, devices), products in reached.items() if devices == options.sides[arm].devices)
@@ -41,23 +48,24 @@ def summarize(
         "machine": machine(),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
         "failed": failed,
-        "gate": {arm: dataclasses.asdict(line) for arm, line in gate.items()},
+        "loss_check": {arm: dataclasses.asdict(line) for arm, line in loss_check.items()},
         "flops_per_image": per_image,
-        "matrix_product_flops": {str(Side(*of)): rate for of, rate in reached.items()},
+        "matrix_product_flops": {str(Side(*key)): rate for key, rate in reached.items()},
         "arms": arms,
         "ratios": _ratios(options, options.sides, arms),
     }
 
 
 def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float, ceiling: float) -> dict[str, Any]:
+    """Returns the figures of one arm from what its processes timed; `ceiling` is the rate that is an MFU of 1."""
     rates = [rate(options, process) for process in processes]
-    again = [] if options.together else processes[1:]
+    cached = [] if options.together else processes[1:]
     return {
         "images_per_s": statistics.median(rates),
         "images_per_s_of_processes": rates,
         "mfu": statistics.median(rates) * per_image / ceiling,
         "compile_cold": processes[0]["first"],
-        "compile_cached": statistics.median([process["first"] for process in again]) if again else None,
+        "compile_cached": statistics.median([process["first"] for process in cached]) if cached else None,
         "memory_gib": max(process["memory"] for process in processes),
         "memory_of": processes[0]["memory of"],
         "products": dict(zip(("matrix", "convolution"), processes[0]["products"], strict=True)),
@@ -66,30 +74,36 @@ def _arm(options: Throughput, processes: list[dict[str, Any]], per_image: float,
 
 
 def rate(options: Throughput, times: dict[str, Any]) -> float:
-    """Images/s of one process: of the median call, or of the loop's training with its input."""
+    """Returns a process's images/s: those of its median call, or of a loop's training with its input."""
     return times["p_train"] if options.work == "loop" else options.rows / statistics.median(times["calls"])
 
 
 def _ratios(options: Throughput, sides: dict[str, Side], arms: dict[str, Any]) -> dict[str, Any]:
-    """JAX over PyTorch on as many devices, by process: those that ran in the same turn are compared."""
+    """Returns {comparison: JAX's rate over PyTorch's on as many devices}, of processes that ran in the same turn."""
 
     def best(framework: str, devices: int, figure: str) -> str | None:
-        own = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
-        return max(own, key=lambda arm: statistics.median(arms[arm][figure])) if own else None
+        candidates = [arm for arm in arms if (sides[arm].framework, sides[arm].devices) == (framework, devices)]
+        return max(candidates, key=lambda arm: statistics.median(arms[arm][figure])) if candidates else None
 
     figures = {"": "images_per_s_of_processes"}
     if options.work == "loop":
         figures |= {"with evaluation, ": "p_whole", "evaluation alone, ": "evaluation"}
     counts = sorted({sides[arm].devices for arm in arms})
     ratios = {}
-    for devices, (of, figure) in itertools.product(counts, figures.items()):
-        of = of if devices == 1 else f"{devices} devices, {of}"
+    for devices, (prefix, figure) in itertools.product(counts, figures.items()):
+        prefix = prefix if devices == 1 else f"{devices} devices, {prefix}"
         pairs = {
-            f"{of}best against best": (best("jax", devices, figure), best("torch", devices, figure)),
-            f"{of}default against default": (str(Side("jax", devices)), str(Side("torch", devices))),
+            f"{prefix}best against best": (best("jax", devices, figure), best("torch", devices, figure)),
+            f"{prefix}default against default": (str(Side("jax", devices)), str(Side("torch", devices))),
         }
-        for what, (jax, torch) in pairs.items():
+        for name, (jax, torch) in pairs.items():
             if jax in arms and torch in arms:
-                found = [one / other for one, other in zip(arms[jax][figure], arms[torch][figure], strict=True)]
-                ratios[what] = {"jax": jax, "torch": torch, "median": statistics.median(found), "of_processes": found}
+                rates = zip(arms[jax][figure], arms[torch][figure], strict=True)
+                by_turn = [jax_rate / torch_rate for jax_rate, torch_rate in rates]
+                ratios[name] = {
+                    "jax": jax,
+                    "torch": torch,
+                    "median": statistics.median(by_turn),
+                    "of_processes": by_turn,
+                }
     return ratios

@@ -57,6 +57,15 @@ class Instruction:
         """Returns the name of the computation that a fusion, loop or asynchronous wrapper runs, or None."""
         return self.attribute(r"(?:calls|body|to_apply)=%([\w.\-]+)")
 
+    def runs(self, *opcodes: str) -> tuple[str, int] | None:
+        """Returns (computation, number of times that it runs) of an instruction with one of these opcodes, or None. A
+        loop of unknown length counts once."""
+        if self.opcode not in opcodes:
+            return None
+        computation = self.called()
+        assert computation is not None, self
+        return computation, int(self.attribute(r'"known_trip_count":\{"n":"(\d+)"\}') or 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -129,15 +138,8 @@ class Module:
         The parts of a fusion or reduction are not instructions of their own, because they touch no memory.
         """
         for instruction in self.computations[computation or self.entry]:
-            if instruction.opcode == "while":
-                trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-                body = instruction.called()
-                assert body is not None
-                yield from self.executed(body, times * int(trips or 1))
-            elif instruction.opcode in ("call", "async-start"):
-                body = instruction.called()
-                assert body is not None
-                yield from self.executed(body, times)
+            if inner := instruction.runs("while", "call", "async-start"):
+                yield from self.executed(inner[0], times * inner[1])
             else:
                 yield instruction, times
 
@@ -193,8 +195,7 @@ class Module:
 
     def collectives(self) -> list[Collective]:
         collectives = []
-        for computation, times in self._running():
-            lines = self.computations[computation]
+        for lines, times in self._running():
             for place, line in enumerate(lines):
                 inner = self._asynchronous(line)
                 kind = inner.opcode.removesuffix("-start")
@@ -208,19 +209,13 @@ class Module:
                 collectives.append(Collective(kind, larger, overlapped, times, _group(inner)))
         return collectives
 
-    def _running(self) -> Iterator[tuple[str, int]]:
-        """Yields (computation, number of times it runs) for the entry and the bodies of loops."""
-
-        def inside(computation: str, times: int) -> Iterator[tuple[str, int]]:
-            yield computation, times
-            for line in self.computations[computation]:
-                if line.opcode in ("while", "call"):
-                    trips = line.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-                    body = line.called()
-                    assert body is not None
-                    yield from inside(body, times * int(trips or 1))
-
-        return inside(self.entry, 1)
+    def _running(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[list[Instruction], int]]:
+        """Yields (instructions, number of times they run) of the entry and of the computations of loops in it."""
+        lines = self.computations[computation or self.entry]
+        yield lines, times
+        for line in lines:
+            if inner := line.runs("while", "call"):
+                yield from self._running(inner[0], times * inner[1])
 
     def _asynchronous(self, line: Instruction) -> Instruction:
         """Returns the instruction that an asynchronous start wraps, or the line itself if it wraps none."""

@@ -17,7 +17,6 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import choose, products
 from bit_jax.model.weights import Params
 from bit_jax.published import locate
@@ -164,7 +163,9 @@ class Run:
 
     def needs(self) -> list[resources.Need]:
         """Lists what the run will need of this machine."""
-        return needs(self.config, self.architecture, self.workdir, (self.train, self.validation))
+        files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
+        keep = self.config.run.keep_checkpoints
+        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files)
 
 
 def starts_from_nothing(model: ModelConfig) -> bool:
@@ -190,15 +191,6 @@ def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Sou
     for source in (train, validation):
         input_pipeline.require_labels(source)
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
-
-
-def needs(
-    cfg: Config, architecture: Architecture, workdir: Workdir, sources: tuple[input_pipeline.Source, ...]
-) -> list[resources.Need]:
-    """Lists what a run will need of this machine."""
-    files = sum(input_pipeline.descriptors(source) for source in sources)
-    dtype = param_dtype(choose(cfg.model.precision).dtype)
-    return resources.needs(architecture, dtype, workdir, cfg.run.keep_checkpoints, files)
 
 
 def finetune(run: Run) -> dict[str, Any]:

@@ -120,11 +120,11 @@ class Module:
                 current = self.computations[name] = []
                 if line.startswith("ENTRY "):
                     self.entry = name
-            elif found := _INSTRUCTION.match(line):
-                operands, attributes = _split_operands(found["rest"])
-                names = tuple(_OPERAND.findall(operands)) if found["opcode"] != "parameter" else (operands,)
-                root = found["root"] is not None
-                current.append(Instruction(found["name"], found["opcode"], root, found["shape"], names, attributes))
+            elif match := _INSTRUCTION.match(line):
+                operands, attributes = _split_operands(match["rest"])
+                names = tuple(_OPERAND.findall(operands)) if match["opcode"] != "parameter" else (operands,)
+                root = match["root"] is not None
+                current.append(Instruction(match["name"], match["opcode"], root, match["shape"], names, attributes))
         if not self.entry:
             raise ValueError("this is no HLO text: it has no ENTRY computation")
 
@@ -263,7 +263,7 @@ class Module:
 def _result_shape(line: Instruction) -> str:
     """Returns the shape of the result without the operands, which `all-gather-start` and others (since JAX 0.11 also
     `all-reduce-start`) have in their tuple."""
-    parts = [found[0] for found in _ARRAY.finditer(line.shape)]
+    parts = [array[0] for array in _ARRAY.finditer(line.shape)]
     if line.opcode.endswith("-start") and len(parts) > len(line.operands):
         return " ".join(parts[len(line.operands) :])
     return line.shape
@@ -271,8 +271,8 @@ def _result_shape(line: Instruction) -> str:
 
 def _by_dtype(shape: str) -> dict[str, int]:
     total: dict[str, int] = {}
-    for found in _ARRAY.finditer(shape):
-        total[found["dtype"]] = total.get(found["dtype"], 0) + shape_bytes(found[0])
+    for array in _ARRAY.finditer(shape):
+        total[array["dtype"]] = total.get(array["dtype"], 0) + shape_bytes(array[0])
     return total
 
 
@@ -285,8 +285,8 @@ def _split_operands(rest: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced parentheses in HLO text: {rest[:80]}")
 
 
-def _until_done(start: Instruction, after: list[Instruction]) -> Iterator[Instruction]:
-    return itertools.takewhile(lambda line: start.name not in line.operands, after)
+def _until_done(start: Instruction, later: list[Instruction]) -> Iterator[Instruction]:
+    return itertools.takewhile(lambda line: start.name not in line.operands, later)
 
 
 def _moves_nothing(line: Instruction) -> bool:

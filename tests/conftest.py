@@ -31,6 +31,7 @@ import pytest
 
 from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
+from parity.sides.inputs import random_arrays
 
 # under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -72,21 +73,11 @@ def last_step(workdir: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns {official key: float32 array} with plausible values."""
-    rng = np.random.default_rng(seed)
-    flat = {}
-    for key, shape in architecture.layout.items():
-        scale = 0.1 if key.endswith(("beta", "bias")) else 0.02 if "head" in key else 1 / np.sqrt(np.prod(shape[:-1]))
-        flat[key] = (rng.standard_normal(shape) * scale + key.endswith("gamma")).astype(np.float32)
-    return flat
-
-
 @pytest.fixture(scope="session")
 def small_npz(tmp_path_factory):
     """A weight file of the smallest ordinary BiT: one unit a stage, half the width, 10 classes."""
     path = tmp_path_factory.mktemp("weights") / "small.npz"
-    np.savez(path, **random_weights(SMALL))
+    np.savez(path, **random_arrays(SMALL))
     return path
 
 

@@ -14,13 +14,15 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
 from rich.table import Table
 
+import input_pipeline
 from bit_jax.config import Config, identity
-from bit_jax.model.precision import PRECISIONS, products
+from bit_jax.model.precision import PRECISIONS, choose, products
 from bit_jax.scale import hosts
-from bit_jax.scale import sharding as mesh
 from bit_jax.training import figures, resources
+from bit_jax.training.run import Run
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 
@@ -31,40 +33,53 @@ REPETITIONS = 5
 MISSING = "missing"
 
 
-def examine(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> None:
-    """Compares the hosts, tries the mesh's collectives, and prints both on the first host.
-
-    Args:
-        cfg: configuration of the run that is to be started.
-        inputs: {"weights" or a dataset: its fingerprint}.
-        needs: resources of this machine that the run will need.
+def examine(cfg: Config) -> None:
+    """Compares the hosts and what the run would be made of there, tries the mesh's collectives, and prints the results
+    on the first host. Trains nothing.
 
     Raises:
-        RequestError: the hosts differ, or do not fit the mesh.
+        RequestError: the hosts differ, or the run would be refused.
         RunFailed: a collective returns a wrong number.
     """
-    facts = [json.loads(text) for text in hosts.exchange("doctor", json.dumps(_facts(cfg, inputs, needs)))]
+    choose(cfg.model.precision)  # before any array is made
     console = terminal.console(width=120, quiet=not hosts.is_first())
-    console.print(_comparison(facts))
-    console.print(_resources(facts))
-    if differing := _differences([host["alike"] | host["flags"] for host in facts]):
-        sentence = f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started"
-        raise hosts.on_all_hosts(RequestError(sentence))
+    # before `Run.of`, which refuses a mesh that does not fit the devices, but cannot name the host that lacks some
+    facts = _compare("program and devices", _facts(cfg), console)
     for warning in _unused_gpus(facts):
         console.print(warning, style="yellow")
+    run = Run.of(cfg)
+    inputs = {source.name: input_pipeline.fingerprint(source) for source in (run.train, run.validation)}
+    if run.weight_file is not None:
+        inputs["weights"] = file_fingerprint(run.weight_file)
+    needs = run.needs()
+    facts = _compare("data", {"alike": inputs, "needs": [dataclasses.asdict(need) for need in needs]}, console)
+    console.print(_resources(facts))
     resources.require(needs)  # every host checks its own
 
-    devices = mesh.make_mesh(fsdp=mesh.parse_mesh(cfg.scale.mesh, jax.device_count()))
-    seconds = cfg.scale.host_timeout
+    mesh, seconds = run.mesh, cfg.scale.host_timeout
     late = f"the collectives were not done in {seconds} s; the hosts reach --coordinator, but do they reach each other?"
-    with hosts.within(seconds, late, 1) if devices.size > 1 else contextlib.nullcontext():
-        console.print(_links(measure(devices)))
-    shape = ",".join(f"{axis}={size}" for axis, size in devices.shape.items())
-    what = "alike, and every collective's result is right" if devices.size > 1 else "nothing to compare"
-    console.print(f"hosts: {len(facts)}, devices: {devices.size} ({shape}); {what}")
+    with hosts.within(seconds, late, 1) if mesh.size > 1 else contextlib.nullcontext():
+        console.print(_links(measure(mesh)))
+    shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    what = "alike, and every collective's result is right" if mesh.size > 1 else "nothing to compare"
+    console.print(f"hosts: {len(facts)}, devices: {mesh.size} ({shape}); {what}")
 
 
-def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> dict:
+def _compare(title: str, facts: dict, console: Console) -> list[dict]:
+    """Returns the facts of all hosts, and prints those that have to be the same.
+
+    Raises:
+        RequestError: they are not the same.
+    """
+    everyone = [json.loads(text) for text in hosts.exchange(f"doctor, {title}", json.dumps(facts))]
+    console.print(_comparison(title, everyone))
+    if differing := _differences([host["alike"] | host.get("flags", {}) for host in everyone]):
+        sentence = f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started"
+        raise hosts.on_all_hosts(RequestError(sentence))
+    return everyone
+
+
+def _facts(cfg: Config) -> dict:
     """Returns this host's facts: those that have to be the same on all hosts (`alike`, `flags`), and others."""
     local, flags = jax.local_devices(), identity(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
@@ -72,19 +87,11 @@ def _facts(cfg: Config, inputs: dict[str, str], needs: list[resources.Need]) -> 
         **figures.versions(),
         "program": _digest(path.read_bytes() for pattern in PROGRAM for path in sorted(ROOT.glob(pattern))),
         "configuration": _digest([json.dumps(flags, sort_keys=True).encode()]),
-        **inputs,
         "devices": f"{len(local)} x {local[0].device_kind}",
         "products": ", ".join(f"{kind} {width}" for kind, width in used.items()),
     }
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return {
-        "machine": platform.node(),
-        "gpus": gpus,
-        "devices": len(local),
-        "alike": alike,
-        "flags": flags,
-        "needs": [dataclasses.asdict(need) for need in needs],
-    }
+    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": alike, "flags": flags}
 
 
 def _resources(facts: list[dict]) -> Table:
@@ -134,8 +141,8 @@ def _unused_gpus(facts: list[dict]) -> list[str]:
     ]
 
 
-def _comparison(facts: list[dict]) -> Table:
-    table = Table("", "host 0", "the others", title="What has to be the same on every host")
+def _comparison(title: str, facts: list[dict]) -> Table:
+    table = Table("", "host 0", "the others", title=f"What has to be the same on every host: {title}")
     for name, value in facts[0]["alike"].items():
         values = {number: host["alike"].get(name, MISSING) for number, host in enumerate(facts)}
         others = [f"host {number}: {other}" for number, other in values.items() if other != value]
@@ -161,39 +168,39 @@ class Link:
     rate: float
 
 
-def measure(devices: Mesh) -> list[Link]:
+def measure(mesh: Mesh) -> list[Link]:
     """Times all-reduce and all-gather over each axis of the mesh that has more than one device.
 
     Raises:
         RunFailed: a device's result is wrong.
     """
-    axes = [axis for axis, size in devices.shape.items() if size > 1]
-    return [link for axis in axes for link in (_all_reduce(devices, axis), _all_gather(devices, axis))]
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    return [link for axis in axes for link in (_all_reduce(mesh, axis), _all_gather(mesh, axis))]
 
 
-def _all_reduce(devices: Mesh, axis: str) -> Link:
+def _all_reduce(mesh: Mesh, axis: str) -> Link:
     """Times the all-reduce of 1 on the axis's first device, 2 on the second, and so on."""
-    size = devices.shape[axis]
-    numbers = _spread(devices, axis, lambda place: np.full((1, ELEMENTS), place + 1, np.float32))
-    add = jax.jit(lambda numbers: numbers.sum(axis=0), out_shardings=NamedSharding(devices, PartitionSpec()))
+    size = mesh.shape[axis]
+    numbers = _spread(mesh, axis, lambda place: np.full((1, ELEMENTS), place + 1, np.float32))
+    add = jax.jit(lambda numbers: numbers.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     right = np.full(ELEMENTS, size * (size + 1) // 2, np.float32)
     return _timed("all-reduce", axis, size, lambda: add(numbers), right, sent=2 * (size - 1) / size)
 
 
-def _all_gather(devices: Mesh, axis: str) -> Link:
+def _all_gather(mesh: Mesh, axis: str) -> Link:
     """Times the all-gather of equally many numbers from each device of the axis, each equal to its index."""
-    size = devices.shape[axis]
+    size = mesh.shape[axis]
     part = ELEMENTS // size
-    numbers = _spread(devices, axis, lambda place: np.full((1, part), place, np.float32))
-    gather = jax.jit(lambda numbers: numbers, out_shardings=NamedSharding(devices, PartitionSpec()))
+    numbers = _spread(mesh, axis, lambda place: np.full((1, part), place, np.float32))
+    gather = jax.jit(lambda numbers: numbers, out_shardings=NamedSharding(mesh, PartitionSpec()))
     right = np.repeat(np.arange(size, dtype=np.float32)[:, None], part, axis=1)
     return _timed("all-gather", axis, size, lambda: gather(numbers), right, sent=(size - 1) / size)
 
 
-def _spread(devices: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> Array:
+def _spread(mesh: Mesh, axis: str, of_place: Callable[[int], np.ndarray]) -> Array:
     """Makes a global array whose rows are sharded over the axis, one row per index; `of_place(index)` makes a row."""
-    rows, columns = devices.shape[axis], of_place(0).shape[1]
-    sharding = NamedSharding(devices, PartitionSpec(axis))
+    rows, columns = mesh.shape[axis], of_place(0).shape[1]
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
 
     def row(part: tuple[slice, ...] | None) -> np.ndarray:
         assert part is not None

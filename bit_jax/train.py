@@ -17,14 +17,11 @@ if __name__ == "__main__":
 import jax
 import tyro
 
-import input_pipeline
 from bit_jax import config, doctor
 from bit_jax.compiled import profile
-from bit_jax.model.precision import choose
 from bit_jax.published import fetch
 from bit_jax.scale import hosts
 from bit_jax.training import figures, run
-from bit_jax.training.workdir import Workdir
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -37,7 +34,7 @@ def main() -> None:
     keep_compiled_programs()
     with hosts.joined(cfg.scale):
         if cfg.scale.doctor:
-            return examine(cfg)
+            return doctor.examine(cfg)
         result = run.finetune(run.Run.of(cfg))
         first = hosts.is_first()
     if first:
@@ -55,17 +52,6 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(RequestError):  # without a home there is none, and the run compiles anew
             jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
-
-
-def examine(cfg: config.Config) -> None:
-    """Looks at everything that the run is made of and at what it runs on, and starts nothing."""
-    choose(cfg.model.precision)
-    sources = run.open_sources(cfg)
-    inputs = {source.name: input_pipeline.fingerprint(source) for source in sources}
-    architecture, weight_file = run.initial_weights(cfg.model, num_classes=len(sources[0].class_names))
-    if weight_file is not None:
-        inputs["weights"] = doctor.file_fingerprint(weight_file)
-    doctor.examine(cfg, inputs, run.needs(cfg, architecture, Workdir.of(cfg), sources))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _prepare(
 
 
 def _convert(dataset: tyro.conf.Positional[str], data_dir: UserPath) -> bool:
-    """Adds array_record to a dataset that tfds prepared as tfrecord, by tfds's own conversion; the old files stay.
+    """Adds array_record to a dataset that tfds prepared as tfrecord; the old files stay.
 
     Args:
         dataset: Name of the dataset.

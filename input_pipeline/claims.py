@@ -77,7 +77,7 @@ def claimed(
 
 def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, patience: float) -> int:
     """Makes this process's claim and returns its open file."""
-    told = False
+    announced = False
     while True:
         try:
             file = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
@@ -88,9 +88,9 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
             if not _is_alive(owner, claim, patience):
                 _remove(claim, owner)
             elif wait or owner["host"] == "?":  # a claim that was just being written says in a moment whose it is
-                if wait and not told:
+                if wait and not announced:
                     print(f"waiting for process {owner['process']}, which owns {printable(name)}", file=sys.stderr)
-                told = True
+                announced = True
                 time.sleep(0.1)
             else:
                 raise InUse(
@@ -141,18 +141,18 @@ def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
     if owner["machine"] == _machine():
         return _started(owner["process"]) == owner["started"]
     until = time.monotonic() + patience
-    told = False
+    announced = False
     while time.monotonic() < until:
         now = _read(claim)
         if now is None or now["token"] != owner["token"] or now["beat"] != owner["beat"]:
             return True
-        if not told and owner["host"] != "?":
+        if not announced and owner["host"] != "?":
             print(
                 f"{printable(claim.parent)} is claimed by process {owner['process']} on {printable(owner['host'])}; "
                 f"watching for {patience:.0f} s whether that is alive",
                 file=sys.stderr,
             )
-            told = True
+            announced = True
         time.sleep(min(BEAT / 10, patience / 10))
     return False
 

@@ -132,7 +132,7 @@ def _handling_signals() -> Iterator[None]:
     os.set_blocking(writing, False)
     # nohup starts a process with SIGHUP ignored, and it stays ignored
     asking = [number for number in ASKING if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
-    before = {number: signal.signal(number, _asked) for number in asking}
+    handlers = {number: signal.signal(number, _asked) for number in asking}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     dropped, sys.unraisablehook = sys.unraisablehook, _not_dropped
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
@@ -141,7 +141,7 @@ def _handling_signals() -> Iterator[None]:
     finally:
         sys.unraisablehook = dropped
         signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(writing)  # this ends the thread
         _signals.asked = 0

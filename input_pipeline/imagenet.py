@@ -67,7 +67,7 @@ def train_images(path: Path, synsets: Collection[str], *, subset: bool, advance:
         DatasetError: a member is no known class, or its images are not named after it, or a member or image is there
             twice, or, unless `subset`, some are missing.
     """
-    known, found, images = set(synsets), set(), 0
+    known, present, images = set(synsets), set(), 0
     with _opened(path) as outer:
         for member in outer:
             advance(member.offset)
@@ -77,12 +77,12 @@ def train_images(path: Path, synsets: Collection[str], *, subset: bool, advance:
                     f"{path} holds {member.name!r}, which is not one of the {len(known):,} classes' archives such as "
                     f"{min(known)}.tar; repack it without directories and without ./ before the names"
                 )
-            if synset in found:
+            if synset in present:
                 raise DatasetError(f"{path} holds {member.name} twice; fetch it again")
-            found.add(synset)
+            present.add(synset)
             images += _class_images(path, outer, member, synset)
-    missing = sorted(known - found)
-    if not found or (missing and not subset):
+    missing = sorted(known - present)
+    if not present or (missing and not subset):
         raise DatasetError(
             f"{path} lacks {len(missing):,} of {len(known):,} classes, {', '.join(missing[:3])} among them; "
             "fetch it again, or say --subset if that is on purpose"

@@ -48,7 +48,7 @@ class Loader:
         threads: threads that read, decode and resize, which all release the GIL; by default one for each core, and two
             where the source's images are arrays.
         skip_damaged: whether training uses the next example in place of a damaged one, which is logged once.
-        said: indices of the damaged examples that were logged.
+        logged: indices of the damaged examples that were logged.
     """
 
     source: Source
@@ -60,7 +60,7 @@ class Loader:
     hosts: int = 1
     threads: int | None = None
     skip_damaged: bool = False
-    said: set[int] = dataclasses.field(default_factory=set, repr=False, compare=False)
+    logged: set[int] = dataclasses.field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self):
         if self.global_batch % self.hosts:
@@ -100,9 +100,9 @@ class Loader:
             self._fill_row(batch, row, number, lambda image, into: self.views.train(image, rng, into))
 
         def note(number: int, error: DamagedImage) -> None:
-            if number not in self.said:
+            if number not in self.logged:
                 log.warning("%s; the example after it is shown instead", printable(error))
-                self.said.add(number)
+                self.logged.add(number)
 
         shown, _ = first_undamaged(self.source, index, show, skip_damaged=self.skip_damaged, note=note)
         batch["index"][row] = index if shown == index else -2 - index

@@ -4,12 +4,9 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from input_pipeline import imagenet
 from input_pipeline.claims import CLAIM, claimed
 from input_pipeline.examples import DatasetError
-from input_pipeline.files import write_json
+from input_pipeline.files import replacing, write_json
 from input_pipeline.terminal import printable
 from input_pipeline.tfds_source import FILE_FORMAT, is_prepared, open_builder
 
@@ -91,15 +88,14 @@ def convert(dataset: str, data_dir: Path, console: Console) -> None:
     with _claimed(data_dir, builder.name):
         if _prepared_already(open_builder(dataset, data_dir), console):  # another process has just ended
             return
-        utils = _conversion()
+        _require_tensorflow()
+        console.print(f"adding {FILE_FORMAT} to {printable(target)}, shard by shard")
         with _failures(f"{target} cannot be converted"):
-            # in place: shards are added one by one, and the format is announced when all are there;
-            # one worker, because the errors of several are lost
-            utils.convert_dataset(
-                dataset_version_dir=os.fspath(target), out_dir=None, out_file_format=FILE_FORMAT, num_workers=1
-            )
-    if not is_prepared(open_builder(dataset, data_dir)):
-        raise DatasetError(f"{target} was not converted; see what tfds printed above")
+            for split in builder.info.splits.values():
+                _add_shards(split, builder.info.file_format)
+            builder.info.add_alternative_file_format(FILE_FORMAT)
+            with replacing(target / "dataset_info.json") as file:  # what tfds reads the formats from
+                file.write(builder.info.as_json.encode())
 
 
 def _prepared_already(builder: Any, console: Console) -> bool:
@@ -219,14 +215,18 @@ def _require_tensorflow() -> None:
         )
 
 
-def _conversion() -> Any:
-    """Imports tfds's conversion without Apache Beam, which its module imports but does not use here."""
-    _require_tensorflow()
-    beam: Any = types.ModuleType("apache_beam")
-    beam.DoFn = object
-    with mock.patch.dict(sys.modules, {"apache_beam": beam}):
-        from tensorflow_datasets.scripts.cli import convert_format_utils
-    return convert_format_utils
+def _add_shards(split: Any, file_format: Any) -> None:
+    """Writes a tfds split's shards, which are in `file_format`, as `FILE_FORMAT` too, unless they are there already.
+    Each gets its name once it is whole."""
+    from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
+
+    reader, writer = ADAPTER_FOR_FORMAT[file_format], ADAPTER_FOR_FORMAT[FileFormat(FILE_FORMAT)]
+    names = (split.filename_template, split.filename_template.replace(filetype_suffix=FILE_FORMAT))
+    for source, target in zip(*(name.sharded_filepaths(split.num_shards) for name in names), strict=True):
+        if not target.exists():
+            unfinished = target.with_name(f"unfinished.{target.name}")  # the next attempt overwrites it
+            writer.write_examples(unfinished, enumerate(record.numpy() for record in reader.make_tf_data(source)))
+            unfinished.rename(target)
 
 
 @contextlib.contextmanager

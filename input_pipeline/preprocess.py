@@ -157,5 +157,5 @@ def typical_area(source: Source, *, skip_damaged: bool) -> tuple[int, str]:
     places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int))
     areas = [first_undamaged(source, int(index), area, skip_damaged=skip_damaged)[1] for index in places]
     median = statistics.median_low(areas)
-    found = f"of {len(areas)} images spread over {source.name}, the smallest has {min(areas):,} pixels"
-    return median, f"{found}, the largest {max(areas):,}, the median {median:,}"
+    extremes = f"of {len(areas)} images spread over {source.name}, the smallest has {min(areas):,} pixels"
+    return median, f"{extremes}, the largest {max(areas):,}, the median {median:,}"

@@ -145,10 +145,10 @@ def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | N
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core.utils import file_utils
 
-    found: list[str] = []
+    names: list[str] = []
     for place in file_utils.list_data_dirs(given_data_dir=data_dir):
-        found += _prepared_names(Path(place) / name)
-    if not found:
+        names += _prepared_names(Path(place) / name)
+    if not names:
         return None
     try:
         return read_only_builder.builder_from_files(dataset, data_dir=data_dir)
@@ -158,7 +158,7 @@ def _prepared_by_others(dataset: str, name: str, data_dir: str | os.PathLike | N
             raise cannot_read(dataset, refused, data_dir) from None
         missing = type(error).__name__ == "DatasetNotFoundError"
         reason = "no such version or configuration" if missing else _innermost(error)
-        raise DatasetError(f"{dataset} cannot be read ({reason}); prepared are {', '.join(found[:8])}") from None
+        raise DatasetError(f"{dataset} cannot be read ({reason}); prepared are {', '.join(names[:8])}") from None
 
 
 def _prepared_names(directory: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Eight virtual CPU devices and strict dtype promotion for every test; both must be said before JAX starts.
+"""Gives every test eight virtual CPU devices and strict dtype promotion, which must be set before JAX starts.
 
-Tests' own process compiles as users' programs do. The processes that tests start compile more than they compute, so
-they are told to compile in less time into programs that run more slowly.
+The tests' own process compiles as users' programs do. The processes that tests start compile more than they compute, so
+their flags make XLA compile in less time into programs that run more slowly.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ import pytest
 
 from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
+from parity.sides.inputs import random_arrays
 
 # under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -49,13 +50,13 @@ LONGEST_FIRST = ("test_hosts", "test_parity", "test_throughput", "test_train", "
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take longest come first, so that no process is left with one of them at the end."""
+    """Puts the files that take longest first, so that no process is left with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def benchmark(name: str) -> ModuleType:
-    """The module benchmarks/NAME.py."""
+    """Imports benchmarks/NAME.py and returns the module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -66,37 +67,28 @@ def benchmark(name: str) -> ModuleType:
 
 
 def last_step(workdir: Path) -> int:
-    """The last step that a run, which may be going on, has logged; 0 before its first."""
+    """Returns the last step that a run, which may be going on, has logged; 0 before its first."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
-
-
-def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, np.ndarray]:
-    """{official key: float32 array} with plausible values."""
-    rng = np.random.default_rng(seed)
-    flat = {}
-    for key, shape in architecture.layout.items():
-        scale = 0.1 if key.endswith(("beta", "bias")) else 0.02 if "head" in key else 1 / np.sqrt(np.prod(shape[:-1]))
-        flat[key] = (rng.standard_normal(shape) * scale + key.endswith("gamma")).astype(np.float32)
-    return flat
 
 
 @pytest.fixture(scope="session")
 def small_npz(tmp_path_factory):
     """A weight file of the smallest ordinary BiT: one unit a stage, half the width, 10 classes."""
     path = tmp_path_factory.mktemp("weights") / "small.npz"
-    np.savez(path, **random_weights(SMALL))
+    np.savez(path, **random_arrays(SMALL))
     return path
 
 
 @pytest.fixture
 def x64():
-    """64-bit mode for one test, also where it turns the mode on for its whole process, as `precision.choose` does."""
-    before = jax.config.read("jax_enable_x64")
+    """Turns 64-bit mode on for one test, and off again even if the test turns it on for its whole process, as
+    `precision.choose` does."""
+    mode = jax.config.read("jax_enable_x64")
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_enable_x64", before)
+    jax.config.update("jax_enable_x64", mode)
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +96,7 @@ def manual_dir(tmp_path_factory):
     return archives.write(tmp_path_factory.mktemp("archives"))
 
 
-# tfds's own last act before it gives the dataset its name
+# the program waits within tfds's last action before tfds gives the dataset its name
 HELD_AT_THE_LAST_MOMENT = """
 import time
 import tensorflow_datasets as tfds
@@ -116,8 +108,11 @@ main()
 
 @pytest.fixture(scope="session")
 def killed_and_prepared(manual_dir, tmp_path_factory):
-    """A data directory in which one attempt was killed while tfds wrote, and the next, told the same, finished:
-    (the directory, what the killed one left, what was said of the dataset then, the second one's standard error)."""
+    """Prepares a dataset twice by the same command: the first process is killed while tfds writes, the second finishes.
+
+    Returns:
+        (data directory, files that the first left, error of `open_source` then, standard error of the second).
+    """
     data_dir = tmp_path_factory.mktemp("data")
     arguments = ["prepare", "imagenet2012", "--manual-dir", manual_dir, "--data-dir", data_dir, "--subset"]
     held = [sys.executable, "-c", HELD_AT_THE_LAST_MOMENT, *arguments]
@@ -144,7 +139,7 @@ DIGITS = "digits --global-batch 16 --resize-to 36 --crop 32 --warmup-steps 2 --d
 
 
 class Runs:
-    """The same run of the smallest BiT, started again and again as a fork of one process that has imported it all."""
+    """Starts the same run of the smallest BiT again and again, as forks of one process that has imported everything."""
 
     def __init__(self, *flags: object, cache: Path):
         environment = os.environ | {
@@ -154,46 +149,47 @@ class Runs:
         }
         command = [sys.executable, "tests/runs_in_forks.py", *DIGITS.split(), *map(str, flags)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self._said = open(cache.with_suffix(".txt"), "ab")  # noqa: SIM115 (closed by end)
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self._said, **pipes)
+        self._stderr = open(cache.with_suffix(".txt"), "ab")  # noqa: SIM115 (closed by end)
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self._stderr, **pipes)
 
     def start(self) -> int:
-        """The process number of one more."""
+        """Starts one more run and returns its process number."""
         self._process.stdin.write("\n")
         return int(self._process.stdout.readline())
 
-    def until_progress(self, process: int, workdir: Path, before: int) -> None:
-        """Returns once the run has logged a step beyond `before`."""
-        while last_step(workdir) == before:
+    def until_progress(self, process: int, workdir: Path, step: int) -> None:
+        """Returns once the run has logged a step beyond `step`."""
+        while last_step(workdir) == step:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, 0)
                 time.sleep(0.005)
                 continue
-            said = Path(self._said.name).read_text()[-2000:]
-            raise AssertionError(f"it ended by itself with exit code {self.finish()}: {said}")
+            errors = Path(self._stderr.name).read_text()[-2000:]
+            raise AssertionError(f"it ended by itself with exit code {self.finish()}: {errors}")
 
     def finish(self) -> int:
-        """The exit code of the last one, once it ended."""
+        """Returns the exit code of the last run once it has ended."""
         while not (line := self._process.stdout.readline().strip()).lstrip("-").isdigit():
             assert self._process.poll() is None  # what a run prints goes the same way
         return int(line)
 
     def end(self) -> None:
-        for left in psutil.Process(self._process.pid).children():  # a run whose test failed
-            left.kill()
+        """Ends the process, and a run whose test failed."""
+        for run in psutil.Process(self._process.pid).children():
+            run.kill()
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
 
 @pytest.fixture
 def runs(small_npz, tmp_path):
-    """(flags) -> `Runs` with these."""
-    made = []
+    """Returns a function (flags) -> `Runs` with these flags."""
+    started = []
 
-    def of(*flags):
-        made.append(Runs("--model", small_npz, *flags, cache=tmp_path / "xla"))
-        return made[-1]
+    def start(*flags):
+        started.append(Runs("--model", small_npz, *flags, cache=tmp_path / "xla"))
+        return started[-1]
 
-    yield of
-    for each in made:
-        each.end()
+    yield start
+    for group in started:
+        group.end()

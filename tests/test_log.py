@@ -3,7 +3,10 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +78,12 @@ def test_tensorboard_reads_what_was_written(tmp_path, terminal):
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.5), (2, 3.5)]
+
+
+def test_the_log_imports_no_framework_beside_jax():
+    """TensorBoard's other writers import TensorFlow or PyTorch where they are installed."""
+    look = "import sys, bit_jax.training.log; sys.exit(bool({'tensorflow', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", look], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_metrics_that_cannot_be_written_end_the_run_with_the_cause(tmp_path, terminal):

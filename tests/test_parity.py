@@ -16,7 +16,7 @@ import psutil
 import pytest
 from browser import Shown
 from command_line import parity
-from conftest import SMALL, random_weights
+from conftest import SMALL
 from PIL import Image
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from parity.ladder.ladder import Ladder
 from parity.ladder.selftest import climb, first_bug, inject
 from parity.options import Options
 from parity.report import saved
+from parity.sides.inputs import random_arrays
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "2", "--disturbances", "3", "--steps", "6", "--warmup-steps", "2"]
@@ -69,7 +70,7 @@ def test_all_holds_and_says_so_in_every_form(whole_run):
         *("weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy")
     ]
     lines = {(line["name"], line["precision"]) for rung in report["rungs"] for line in rung["lines"]}
-    for key in random_weights(SMALL):
+    for key in random_arrays(SMALL):
         assert {(key, "fp64"), (key, "fp32")} <= lines  # as a weight and as a gradient
     sites = ["root_block", *(f"block{stage}/unit01" for stage in range(1, 5)), "logits"]
     forward = [line["name"] for line in report["rungs"][2]["lines"] if line["precision"] == "fp64"]

@@ -8,7 +8,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_weights
 from PIL import Image
 
 from bit_jax import predict
@@ -18,6 +17,7 @@ from bit_jax.model.fine_tuned import Description, described
 from bit_jax.published import locate
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from parity.sides.inputs import random_arrays
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def image(tmp_path):
 
 def npz(tmp_path, num_classes):
     path = tmp_path / "w.npz"
-    np.savez(path, **random_weights(Architecture((1, 1, 1, 1), 0.5, num_classes)))
+    np.savez(path, **random_arrays(Architecture((1, 1, 1, 1), 0.5, num_classes)))
     return path
 
 

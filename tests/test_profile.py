@@ -109,7 +109,7 @@ def test_a_profile_that_fails_is_a_sentence_and_ends_no_run(broken, monkeypatch,
 
     for name in ("start_trace", "stop_trace"):
         monkeypatch.setattr(jax.profiler, name, refuse if name == broken else lambda *_, **__: None)
-    recorder = profile.Recorder(tmp_path / "profile", None, "fp32", left=range(1, 3), wanted=1)
+    recorder = profile.Recorder(tmp_path / "profile", None, "fp32", remaining=range(1, 3), wanted=1)
     said = [each for step in (1, 2) for each in (recorder.before(step, 0.0), recorder.after(step, 1.0)) if each]
     assert len(said) == 1
     assert said[0].endswith("CUPTI is not there")
@@ -125,7 +125,7 @@ def test_a_profile_that_fails_is_a_sentence_and_ends_no_run(broken, monkeypatch,
     ],
 )
 def test_which_steps_are_traced(tmp_path, left, wanted, traced):
-    recorder = profile.Recorder(tmp_path, None, "fp32", left=left, wanted=wanted)
+    recorder = profile.Recorder(tmp_path, None, "fp32", remaining=left, wanted=wanted)
     assert [step for step in left if recorder.first <= step <= recorder.last] == list(traced)
     ends = {traced.start - 1, traced.stop - 1} if traced else set()
     assert [step for step in left if recorder.waits_for(step)] == [step for step in left if step in ends]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_weights
+from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
 from bit_jax.model.weights import WeightsError
 from bit_jax.published import catalogue
 from input_pipeline.errors import RequestError
+from parity.sides.inputs import random_arrays
 
 
 @pytest.mark.parametrize("name", catalogue.ARCHITECTURES)
@@ -41,7 +42,7 @@ def test_parameters_of_r152x2_take_945_megabytes():
 @pytest.mark.parametrize(("units", "width"), [((1, 1, 1, 1), 0.5), ((2, 1, 3, 1), 1.5), ((3, 4, 6, 3), 1)])
 def test_architecture_is_read_off_the_file(tmp_path, units, width):
     architecture = Architecture(units, width, 7)
-    np.savez(tmp_path / "w.npz", **random_weights(architecture))
+    np.savez(tmp_path / "w.npz", **random_arrays(architecture))
     model, params = bit_jax.load(tmp_path / "w.npz")
     assert (model.units, model.width, model.num_classes) == (units, width, 7)
     assert {key: leaf.shape for key, leaf in weights.flatten(params).items()} == architecture.layout
@@ -131,7 +132,7 @@ def test_compressed_and_column_major_files_are_read_too(tmp_path, small_npz):
 
 def test_reading_holds_one_array_at_a_time(tmp_path):
     architecture = Architecture((1, 1, 1, 1), 2, 10)
-    arrays = random_weights(architecture)
+    arrays = random_arrays(architecture)
     np.savez(tmp_path / "w.npz", **arrays)
     largest, total = (f(array.nbytes for array in arrays.values()) for f in (max, sum))
     tracemalloc.start()
@@ -252,7 +253,7 @@ def test_a_dtype_that_is_not_computed_in(small_npz, dtype):
 
 
 def broken(tmp_path, change) -> str:
-    arrays = random_weights(SMALL)
+    arrays = random_arrays(SMALL)
     change(arrays)
     np.savez(tmp_path / "w.npz", **arrays)
     with pytest.raises(WeightsError) as caught:
@@ -379,7 +380,7 @@ def npy(shape, content=b"", dtype="<f4") -> bytes:
 
 def changed_archive(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
     """A small BiT with members replaced or added."""
-    arrays = random_weights(SMALL)
+    arrays = random_arrays(SMALL)
     with zipfile.ZipFile(path, "w", compression) as archive:
         for key, array in arrays.items():
             if f"{key}.npy" not in members:

@@ -57,6 +57,15 @@ class Instruction:
         """Returns the name of the computation that a fusion, loop or asynchronous wrapper runs, or None."""
         return self.attribute(r"(?:calls|body|to_apply)=%([\w.\-]+)")
 
+    def runs(self, *opcodes: str) -> tuple[str, int] | None:
+        """Returns (computation, number of times that it runs) of an instruction with one of these opcodes, or None. A
+        loop of unknown length counts once."""
+        if self.opcode not in opcodes:
+            return None
+        computation = self.called()
+        assert computation is not None, self
+        return computation, int(self.attribute(r'"known_trip_count":\{"n":"(\d+)"\}') or 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -111,11 +120,11 @@ class Module:
                 current = self.computations[name] = []
                 if line.startswith("ENTRY "):
                     self.entry = name
-            elif found := _INSTRUCTION.match(line):
-                operands, attributes = _split_operands(found["rest"])
-                names = tuple(_OPERAND.findall(operands)) if found["opcode"] != "parameter" else (operands,)
-                root = found["root"] is not None
-                current.append(Instruction(found["name"], found["opcode"], root, found["shape"], names, attributes))
+            elif match := _INSTRUCTION.match(line):
+                operands, attributes = _split_operands(match["rest"])
+                names = tuple(_OPERAND.findall(operands)) if match["opcode"] != "parameter" else (operands,)
+                root = match["root"] is not None
+                current.append(Instruction(match["name"], match["opcode"], root, match["shape"], names, attributes))
         if not self.entry:
             raise ValueError("this is no HLO text: it has no ENTRY computation")
 
@@ -129,15 +138,8 @@ class Module:
         The parts of a fusion or reduction are not instructions of their own, because they touch no memory.
         """
         for instruction in self.computations[computation or self.entry]:
-            if instruction.opcode == "while":
-                trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-                body = instruction.called()
-                assert body is not None
-                yield from self.executed(body, times * int(trips or 1))
-            elif instruction.opcode in ("call", "async-start"):
-                body = instruction.called()
-                assert body is not None
-                yield from self.executed(body, times)
+            if inner := instruction.runs("while", "call", "async-start"):
+                yield from self.executed(inner[0], times * inner[1])
             else:
                 yield instruction, times
 
@@ -193,8 +195,7 @@ class Module:
 
     def collectives(self) -> list[Collective]:
         collectives = []
-        for computation, times in self._running():
-            lines = self.computations[computation]
+        for lines, times in self._running():
             for place, line in enumerate(lines):
                 inner = self._asynchronous(line)
                 kind = inner.opcode.removesuffix("-start")
@@ -208,19 +209,13 @@ class Module:
                 collectives.append(Collective(kind, larger, overlapped, times, _group(inner)))
         return collectives
 
-    def _running(self) -> Iterator[tuple[str, int]]:
-        """Yields (computation, number of times it runs) for the entry and the bodies of loops."""
-
-        def inside(computation: str, times: int) -> Iterator[tuple[str, int]]:
-            yield computation, times
-            for line in self.computations[computation]:
-                if line.opcode in ("while", "call"):
-                    trips = line.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-                    body = line.called()
-                    assert body is not None
-                    yield from inside(body, times * int(trips or 1))
-
-        return inside(self.entry, 1)
+    def _running(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[list[Instruction], int]]:
+        """Yields (instructions, number of times they run) of the entry and of the computations of loops in it."""
+        lines = self.computations[computation or self.entry]
+        yield lines, times
+        for line in lines:
+            if inner := line.runs("while", "call"):
+                yield from self._running(inner[0], times * inner[1])
 
     def _asynchronous(self, line: Instruction) -> Instruction:
         """Returns the instruction that an asynchronous start wraps, or the line itself if it wraps none."""
@@ -268,7 +263,7 @@ class Module:
 def _result_shape(line: Instruction) -> str:
     """Returns the shape of the result without the operands, which `all-gather-start` and others (since JAX 0.11 also
     `all-reduce-start`) have in their tuple."""
-    parts = [found[0] for found in _ARRAY.finditer(line.shape)]
+    parts = [array[0] for array in _ARRAY.finditer(line.shape)]
     if line.opcode.endswith("-start") and len(parts) > len(line.operands):
         return " ".join(parts[len(line.operands) :])
     return line.shape
@@ -276,8 +271,8 @@ def _result_shape(line: Instruction) -> str:
 
 def _by_dtype(shape: str) -> dict[str, int]:
     total: dict[str, int] = {}
-    for found in _ARRAY.finditer(shape):
-        total[found["dtype"]] = total.get(found["dtype"], 0) + shape_bytes(found[0])
+    for array in _ARRAY.finditer(shape):
+        total[array["dtype"]] = total.get(array["dtype"], 0) + shape_bytes(array[0])
     return total
 
 
@@ -290,8 +285,8 @@ def _split_operands(rest: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced parentheses in HLO text: {rest[:80]}")
 
 
-def _until_done(start: Instruction, after: list[Instruction]) -> Iterator[Instruction]:
-    return itertools.takewhile(lambda line: start.name not in line.operands, after)
+def _until_done(start: Instruction, later: list[Instruction]) -> Iterator[Instruction]:
+    return itertools.takewhile(lambda line: start.name not in line.operands, later)
 
 
 def _moves_nothing(line: Instruction) -> bool:

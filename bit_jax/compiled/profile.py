@@ -47,14 +47,14 @@ class Recorder:
         folder: folder that receives the trace, the program and the table.
         program: the compiled training step.
         precision: name of the precision of its products.
-        left: numbers of the steps that the run will take.
+        remaining: numbers of the steps that the run will take.
         wanted: number of steps to trace.
     """
 
-    def __init__(self, folder: Path, program: Any, precision: str, *, left: range, wanted: int):
+    def __init__(self, folder: Path, program: Any, precision: str, *, remaining: range, wanted: int):
         self.folder, self.program, self.precision = folder, program, precision
-        steps = min(wanted, len(left))
-        self.first = left.start + min(SETTLED, len(left) - steps)
+        steps = min(wanted, len(remaining))
+        self.first = remaining.start + min(SETTLED, len(remaining) - steps)
         self.last = self.first + steps - 1
         self._began = 0.0
 
@@ -293,12 +293,12 @@ def show(table: dict[str, Any], console: Console, instructions: int = 0) -> None
     console.print(shown)
     if GRAPHS in table["kinds"]:
         console.print(f"a trace names no instruction within a CUDA graph; {LAUNCHED} shows them all, one by one")
-    excess = sorted(table["instructions"], key=lambda one: (one["roofline"] or 0) - one["seconds"])
-    for one in excess[:instructions]:
+    excess = sorted(table["instructions"], key=lambda row: (row["roofline"] or 0) - row["seconds"])
+    for row in excess[:instructions]:
         console.print(
             printable(
-                f"{one['seconds'] * 1e6:9.1f} us  {one['calls']:.0f} calls  {one['bytes'] / 1e6:8.1f} MB  "
-                f"{one['flops'] / 1e9:8.1f} GFLOP  {one['kind']}: {one['name']}, {one['of']}"
+                f"{row['seconds'] * 1e6:9.1f} us  {row['calls']:.0f} calls  {row['bytes'] / 1e6:8.1f} MB  "
+                f"{row['flops'] / 1e9:8.1f} GFLOP  {row['kind']}: {row['name']}, {row['of']}"
             )
         )
 

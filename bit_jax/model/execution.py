@@ -60,8 +60,8 @@ def in_step(unit: nn.Module, x: Array, later: Array) -> tuple[Array, Array]:
         y, gradient = nn.vjp(lambda unit, x: unit(x), unit, x)
         return (y, later), gradient
 
-    def backward(gradient, given):
-        of_y, after = given
+    def backward(gradient, cotangents):
+        of_y, after = cotangents
         of_params, of_x = gradient(of_y)
         own = sum(
             (0 * leaf[0, 0, 0, 0] for leaf in jax.tree.leaves(of_params) if leaf.ndim == 4),

@@ -25,7 +25,7 @@ from bit_jax.model.resnetv2 import ResNetV2
 from input_pipeline.errors import RequestError
 from input_pipeline.files import replacing, user_path
 
-COMPUTED = tuple(jnp.dtype(each) for each in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64))
+COMPUTED = tuple(jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64))
 
 Params = dict[str, Any]
 
@@ -49,8 +49,8 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.f
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise RequestError("float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True), before any array")
     architecture, arrays = read(path, num_classes=num_classes)
-    kept = param_dtype(dtype)
-    flat = {key: jnp.asarray(array, kept) for key, array in arrays}
+    stored = param_dtype(dtype)
+    flat = {key: jnp.asarray(array, stored) for key, array in arrays}
     return architecture.model(dtype), unflatten(flat)
 
 

@@ -65,20 +65,20 @@ def download(url: str, part: Part, limit: int) -> Announced:
         Dropped: it could not be had this time; what is kept in `part` is a beginning of the file.
         FetchError: the server does not have it, or sends what cannot be it.
     """
-    have, before = part.resumable()
-    if before is not None and have == before.size:
-        return before
+    have, earlier = part.resumable()
+    if earlier is not None and have == earlier.size:
+        return earlier
     request = urllib.request.Request(url)
-    if before is not None and before.etag is not None:
+    if earlier is not None and earlier.etag is not None:
         request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", before.etag)
+        request.add_header("If-Range", earlier.etag)
     with _opened(request, part) as response:
         now = announced(url, response, have)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-            if reason := why_not_the_rest(response, now, have, before):
+            if reason := why_not_the_rest(response, now, have, earlier):
                 part.discard()
                 raise Dropped(f"it was asked for the rest from byte {have} on, and {reason}")
-            now = combined(now, before)
+            now = combined(now, earlier)
         elif response.status == http.HTTPStatus.OK:
             part.discard()
             have = 0

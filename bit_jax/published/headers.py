@@ -21,7 +21,7 @@ class Announced:
 
 
 def announced(url: str, response: Any, have: int) -> Announced:
-    """Reads what an answer's headers say of the whole file, of which `have` bytes were here before.
+    """Reads what an answer's headers say of the whole file, of which `have` bytes were here earlier.
 
     Raises:
         FetchError: the Content-Length is not a number of bytes.
@@ -35,35 +35,35 @@ def announced(url: str, response: Any, have: int) -> Announced:
     return Announced(size, _md5(headers), strong_etag(headers.get("ETag")))
 
 
-def why_not_the_rest(response: Any, now: Announced, have: int, before: Announced | None) -> str | None:
+def why_not_the_rest(response: Any, now: Announced, have: int, earlier: Announced | None) -> str | None:
     """Says why an answer 206 is not what was asked for, the bytes from `have` on of the same version of the file.
 
     Returns None where it is.
     """
-    if before is None:
+    if earlier is None:
         return "it sends a part that was not asked for"
     content_range = response.headers.get("Content-Range") or "none"
     match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15}|\*)", content_range.strip())
     if match is None or int(match[1]) != have:
         return f"it sends a Content-Range of {content_range!r}"
-    total, known = match[3], before.size
+    total, known = match[3], earlier.size
     if total != "*" and int(total) != int(match[2]) + 1:
         return f"it sends a Content-Range of {content_range!r}, which is not all of the rest"
     if known is not None and (int(match[2]) + 1 != known or now.size not in (None, known)):
         return f"it sends a Content-Range of {content_range!r} of a file of {known:,} bytes"
     etag = response.headers.get("ETag")
-    if etag is not None and etag != before.etag:
-        return f"it sends the ETag {etag!r}, not {before.etag!r}"
-    if now.md5 != before.md5 and None not in (now.md5, before.md5):
+    if etag is not None and etag != earlier.etag:
+        return f"it sends the ETag {etag!r}, not {earlier.etag!r}"
+    if now.md5 != earlier.md5 and None not in (now.md5, earlier.md5):
         return "it announces another MD5"
     return None
 
 
-def combined(now: Announced, before: Announced | None) -> Announced:
+def combined(now: Announced, earlier: Announced | None) -> Announced:
     """Combines what two answers say about the same version of a file."""
-    if before is None:
+    if earlier is None:
         return now
-    return Announced(now.size or before.size, now.md5 or before.md5, before.etag)
+    return Announced(now.size or earlier.size, now.md5 or earlier.md5, earlier.etag)
 
 
 def strong_etag(etag: Any) -> str | None:

@@ -68,11 +68,11 @@ class Task(NamedTuple):
 
 def visible_gpus() -> int:
     """Counts the NVIDIA GPUs, or parts of one (MIG), that CUDA will show this process."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
     # CUDA stops at the first entry that is not an index, GPU-<uuid> or MIG-<uuid>
-    entries = [entry.strip() for entry in told.split(",")]
+    entries = [entry.strip() for entry in visible.split(",")]
     wrong = (place for place, entry in enumerate(entries) if not re.match(r"\d+$|GPU-|MIG-", entry))
     return next(wrong, len(entries))
 

@@ -15,7 +15,7 @@ from bit_jax.training.timeline import Timeline, rates
 GIB = 2**30
 
 
-def figures(timeline: Timeline, *, trained: int, before: float) -> dict[str, Any]:
+def figures(timeline: Timeline, *, trained: int, evaluation_before: float) -> dict[str, Any]:
     """Returns FlagPerf's figures from the activities `whole`, `evaluation`, `input` and `compilation`.
 
     As in FlagPerf, the clock of `timeline.rates` and of raw_train_time starts after compilation and after the
@@ -24,7 +24,7 @@ def figures(timeline: Timeline, *, trained: int, before: float) -> dict[str, Any
     Args:
         timeline: timeline of this process alone.
         trained: number of examples that this process trained on.
-        before: seconds of the evaluation before training.
+        evaluation_before: seconds of the evaluation before training.
     """
     training = timeline["whole"] - timeline["evaluation"]
     memory, memory_of = peak_memory()
@@ -37,7 +37,7 @@ def figures(timeline: Timeline, *, trained: int, before: float) -> dict[str, Any
         "compile_time": timeline["compilation"],
         "train_seconds": training,
         "evaluation_seconds": timeline["evaluation"],
-        "evaluation_before_seconds": before,
+        "evaluation_before_seconds": evaluation_before,
         "input_wait_seconds": timeline["input"],
         "trained_examples": trained,
         "mem_gib": memory,

@@ -5,7 +5,6 @@ with bounded queues, so that a full disk, a closed pipe or a terminal that nobod
 training.
 """
 
-import functools
 import io
 import json
 import logging
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, parse_json, replacing
 from input_pipeline.terminal import printable
-
-# tensorboardX sets this variable when a thread imports it, while XLA computes. A new variable moves the environment,
-# and if one of XLA's threads reads it at that moment, the process ends with a segmentation fault; so it is set here.
-os.environ.setdefault("CRC32C_SW_MODE", "auto")
 
 WAITING = 1000  # reports that may wait for a slow terminal or disk; further ones are dropped
 PATIENCE = 5.0  # seconds that the end of a run waits for these reports
@@ -180,7 +178,7 @@ class _Board:
     def __init__(self, directory: Path, start: int, note: Callable[[str], None]):
         self._report = Reporter("tensorboard", self._end)
         self._note, self._noted = note, False
-        self._writer: Any = None
+        self._writer: RecordWriter | None = None
         self._report(lambda: self._open(directory, start))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -193,26 +191,28 @@ class _Board:
         self._say_failure()
 
     def _open(self, directory: Path, start: int) -> None:
-        board = _tensorboard()
         directory.mkdir(exist_ok=True)
-        unique = f".{time.time_ns()}"  # the file's name has whole seconds, and a run may start twice in a second
-        self._writer = board.event_file_writer.EventsWriter(str(directory / "events"), unique)
-        event = board.proto.event_pb2
+        # TensorBoard reads files in the order of their names; nanoseconds, because a run may start twice in a second
+        path = directory / f"events.out.tfevents.{time.time_ns()}"
+        # TensorBoard's own EventFileWriter would import TensorFlow where that is installed
+        self._writer = RecordWriter(open(path, "wb"))  # noqa: SIM115 (closed by `_end`)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # this makes TensorBoard drop events of an earlier start from this step on
-        session = event.SessionLog(status=event.SessionLog.START)
-        self._writer.write_event(event.Event(wall_time=time.time(), step=start + 1, session_log=session))
+        session = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=start + 1, session_log=session))
+
+    def _add(self, step: int, scalars: dict[str, float], now: float) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(wall_time=now, step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        assert self._writer is not None
+        self._writer.write(event.SerializeToString())
         self._writer.flush()
 
     def _end(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-    def _add(self, step: int, scalars: dict[str, float], now: float) -> None:
-        board = _tensorboard()
-        for name, value in scalars.items():
-            summary = board.summary.scalar(name, value)
-            self._writer.write_event(board.proto.event_pb2.Event(wall_time=now, step=step, summary=summary))
-        self._writer.flush()
 
     def _say_failure(self) -> None:
         if self._report.failure and not self._noted:
@@ -263,21 +263,3 @@ def _earlier_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
         else:
             bad += 1
     return [entry for entry in entries if entry["step"] <= start], bad
-
-
-@functools.cache
-def _tensorboard() -> Any:
-    """Imports tensorboardX without PyTorch, which it would import if that is installed. That takes a second, and memory
-    that would count as this run's."""
-    torch = sys.modules.get("torch")
-    sys.modules["torch"] = None  # type: ignore[assignment]  (this makes an import of it fail)
-    try:
-        import tensorboardX
-        import tensorboardX.event_file_writer
-        import tensorboardX.proto.event_pb2
-        import tensorboardX.summary
-    finally:
-        del sys.modules["torch"]
-        if torch is not None:
-            sys.modules["torch"] = torch
-    return tensorboardX

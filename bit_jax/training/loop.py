@@ -32,7 +32,7 @@ BEFORE = "evaluation before training"  # an activity of the timeline
 
 
 class Batches(Protocol):
-    """What the loop asks of a loader: (number, batch) pairs whose rows lie on the mesh."""
+    """The loader's part that the loop needs: it yields (number, batch) pairs whose rows lie on the mesh."""
 
     def evaluation(self) -> Iterator[tuple[int, Any]]: ...
 
@@ -42,25 +42,25 @@ class Begun:
     """A step that the devices work on, or have finished.
 
     Attributes:
-        number: of the step, from 1.
-        batch: that it takes.
-        said: what it says, on the devices.
-        end: once it has finished: what it says, and when that was by `time.perf_counter`.
+        number: the step's number, starting at 1.
+        batch: the batch that it takes.
+        metrics: what the step returns beside the state, on the devices.
+        end: the metrics on the host once the step has finished, and the time of that by `time.perf_counter`.
     """
 
     number: int
     batch: dict[str, jax.Array]
-    said: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
     end: "Future[tuple[dict[str, np.ndarray], float]]"
 
 
-def _finished(said: dict[str, jax.Array]) -> tuple[dict[str, np.ndarray], float]:
-    values = jax.device_get(said)
-    return values, time.perf_counter()
+def _finished(metrics: dict[str, jax.Array]) -> tuple[dict[str, np.ndarray], float]:
+    on_host = jax.device_get(metrics)
+    return on_host, time.perf_counter()
 
 
 class _Asked(Exception):
-    """Some host was asked to end, by the signal of that number; all hosts see it after the same step."""
+    """A signal, of that number, asked a host to end; all hosts see it after the same step."""
 
     def __init__(self, number: int):
         self.number = number
@@ -71,10 +71,12 @@ class Loop:
     """The steps of a run, its evaluations and its checkpoints.
 
     Attributes:
-        run: what is trained.
-        program: its compiled steps.
+        run: the run that is trained.
+        program: the run's compiled steps.
         validation: batches of the split that is evaluated.
-        checkpoints, timeline, log: where the state, the time and the metrics go.
+        checkpoints, timeline, log: the places where the state, the time and the metrics go.
+        replaced: number of rows so far that showed another example because their own is damaged.
+        input_is_slow: whether the log said last that the devices wait for input.
     """
 
     run: "Run"
@@ -83,14 +85,14 @@ class Loop:
     checkpoints: Checkpoints
     timeline: Timeline
     log: Log
-    replaced: int = 0  # rows so far that showed another example because their own is damaged
+    replaced: int = 0
     input_is_slow: bool = False
 
     def train(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
         """Trains from step `start` to the end, and returns the last state and its accuracy.
 
         Raises:
-            Stopped: by a signal; the state of the last finished step is saved.
+            Stopped: a signal ended the run; the state of the last finished step is saved.
             RunFailed: a loss is not finite; the state before that step is saved, and the step's batch.
         """
         accuracy = self.evaluate(state, start, BEFORE) if self.evaluates_before(start) else None
@@ -103,13 +105,14 @@ class Loop:
     def train_from(
         self, state: TrainState, start: int, batches: Iterator, accuracy: Accuracy | None
     ) -> tuple[TrainState, Accuracy | None]:
-        """Takes all steps from `start`. The accuracy is that of the last state, None where it was not just measured."""
+        """Takes all steps from `start`, and returns the last state and its accuracy, or None where that was not just
+        measured."""
         flags, steps = self.run.config.run, self.run.recipe.schedule.steps
         recorder = profile.Recorder(
             self.run.workdir.profile,
             self.program.train_step,
             self.run.config.model.precision,
-            left=range(start + 1, steps + 1),
+            remaining=range(start + 1, steps + 1),
             wanted=flags.profile if hosts.is_first() else 0,
         )
         begun: deque[Begun] = deque()
@@ -120,14 +123,15 @@ class Loop:
                 if sentence := recorder.before(step, self.training):
                     self.log.note(sentence)
                 with self.timeline("steps"):
-                    given = self.with_signal(batch) | {"stopped": begun[-1].said["failed"] if begun else self.going_on}
-                    before = [state]
-                    state, said = self.program.train_step(state, given)
+                    stopped = begun[-1].metrics["failed"] if begun else self.going_on
+                    batch = self.with_signal(batch) | {"stopped": stopped}
+                    previous_state = [state]
+                    state, metrics = self.program.train_step(state, batch)
                     # the state before the step is let go while the devices work, and not by this thread, which has to
                     # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
                     # input's for Python's lock
-                    waiting.submit(before.clear)
-                    begun.append(Begun(step, given, said, waiting.submit(_finished, said)))
+                    waiting.submit(previous_state.clear)
+                    begun.append(Begun(step, batch, metrics, waiting.submit(_finished, metrics)))
                     shown = step == steps or self.evaluates_after(step) or step % flags.checkpoint_every == 0
                     self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
                 if sentence := recorder.after(step, self.training):
@@ -143,8 +147,8 @@ class Loop:
         return state, accuracy
 
     def arriving(self, batches: Iterator, begun: deque[Begun]) -> Iterator:
-        """The batches. While one is awaited and no step is under way, time counts as `input`: the devices have nothing
-        to do."""
+        """Yields the batches. The time in which one is awaited and no step is under way counts as `input`, because the
+        devices have nothing to do then."""
         while True:
             asked = time.perf_counter()
             with self.timeline("reading"):
@@ -157,28 +161,35 @@ class Loop:
             yield batch
 
     def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> None:
-        """Waits for the steps begun but the last `leave`, and says and checks what they say. `state` is that after the
-        last.
+        """Waits for the begun steps but the last `leave`, and logs and checks their metrics.
 
-        One is left under way while the next batch is fetched and its step begun, so that the devices need not wait for
-        that; none where the state after a step is looked at.
+        One step is left under way while the next batch is fetched and its step begun, so that the devices need not wait
+        for that; none is left where the state after a step is looked at.
+
+        Args:
+            begun: the steps, in order; those that have finished are removed.
+            state: the state after the last of them.
+            start: the step that the run started from.
+            leave: number of steps to leave under way.
         """
         signal = 0
         while len(begun) > (0 if signal else leave):
-            one = begun.popleft()
-            said, _ = one.end.result()
-            self.check(said, one, state)
-            self.replaced += int(said["replaced"])
-            self.log.advance(one.number)
-            if one.number % self.run.config.run.log_every == 0:
-                scale = {"loss_scale": float(said["scale"])} if "scale" in said else {}
-                self.log.write(one.number, loss=float(said["loss"]), **scale, **self.speed(one.number - start))
+            step = begun.popleft()
+            metrics, _ = step.end.result()
+            self.check(metrics, step, state)
+            self.replaced += int(metrics["replaced"])
+            self.log.advance(step.number)
+            if step.number % self.run.config.run.log_every == 0:
+                scale = {"loss_scale": float(metrics["scale"])} if "scale" in metrics else {}
+                self.log.write(step.number, loss=float(metrics["loss"]), **scale, **self.speed(step.number - start))
                 self.say_who_waits()
-            signal = signal or int(said["signal"])
+            signal = signal or int(metrics["signal"])
         if signal:
             self.end(signal, state)
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
+        """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`."""
+
         def check(sums: dict) -> None:
             if number := int(sums["signal"]):
                 raise _Asked(number)
@@ -194,12 +205,12 @@ class Loop:
         return accuracy
 
     def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The batch and the signal that this host was asked to end by, for all hosts to see after the same step."""
+        """Returns the batch with the signal that asked this host to end, for all hosts to see after the same step."""
         return batch | self._on_all_rows(signal_asked())
 
     @functools.cached_property
     def going_on(self) -> jax.Array:
-        """For the first step, that none before it failed."""
+        """False on all devices: no step before the first one has failed."""
         return jax.make_array_from_callback((), sharding.replicated(self.run.mesh), lambda _: np.asarray(False))
 
     @functools.cache  # noqa: B019 (a loop lives as long as its process)
@@ -208,6 +219,7 @@ class Loop:
         return sharding.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.run.mesh)
 
     def end(self, number: int, state: TrainState) -> None:
+        """Saves the state, and raises Stopped by the signal of that number."""
         step = int(state.step)
         if step and step != self.checkpoints.newest:
             self.checkpoints.save(state)
@@ -215,12 +227,12 @@ class Loop:
         sentence = f"ended by a signal after step {step}, which is saved; the same command continues"
         raise hosts.on_all_hosts(Stopped(number, sentence))
 
-    def check(self, said: dict[str, np.ndarray], begun: Begun, state: TrainState) -> None:
-        """Raises RunFailed where the step failed: then neither it nor one begun after it changed anything, and `state`
-        is that before it."""
-        if not said["failed"]:
+    def check(self, metrics: dict[str, np.ndarray], begun: Begun, state: TrainState) -> None:
+        """Raises RunFailed if the step failed. Then neither it nor a step begun after it changed anything, so `state`
+        is the state before it."""
+        if not metrics["failed"]:
             return
-        step, loss, cfg = begun.number, float(said["loss"]), self.run.config
+        step, loss, cfg = begun.number, float(metrics["loss"]), self.run.config
         if step > 1 and self.checkpoints.newest != step - 1:
             self.checkpoints.save(state)
         self.checkpoints.close()
@@ -236,6 +248,7 @@ class Loop:
         raise hosts.on_all_hosts(RunFailed(sentence))
 
     def evaluates_before(self, start: int) -> bool:
+        """Whether an evaluation is due before the step after `start`."""
         # a run that ended within an evaluation, or between reaching its target and saying so
         return (self.evaluates_after(start) and not self.log.evaluated(start)) or (
             start == 0 and self.run.config.run.eval_at_start
@@ -247,31 +260,33 @@ class Loop:
         if every is None or step == 0:
             return False
         if every == "epoch":
-            epochs, before = (s * self.run.global_batch // len(self.run.train) for s in (step, step - 1))
-            return epochs > before
+            epochs, epochs_before = (s * self.run.global_batch // len(self.run.train) for s in (step, step - 1))
+            return epochs > epochs_before
         return step % every == 0
 
     def reached(self, accuracy: Accuracy | None) -> TypeGuard[Accuracy]:
+        """Whether there is a target and the accuracy reaches it."""
         target = self.run.config.run.target_acc1
         return target is not None and accuracy is not None and accuracy.acc1 >= target
 
     def speed(self, steps_done: int) -> dict[str, float]:
-        """Since training began here: images/s over steps and input, and the share of that time that was input."""
+        """Returns images/s since training began here, over steps and input, and the share of input in that time."""
         return {
             "images_per_s": steps_done * self.run.global_batch / self.training,
             "input_wait": self.input_wait(),
         }
 
     def input_wait(self) -> float:
+        """Returns the share of the training time in which the devices waited for input."""
         return self.timeline["input"] / self.training
 
     @property
     def training(self) -> float:
-        """Seconds of steps and of reading for them."""
+        """Seconds that steps and reading for them took."""
         return self.timeline["steps"] + self.timeline["reading"]
 
     def say_who_waits(self) -> None:
-        """Once when the devices begin to wait for the input pipeline, and once when they no longer do."""
+        """Logs a sentence once the devices begin to wait for the input pipeline, and one once they no longer do."""
         slow = self.input_wait() > INPUT_KEEPS_UP and self.timeline["input"] > HARDLY_WAITED
         if slow and not self.input_is_slow:
             self.log.note(

@@ -24,14 +24,14 @@ from bit_jax.training.target import Target
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What runs on the devices.
+    """The compiled functions of a run.
 
     Attributes:
-        train_step: (state, batch) -> (state, what `steps.make_train_step` says); the given state is used up.
-        for_evaluation: parameters -> what `eval_step` wants in their place.
-        eval_step: (those, batch) -> sums.
+        train_step: (state, batch) -> (next state, the metrics of `steps.make_train_step`); it uses up its state.
+        for_evaluation: parameters -> the standardized parameters that `eval_step` takes.
+        eval_step: (standardized parameters, batch) -> sums.
         state_shape: shapes, dtypes, shardings and layouts of the state.
-        optimizer: makes the state of a fresh run.
+        optimizer: the optimizer of the training step.
     """
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
@@ -41,7 +41,7 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
 
     def initial_state(self, params: Params) -> steps.TrainState:
-        """Step 0 with these parameters, which lie as `state_shape` says."""
+        """Makes the state of step 0 with these parameters, which lie as `state_shape` says."""
         return initial_state(params, self.optimizer, self.state_shape)
 
 
@@ -144,8 +144,8 @@ def compile_program(made: Steps) -> Program:
 
 
 def keep_programs(directory: Path) -> None:
-    """Every program compiled from here on is kept in the directory, and the next process that would compile the same
-    program takes it from there. On several hosts JAX keeps what host 0 compiled and nothing of the others.
+    """Keeps every program that is compiled from here on in the directory, where the next process that would compile
+    the same program finds it. On several hosts JAX keeps what host 0 compiled and nothing of the others.
 
     A program that is compiled anew need not round as before: where two of its cost estimates are nearly equal, XLA may
     fuse other operations in another process (https://github.com/openxla/xla/issues/49047).
@@ -171,7 +171,7 @@ def abstract_state(
     *,
     scales_loss: bool = False,
 ) -> steps.TrainState:
-    """Shapes, dtypes and shardings of the training state."""
+    """Returns the shapes, dtypes and shardings of the training state."""
     flat = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in architecture.layout.items()}
     init = functools.partial(steps.init_state, optimizer=optimizer, scales_loss=scales_loss)
     shapes = jax.eval_shape(init, weights.unflatten(flat))
@@ -183,7 +183,7 @@ def abstract_state(
 
 
 def abstract_batch(global_batch: int, crop: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch on the mesh."""
+    """Returns the shapes, dtypes and shardings of a batch on the mesh."""
     split = sharding.batch_sharding(mesh)
     fields = {
         "image": ((global_batch, crop, crop, 3), jnp.uint8),

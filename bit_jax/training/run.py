@@ -17,7 +17,6 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.model import weights
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import choose, products
 from bit_jax.model.weights import Params
 from bit_jax.published import locate
@@ -40,16 +39,16 @@ from input_pipeline.files import write_json
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is trained, on what, where, and into which folder. Nothing of it is open, and nothing changes.
+    """The model, the data, the devices and the folder of a run. Nothing of it is open, and nothing changes.
 
     Attributes:
         config: the flags; what they leave open is settled in `recipe`.
         recipe: resolution, mixup and schedule.
-        views: how images are shown in training and in evaluation.
-        architecture: of the model, with a head for the dataset's classes.
+        views: resizing, cropping and flipping of the images.
+        architecture: the model's architecture, with a head for the dataset's classes.
         weight_file: the file to start from; None where the parameters are drawn by the seed.
         target: the devices, the precision, and how the model is executed there.
-        global_batch: rows of a batch, over all hosts.
+        global_batch: number of rows of a batch, over all hosts.
         train, validation: the two splits, with the same numbers for the same classes.
         workdir: the folder of the results.
         notes: sentences that the log begins with.
@@ -119,7 +118,7 @@ class Run:
         return self.target.mesh
 
     def loader(self, source: input_pipeline.Source) -> input_pipeline.Loader:
-        """Batches of this host, moved to its devices ahead of their use."""
+        """Returns a loader of this host's batches, which moves them to its devices ahead of their use."""
         data = self.config.data
         return input_pipeline.Loader(
             source,
@@ -134,7 +133,7 @@ class Run:
         )
 
     def steps(self) -> Steps:
-        """The training step and the evaluation step, not yet compiled."""
+        """Makes the training step and the evaluation step, without compiling them."""
         return make_steps(
             self.target,
             self.architecture,
@@ -145,10 +144,10 @@ class Run:
         )
 
     def initial_params(self, like: Params) -> Params:
-        """The parameters that training starts from, each device's part made there.
+        """Makes the parameters that training starts from; each device makes its own part.
 
         Args:
-            like: their shapes, dtypes, shardings and layouts.
+            like: the parameters' shapes, dtypes, shardings and layouts.
         """
         seed = self.config.run.seed
         if self.config.model.init == "random":
@@ -158,13 +157,15 @@ class Run:
         return weights.unflatten({key: sharding.place(array, shapes[key]) for key, array in self.arrays()})
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The arrays of the weight file, with a new head of zeros."""
+        """Yields (key, array) of the weight file, with a new head of zeros."""
         assert self.weight_file is not None
         return weights.read(self.weight_file, num_classes=self.architecture.num_classes)[1]
 
     def needs(self) -> list[resources.Need]:
         """Lists what the run will need of this machine."""
-        return needs(self.config, self.architecture, self.workdir, (self.train, self.validation))
+        files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
+        keep = self.config.run.keep_checkpoints
+        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files)
 
 
 def starts_from_nothing(model: ModelConfig) -> bool:
@@ -173,7 +174,8 @@ def starts_from_nothing(model: ModelConfig) -> bool:
 
 
 def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architecture, Path | None]:
-    """The architecture with a head for so many classes, and the weight file, whose names and shapes were checked."""
+    """Returns the architecture with a head for `num_classes` classes, and the weight file, or None if there is none.
+    The names and shapes in the file are checked."""
     if starts_from_nothing(model):
         return Architecture.parse(model.model, num_classes), None
     path = locate.weight_file(model.model)
@@ -182,7 +184,8 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
 
 
 def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
-    """The training split, and the evaluation split with its labels numbered as training's: by the classes' names."""
+    """Opens the training split and the evaluation split, whose labels get the numbers that training's classes of the
+    same names have."""
     data = cfg.data
     train, validation = (
         input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
@@ -190,15 +193,6 @@ def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Sou
     for source in (train, validation):
         input_pipeline.require_labels(source)
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
-
-
-def needs(
-    cfg: Config, architecture: Architecture, workdir: Workdir, sources: tuple[input_pipeline.Source, ...]
-) -> list[resources.Need]:
-    """Lists what a run will need of this machine."""
-    files = sum(input_pipeline.descriptors(source) for source in sources)
-    dtype = param_dtype(choose(cfg.model.precision).dtype)
-    return resources.needs(architecture, dtype, workdir, cfg.run.keep_checkpoints, files)
 
 
 def finetune(run: Run) -> dict[str, Any]:
@@ -209,7 +203,7 @@ def finetune(run: Run) -> dict[str, Any]:
         The content of result.json.
 
     Raises:
-        Stopped: by a signal; the last finished step is saved.
+        Stopped: a signal ended the run; the last finished step is saved.
         RunFailed: the loss is not finite.
         RequestError: a checkpoint or the work directory cannot be used, or the machine lacks something.
     """
@@ -270,7 +264,7 @@ def save_final(workdir: Workdir, params: Params) -> None:
 
 
 def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: int) -> dict[str, Any]:
-    """The content of result.json, of a run that was continued from step `start`."""
+    """Returns the content of result.json for a run that was started or continued from step `start`."""
     cfg, mesh, stop = run.config, run.mesh, int(state.step)
     described = {
         "model": cfg.model.model,
@@ -294,7 +288,8 @@ def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: 
         "resumed_from_step": start,
         "replaced_examples": loop.replaced,
     }
-    trained, before = (stop - start) * run.global_batch, loop.timeline[BEFORE]
+    trained = (stop - start) * run.global_batch
+    measured = figures.figures(loop.timeline, trained=trained, evaluation_before=loop.timeline[BEFORE])
     outcome: dict[str, Any] = {
         "final_acc1": accuracy.acc1,
         "final_acc5": accuracy.acc5,
@@ -304,4 +299,4 @@ def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: 
     }
     if state.loss_scale is not None:
         outcome["skipped_steps"] = int(state.loss_scale.skipped)
-    return described | figures.figures(loop.timeline, trained=trained, before=before) | outcome
+    return described | measured | outcome

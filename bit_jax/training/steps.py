@@ -22,48 +22,62 @@ LEAST_SCALE = 1.0  # of float16's loss: gradients that overflow without any scal
 
 
 class LossScale(flax.struct.PyTreeNode):
-    """What the loss is multiplied by before it is differentiated in float16, and gradients divided by afterwards.
+    """The factor that float16's loss is multiplied by before it is differentiated, and gradients divided by afterwards.
 
-    A step whose gradients are not finite changes no parameter and halves the scale; 2000 good steps in a row double
-    it. As PyTorch's GradScaler.
+    It follows PyTorch's GradScaler: a step whose gradients are not finite changes no parameter and halves the scale;
+    2000 good steps in a row double it.
+
+    Attributes:
+        scale: the factor, float32 [].
+        good_steps: number of good steps since the scale last changed, int32 [].
+        skipped: number of steps that changed no parameter, int32 [].
     """
 
-    scale: Any  # float32 []
-    good_steps: Any  # int32 []: since the scale last changed
-    skipped: Any  # int32 []: steps that changed no parameter
+    scale: Any
+    good_steps: Any
+    skipped: Any
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed."""
+    """All that training carries from step to step; order, augmentation and mixup follow from `step` and the seed.
 
-    step: Any  # int32 [], an array or its shape: how many steps were taken
+    Attributes:
+        step: number of steps that were taken, int32 [].
+        params: the parameters.
+        opt_state: the optimizer's state.
+        loss_scale: a `LossScale` in float16, otherwise None.
+    """
+
+    step: Any
     params: Any
     opt_state: Any
-    loss_scale: Any = None  # a LossScale in float16
+    loss_scale: Any = None
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, *, scales_loss: bool = False) -> TrainState:
+    """Makes the state before the first step."""
     zero = jnp.zeros((), jnp.int32)
     loss_scale = LossScale(jnp.float32(FIRST_SCALE), zero, zero) if scales_loss else None
     return TrainState(zero, params, optimizer.init(params), loss_scale)
 
 
 def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) -> Float[Array, "batch height width 3"]:
-    """0..255 -> [-1, 1]."""
+    """Returns the images with 0 to 255 mapped to -1 to 1."""
     return (images.astype(dtype) - 127.5) / 127.5
 
 
 def mixup_weight(seed: int, step: Int[Array, ""], alpha: float) -> Float[Array, ""]:
-    """The step's share of each image itself, from Beta(alpha, alpha); one for the whole batch, as BiT's PyTorch code.
+    """Draws the weight of each image itself in the step's mixtures from Beta(alpha, alpha): one for the whole batch, as
+    in BiT's PyTorch code.
 
-    Drawn in float32 whatever the precision, so that all precisions mix alike.
+    It is drawn in float32 whatever the precision, so that all precisions mix alike.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), step)
     return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
 
 
 def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Float[Array, "batch ..."]:
-    """Each row mixed with its neighbour: 0 with 1, 2 with 3 and so on.
+    """Returns each row mixed with its neighbour: 0 with 1, 2 with 3 and so on.
 
     The loader's order is random, so a neighbour is as random a partner as any, and it lies on the same device however
     an even number of rows a device is spread.
@@ -76,8 +90,8 @@ def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Floa
 def prepare(
     batch: dict, num_classes: int, dtype: jnp.dtype, weight: Float[Array, ""] | None
 ) -> tuple[Float[Array, "batch height width 3"], Float[Array, "batch classes"]]:
-    """uint8 images and labels -> what the model is given and the distribution it should give, mixed unless `weight`
-    (see `mix_pairs`) is None."""
+    """Returns the model's input and target distributions for a batch of uint8 images and labels; both are mixed (see
+    `mix_pairs`) unless `weight` is None."""
     images = normalize(batch["image"], dtype)
     targets = one_hot(batch["label"], num_classes, dtype)
     if weight is None:
@@ -86,8 +100,8 @@ def prepare(
 
 
 def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> Float[Array, "batch classes"]:
-    """1 at the label, 0 elsewhere; NaN everywhere for a label that is no class, which `jax.nn.one_hot` would turn into
-    zeros and a loss of 0."""
+    """Returns 1 at the label and 0 elsewhere. A label that is no class gives NaN everywhere, because zeros, which
+    `jax.nn.one_hot` gives, would mean a loss of 0."""
     known = (label >= 0) & (label < num_classes)
     return jnp.where(known[:, None], jax.nn.one_hot(label, num_classes, dtype=dtype), jnp.nan)
 
@@ -95,7 +109,7 @@ def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> 
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
 ) -> Float[Array, " batch"]:
-    """Cross-entropy of each row, in nats."""
+    """Returns the cross-entropy of each row, in nats."""
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 
 
@@ -115,8 +129,13 @@ def loss_and_gradients(
     microbatches: int = 1,
     scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Any]:
-    """The batch's mean cross-entropy and its gradient; with `microbatches`, a divisor of the batch, that many passes
-    one after the other, each over an equal share of every device's rows. Differentiated times `scale`, if given."""
+    """Returns the batch's mean cross-entropy and its gradient.
+
+    Args:
+        microbatches: number of passes one after the other, each over an equal share of every device's rows; a divisor
+            of the batch.
+        scale: factor of the loss while it is differentiated; loss and gradient are divided by it afterwards.
+    """
 
     def loss_of(params, images, targets):
         loss = cross_entropy(apply_model(model, params, images), targets).mean()
@@ -151,7 +170,7 @@ def update(
     optimizer: optax.GradientTransformationExtraArgs,
     finite: Bool[Array, ""] | bool = True,
 ) -> TrainState:
-    """The next state; where not `finite`, the step is counted, and parameters and momentum are as before."""
+    """Returns the next state. If `finite` is False, only its step changes, and not its parameters and momentum."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
     params = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
@@ -164,8 +183,8 @@ def update_if_finite(
     optimizer: optax.GradientTransformationExtraArgs,
     stopped: Bool[Array, ""] | bool = False,
 ) -> TrainState:
-    """`update`, but a loss that is not finite changes nothing, so that it can be looked at; with a `LossScale`, by its
-    rules. Nothing is changed where `stopped`."""
+    """Returns the next state, or the same one if `stopped` is True or the loss is not finite, so that it can be looked
+    at. If the state has a `LossScale`, its rules decide instead of the loss."""
     if state.loss_scale is not None:
         return _update_by_scale(state, state.loss_scale, gradients, optimizer, stopped)
     finite = jnp.isfinite(loss) & ~jnp.asarray(stopped)
@@ -241,8 +260,8 @@ def make_train_step(
     The metrics are those of `make_update_step`; "replaced", the number of rows that show another example than the one
     in order, because that one is damaged; and "signal", the largest of the batch's, if it has any.
 
-    A batch may say "stopped", that the step before failed: then this one changes nothing, and has failed too. So a step
-    can be begun before anybody has looked at the one before it.
+    A batch may have "stopped", a [] bool: whether the step before failed. Then this step changes nothing and fails too,
+    so that a step can be begun before anybody has looked at the metrics of the one before it.
     """
     dtype = param_dtype(model.dtype)
     update_step = make_update_step(model, optimizer, microbatches=microbatches)
@@ -258,7 +277,7 @@ def make_train_step(
 
 
 def standardized(params: Any) -> Any:
-    """The parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
+    """Returns the parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
 
     def of_leaf(path: tuple, leaf: Array) -> Array:
         return standardize(leaf) if STANDARDIZED in jax.tree_util.keystr(path, simple=True, separator="/") else leaf
@@ -267,8 +286,8 @@ def standardized(params: Any) -> Any:
 
 
 def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
-    """(parameters after `standardized`, batch) -> sums over the rows whose mask is True: loss, correct1, correct5,
-    seen; and "signal"."""
+    """Makes an evaluation step: (parameters after `standardized`, batch) -> `evaluation_sums`, and the largest "signal"
+    of the batch, if it has any."""
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:
@@ -282,7 +301,7 @@ def _signal(batch: dict) -> dict:
 
 
 def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
-    """Over the rows whose mask is True: loss, correct1, correct5, seen."""
+    """Returns sums over the rows whose mask is True: loss, correct1, correct5 and seen, their number."""
     targets = one_hot(batch["label"], logits.shape[1], logits.dtype)
     losses = cross_entropy(logits, targets)
     rank = label_rank(logits, batch["label"])
@@ -294,7 +313,7 @@ def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
 
 
 def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:
-    """How many classes are placed before the label: 0 where it is the prediction.
+    """Returns the number of classes that are placed ahead of the label: 0 where it is the prediction.
 
     Ties go to the lower class, as `argmax` does, so that equal logits (a head of zeros) are not counted as correct;
     a logit that is not finite and a label that is no class put the label last.
@@ -302,6 +321,6 @@ def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"
     known = (label >= 0) & (label < logits.shape[1])
     own = jnp.take_along_axis(logits, label[:, None], axis=1)
     classes = jnp.arange(logits.shape[1], dtype=label.dtype)
-    before: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
+    ahead: Bool[Array, "batch classes"] = (logits > own) | ((logits == own) & (classes < label[:, None]))
     finite = jnp.isfinite(logits).all(axis=1)
-    return jnp.where(finite & known, before.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)
+    return jnp.where(finite & known, ahead.sum(axis=1, dtype=jnp.int32), jnp.iinfo(jnp.int32).max)

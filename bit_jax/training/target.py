@@ -22,13 +22,13 @@ TOGETHER = 32 * 2**20  # bytes, over all devices, that one collective moves: eno
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The devices and the manner that a program is compiled for.
+    """The devices that a program is compiled for, and how it is executed there.
 
     Attributes:
         mesh: the devices; batches are split over all of them, parameters over its `fsdp` axis.
-        precision: the numbers that are computed with.
-        remat: what the backward pass computes again instead of keeping it, see `ResNetV2`.
-        microbatches: passes that a training step's batch is taken in, one after the other.
+        precision: the precision of the computation.
+        remat: the activations that the backward pass computes again instead of keeping them, see `ResNetV2`.
+        microbatches: number of parts of a training step's batch that are computed one after the other.
         tuned: whether model and compiler options are those that run best on these devices, or the defaults of the
             model and of XLA, which a comparison can ask for.
         deterministic: whether algorithms that add in a different order each time are excluded.
@@ -42,7 +42,7 @@ class Target:
     deterministic: bool = False
 
     def model(self, architecture: Architecture) -> ResNetV2:
-        """The architecture's model as it is executed here. It computes the same whatever the target.
+        """Returns the architecture's model as it is executed here. It computes the same whatever the target.
 
         Where it is tuned, 1x1 convolutions and those of few places are matrix products on CPUs: a third of a training
         step of R50x1. On GPUs cuDNN's convolutions need no change of layout between them, which products do: 272
@@ -68,7 +68,7 @@ class Target:
 
     @property
     def compiler_options(self) -> dict[str, str | bool]:
-        """XLA's options, beside its defaults.
+        """XLA's options that differ from its defaults.
 
         On GPUs values that the program rounds to bfloat16 stay rounded. By default XLA keeps float32 beside them where
         it computed that anyway, and writes both to memory: 8 % more traffic in a bfloat16 step of R152x2.

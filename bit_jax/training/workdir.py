@@ -141,8 +141,9 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if isinstance(value, Recipe) else str(value)
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = list(wanted) + [key for key in found if key not in wanted]
-        return [line for key in keys for line in _differences(found.get(key), wanted.get(key), f"{name}{key}: ")]
-    return [] if found == wanted else [f"{name}{found} there, {wanted} here"]
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Returns a clause for every value in which the directory's config.json and this run's content differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = list(here) + [key for key in there if key not in here]
+        return [line for key in keys for line in _differences(there.get(key), here.get(key), f"{name}{key}: ")]
+    return [] if there == here else [f"{name}{there} there, {here} here"]

@@ -174,11 +174,15 @@ def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitud
 
 
 def random_weights(path: Path, architecture: str, num_classes: int, seed: int = 0) -> None:
-    """Writes an official `.npz` with random values for R<depth>x<width>; no array is all zeros or ones."""
+    """Writes an official `.npz` with `random_arrays` for R<depth>x<width>."""
+    np.savez(path, **random_arrays(Architecture.parse(architecture, num_classes), seed))
 
+
+def random_arrays(architecture: Architecture, seed: int = 0) -> dict[str, Any]:
+    """Draws {official key: float32 array} for an architecture; no array is all zeros or ones."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for key, shape in Architecture.parse(architecture, num_classes).layout.items():
+    for key, shape in architecture.layout.items():
         if key.endswith("kernel"):
             values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1])) + 0.01 * rng.standard_normal(
                 shape[-1]
@@ -186,4 +190,4 @@ def random_weights(path: Path, architecture: str, num_classes: int, seed: int = 
         else:
             values = 0.1 * rng.standard_normal(shape) + key.endswith("gamma")
         flat[key] = values.astype(np.float32)
-    np.savez(path, **flat)
+    return flat

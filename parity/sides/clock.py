@@ -110,14 +110,14 @@ def matrices(platform: str) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((2, side, side), np.float32)
 
 
-def convolution_arrays(one: Convolution, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def convolution_arrays(layer: Convolution, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns normally distributed float32 arrays: inputs [sets, rows, height, width, cin], a kernel [size, size, cin,
     cout], and gradients of outputs [sets, rows, height out, width out, cout]."""
     rng = np.random.default_rng(0)
     shapes = (
-        (sets, rows, *one.given, one.cin),
-        (one.size, one.size, one.cin, one.cout),
-        (sets, rows, *one.out, one.cout),
+        (sets, rows, *layer.input_size, layer.cin),
+        (layer.size, layer.size, layer.cin, layer.cout),
+        (sets, rows, *layer.output_size, layer.cout),
     )
     inputs, kernel, gradients = (rng.standard_normal(shape, np.float32) for shape in shapes)
     return inputs, kernel, gradients

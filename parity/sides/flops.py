@@ -1,6 +1,7 @@
 """Counts BiT's floating-point operations, two for each accumulated product, and the values between its layers, from
 the architecture alone."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,20 +15,20 @@ class Convolution(NamedTuple):
         size: side of the kernel.
         cin, cout: numbers of input and output channels.
         stride: stride, 1 or 2.
-        given, out: (height, width) of its input and output.
+        input_size, output_size: (height, width) of its input and output.
     """
 
     size: int
     cin: int
     cout: int
     stride: int
-    given: tuple[int, int]
-    out: tuple[int, int]
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
 
     @property
     def flops(self) -> float:
-        """Operations of the forward pass for one image; the gradients by input and by kernel take as many each."""
-        return 2.0 * self.size**2 * self.cin * self.cout * self.out[0] * self.out[1]
+        """Number of operations of the forward pass for one image, as many as each of the two gradients takes."""
+        return 2.0 * self.size**2 * self.cin * self.cout * math.prod(self.output_size)
 
 
 def forward(architecture: Architecture, height: int, width: int) -> float:
@@ -46,7 +47,7 @@ def training_step(architecture: Architecture, height: int, width: int) -> float:
 
 def convolved(architecture: Architecture, height: int, width: int) -> int:
     """Counts the output values of all convolutions for one image."""
-    return sum(layer.cout * layer.out[0] * layer.out[1] for layer in convolutions(architecture, height, width))
+    return sum(layer.cout * math.prod(layer.output_size) for layer in convolutions(architecture, height, width))
 
 
 def parameters(architecture: Architecture) -> int:
@@ -57,22 +58,22 @@ def parameters(architecture: Architecture) -> int:
 
 def convolutions(architecture: Architecture, height: int, width: int) -> Iterator[Convolution]:
     """Yields all convolutions, without the head: the root first, then each unit's in the order of computation."""
-    given = height, width
-    out = _halved(given)
+    size = height, width
+    out = _halved(size)
     cin = round(64 * architecture.width)
-    yield Convolution(7, 3, cin, 2, given, out)
-    given, root = _halved(out), cin  # after the max-pool
+    yield Convolution(7, 3, cin, 2, size, out)
+    size, root = _halved(out), cin  # after the max-pool
     for stage, units in enumerate(architecture.units):
         mid = root * 2**stage
         for unit in range(units):
             stride = 2 if stage > 0 and unit == 0 else 1
-            out = _halved(given) if stride == 2 else given
+            out = _halved(size) if stride == 2 else size
             if unit == 0:
-                yield Convolution(1, cin, 4 * mid, stride, given, out)
-            yield Convolution(1, cin, mid, 1, given, given)
-            yield Convolution(3, mid, mid, stride, given, out)
+                yield Convolution(1, cin, 4 * mid, stride, size, out)
+            yield Convolution(1, cin, mid, 1, size, size)
+            yield Convolution(3, mid, mid, stride, size, out)
             yield Convolution(1, mid, 4 * mid, 1, out, out)
-            cin, given = 4 * mid, out
+            cin, size = 4 * mid, out
 
 
 def _halved(size: tuple[int, int]) -> tuple[int, int]:

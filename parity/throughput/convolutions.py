@@ -111,7 +111,7 @@ def measure(options: Convolutions, console: Console) -> dict[str, Any]:
 
 def title(convolution: flops.Convolution) -> str:
     """Returns a convolution in words, such as "3x3, 64 to 64 channels, 56x56"."""
-    size, (height, width) = convolution.size, convolution.given
+    size, (height, width) = convolution.size, convolution.input_size
     stride = f", stride {convolution.stride}" if convolution.stride > 1 else ""
     return f"{size}x{size}, {convolution.cin} to {convolution.cout} channels, {height}x{width}{stride}"
 

@@ -1,4 +1,4 @@
-"""Draws JPEGs that are to a decoder what photographs are: the images that `python -m input_pipeline bench` reads.
+"""Draws JPEGs that are to a decoder what photographs are: the images that `python -m parity input` reads.
 
 `python benchmarks/photographs.py FOLDER` writes FOLDER/train/CLASS/*.jpg: 2,000 of 500x375 (a fifth upright), about
 114 kB each, as ImageNet's are on average.

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from input_pipeline import prepare as preparing
-from input_pipeline.bench import bench
+from input_pipeline.bench import ARMS, Bench
 from input_pipeline.check import Checked, check
 from input_pipeline.examples import descriptors
 from input_pipeline.exits import exit_code
@@ -23,7 +23,7 @@ from input_pipeline.terminal import console, printable
 
 def main() -> int:
     raise_descriptor_limit()
-    commands = {"prepare": _prepare, "convert": _convert, "check": _check, "bench": bench}
+    commands = {"prepare": _prepare, "convert": _convert, "check": _check, "bench": _bench}
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m input_pipeline", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
@@ -90,6 +90,14 @@ def _check(
             results.append(check(source, lambda done, task=task: progress.update(task, completed=done)))
     _show(results)
     return all(result.holds for result in results)
+
+
+def _bench(bench: Annotated[Bench, tyro.conf.OmitArgPrefixes]) -> None:
+    """Measures training input in images/s, side by side with tf.data where it is installed.
+
+    `python -m parity input` compares with PyTorch's DataLoader as well.
+    """
+    bench.run(ARMS, "python -m input_pipeline bench")
 
 
 def _show(results: list[Checked]) -> None:

@@ -1,4 +1,4 @@
-"""Measures training input in images/s: this package's loader beside tf.data and PyTorch's DataLoader.
+"""Measures training input in images/s: this package's loader beside tf.data. `python -m parity input` adds PyTorch's.
 
 Each pipeline runs in its own process, `python -m input_pipeline.bench ARM FOLDER BATCH`, and takes turns with the
 others. A process is stopped while it waits for its turn, so that it does not fill its buffers during another's turn.
@@ -56,52 +56,61 @@ ARMS = {
     "pillow": Arm("this loader, --resize pillow", ""),
     "tf": Arm("this loader, --resize tf", ""),
     "tf.data": Arm("tf.data as BiT's TensorFlow code, float32", "tensorflow", "input_pipeline.tf_data"),
-    "torch": Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.in_torch.loader"),
 }
 
 
-def bench(
-    folder: tyro.conf.Positional[UserPath],
-    batch: int = 32,
-    batches: int = 40,
-    rounds: int = 5,
-    json: UserPath | None = None,
-) -> None:
-    """Measures training input in images/s, side by side with tf.data and PyTorch's DataLoader where installed.
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The images that every pipeline reads, and how often."""
 
-    Args:
-        folder: Folder of images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one.
-        batch: Number of images in a batch.
-        batches: Number of batches in a measurement.
-        rounds: Number of measurements of each pipeline; the pipelines take turns.
-        json: File to write the figures to, besides showing them.
-    """
-    source = open_source(f"folder:{folder}", "train")
-    if min(batch, batches, rounds) < 1:
-        raise DatasetError(f"--batch {batch}, --batches {batches} and --rounds {rounds} must be at least 1")
-    if len(source) < batch:
-        raise DatasetError(f"{folder} has {len(source)} training images, fewer than --batch {batch}; draw more")
-    errors = console(stderr=True)
-    arms = {name: arm for name, arm in ARMS.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
-    for name in ARMS.keys() - arms.keys():
-        errors.print(f"{ARMS[name].what} is left out: {ARMS[name].needs} is not installed")
-    processes: dict[str, Process] = {}
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    try:
-        for name, arm in arms.items():
-            errors.print(f"starting {arm.what}")
-            processes[name] = Process(name, arm, folder, batch)
-        for number in range(1, rounds + 1):
-            for name, process in processes.items():
-                rates[name].append(batch * batches / process.run(batches))
-            errors.print(f"round {number} of {rounds}: " + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items()))
-    finally:
-        for process in processes.values():
-            process.close()
-    memory = {name: process.memory for name, process in processes.items()}
-    _show(arms, rates, memory, f"{len(source):,} images, batch {batch}, {RESIZE_TO} to {CROP}, {_machine()}")
-    if json is not None:
-        _save(json, folder, rates, memory, batch, batches)
+    folder: tyro.conf.Positional[UserPath]
+    """Folder of images, FOLDER/train/CLASS/IMAGE; python benchmarks/photographs.py FOLDER draws one."""
+    batch: int = 32
+    """Number of images in a batch."""
+    batches: int = 40
+    """Number of batches in a measurement."""
+    rounds: int = 5
+    """Number of measurements of each pipeline; the pipelines take turns."""
+    json: UserPath | None = None
+    """File to write the figures to, besides showing them."""
+
+    def run(self, arms: dict[str, Arm], command: str) -> None:
+        """Measures the arms whose packages are installed, and shows the figures; `command` is kept beside them.
+
+        Raises:
+            DatasetError: there are too few images, a number is below 1, or a pipeline dies.
+        """
+        source = open_source(f"folder:{self.folder}", "train")
+        if min(self.batch, self.batches, self.rounds) < 1:
+            numbers = f"--batch {self.batch}, --batches {self.batches} and --rounds {self.rounds}"
+            raise DatasetError(f"{numbers} must be at least 1")
+        if len(source) < self.batch:
+            few = f"{self.folder} has {len(source)} training images, fewer than --batch {self.batch}"
+            raise DatasetError(f"{few}; draw more")
+        errors = console(stderr=True)
+        installed = {name: arm for name, arm in arms.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
+        for name in arms.keys() - installed.keys():
+            errors.print(f"{arms[name].what} is left out: {arms[name].needs} is not installed")
+        processes: dict[str, Process] = {}
+        rates: dict[str, list[float]] = {name: [] for name in installed}
+        try:
+            for name, arm in installed.items():
+                errors.print(f"starting {arm.what}")
+                processes[name] = Process(name, arm, self.folder, self.batch)
+            for number in range(1, self.rounds + 1):
+                for name, process in processes.items():
+                    rates[name].append(self.batch * self.batches / process.run(self.batches))
+                shown = ", ".join(f"{name} {measured[-1]:,.0f}" for name, measured in rates.items())
+                errors.print(f"round {number} of {self.rounds}: {shown}")
+        finally:
+            for process in processes.values():
+                process.close()
+        memory = {name: process.memory for name, process in processes.items()}
+        title = f"{len(source):,} images, batch {self.batch}, {RESIZE_TO} to {CROP}, {_machine()}"
+        _show(installed, rates, memory, title)
+        if self.json is not None:
+            flags = f"{self.folder.name} --batch {self.batch} --batches {self.batches} --rounds {self.rounds}"
+            _save(self.json, f"{command} {flags}", rates, memory)
 
 
 class Process:
@@ -207,14 +216,11 @@ def _show(arms: dict[str, Arm], rates: dict[str, list[float]], memory: dict[str,
     output.print("times: how many times the pipeline's images/s the first line has, in the same round")
 
 
-def _save(
-    path: Path, folder: Path, rates: dict[str, list[float]], memory: dict[str, int], batch: int, batches: int
-) -> None:
+def _save(path: Path, command: str, rates: dict[str, list[float]], memory: dict[str, int]) -> None:
     packages = ("grain", "numba", "simplejpeg", "pillow", "numpy", "tensorflow-cpu", "torch")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     content = {
-        "command": f"python -m input_pipeline bench {folder.name} --batch {batch} --batches {batches} "
-        f"--rounds {len(rates['pillow'])}",
+        "command": command,
         "machine": _machine(),
         "images_per_s": rates,
         "peak_bytes": memory,

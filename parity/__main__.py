@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 from rich.text import Text
 
+from input_pipeline.bench import ARMS, Arm, Bench
 from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
@@ -31,6 +32,7 @@ from parity.throughput.request import Throughput
 
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
+PYTORCH_INPUT = Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.in_torch.loader")
 Measurement = Annotated[Throughput, tyro.conf.OmitArgPrefixes]
 
 
@@ -43,6 +45,7 @@ def main() -> int:
         "selftest": run_selftest,
         "throughput": run_throughput,
         "convolutions": run_convolutions,
+        "input": run_input,
         "show": show,
         "diff": diff,
     }
@@ -130,6 +133,12 @@ def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf
     is not in these times.
     """
     return convolutions.run(measurement)
+
+
+def run_input(bench: Annotated[Bench, tyro.conf.OmitArgPrefixes]) -> bool:
+    """Measures training input in images/s: train.py's loader, PyTorch's DataLoader, and tf.data where installed."""
+    bench.run(ARMS | {"torch": PYTORCH_INPUT}, "python -m parity input")
+    return True
 
 
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:

@@ -28,7 +28,7 @@ COMMANDS = {
     **{f"input_pipeline {name}": input_pipeline_main.main for name in ("prepare", "convert", "check", "bench")},
     **{
         f"parity {name}": parity_main.main
-        for name in ("all", *rungs.RUNGS, "selftest", "throughput", "convolutions", "show", "diff")
+        for name in ("all", *rungs.RUNGS, "selftest", "throughput", "convolutions", "input", "show", "diff")
     },
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from input_pipeline.bench import ARMS
+from parity.__main__ import PYTORCH_INPUT
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,11 +30,12 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_every_pipeline_is_measured_in_turn(folder, tmp_path):
     flags = ["--batch", 4, "--batches", 2, "--rounds", 2, "--json", tmp_path / "bench.json"]
-    done = run("-m", "input_pipeline", "bench", folder, *flags)
+    done = run("-m", "parity", "input", folder, *flags)
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "bench.json").read_text())
-    assert list(saved["images_per_s"]) == list(ARMS)
-    for name, arm in ARMS.items():
+    arms = ARMS | {"torch": PYTORCH_INPUT}
+    assert list(saved["images_per_s"]) == list(arms)
+    for name, arm in arms.items():
         assert len(saved["images_per_s"][name]) == 2
         assert min(saved["images_per_s"][name]) > 1
         assert arm.what in done.stdout

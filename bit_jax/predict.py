@@ -1,6 +1,7 @@
 """Top-5 predictions for image files: `python -m bit_jax.predict --weights final.npz IMAGE...`."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jaxtyping import Array, Float
 
 from bit_jax.model import weights
 from bit_jax.model.class_names import imagenet1k, in_words
 from bit_jax.model.fine_tuned import described
+from bit_jax.model.resnetv2 import ResNetV2
+from bit_jax.model.weights import Params
 from bit_jax.published import locate
 from bit_jax.training import hyperrule, steps
 from input_pipeline import DatasetError, Views, read_image_file
@@ -72,7 +76,6 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
     model, params = weights.load(weight_file)
     names = class_names(known.class_names, model.num_classes)
     size = size or known.crop
-    apply = jax.jit(lambda params, image: jax.nn.softmax(model.apply({"params": params}, image)[0]))
     for path in images:
         encoded = read_image_file(path)
         try:
@@ -81,9 +84,16 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
         image = steps.normalize(jnp.asarray(pixels[None]), jnp.dtype(jnp.float32))
-        probabilities = np.asarray(apply(params, image))
+        probabilities = np.asarray(_probabilities(model, params, image))
         likeliest = np.argsort(-probabilities, kind="stable")[:TOP]
         yield path, [Prediction(names[label], int(label), float(probabilities[label])) for label in likeliest]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _probabilities(
+    model: ResNetV2, params: Params, image: Float[Array, "1 height width 3"]
+) -> Float[Array, " num_classes"]:
+    return jax.nn.softmax(model.apply({"params": params}, image)[0])
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:

@@ -21,6 +21,7 @@ from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
+from input_pipeline.image_file import read_image_file
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity.faults import FAULTS
@@ -86,6 +87,8 @@ class Ladder:
                     f"--rows {options.rows} is not divisible by {side}'s devices x microbatches, "
                     f"{side.devices * side.microbatches}"
                 )
+        for path in options.images:
+            read_image_file(path)  # one that cannot be read is refused before anything is started
         self.weight_file = self._weight_file()
         self.architecture, _ = weights.read(self.weight_file)
         self.fault: str | None = options.fault

@@ -100,6 +100,7 @@ def steps(scale: Scale) -> list[Step]:
         loop(scale, first, "bf16"),
         *(ladder("embedded", "all", precision) for precision in PRECISIONS),
         Step("tests", "-m pytest tests/test_gpu.py", 150, {}, alone=False),
+        determinism(scale, "bf16"),
         *(step for model in others for step in training_beside_pytorch(scale, model, "bf16")),
         *(step for model in scale.models for step in training_beside_pytorch(scale, model, "tf32")),
         *(ladder(f"random:{name}", "all --until gradients", precision, judged) for precision in PRECISIONS),
@@ -130,6 +131,14 @@ def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
     command = f"-m parity {rung} --weights {weights} --precision {precision} --candidate jax:tuned {more}"
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // TOGETHER, 1))}
     return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False, environment=threads)
+
+
+def determinism(scale: Scale, precision: str) -> Step:
+    """The same bits from several processes, as `train.py --deterministic` promises."""
+    name, size, rows = scale.judged
+    work = f"--weights random:{name} --size {size} --rows {rows} --precision {precision} --steps 3"
+    command = f"-m parity determinism --side jax:tuned,deterministic {work} --json {{json}}"
+    return Step(f"determinism-{name}-{precision}", command, 240, alone=False)
 
 
 def training(scale: Scale, model: str, precision: str) -> Step:

@@ -29,11 +29,11 @@ from input_pipeline.preprocess import decode
 
 WORKDIR = Path("runs/demo")  # emptied first
 MARK = WORKDIR / ".demo"  # says that the folder is the demo's own
-FULL = "--steps 120 --decay-steps 75 100".split()
-FEW_SHOT = "--global-batch 32 --warmup-steps 10 --decay-steps 30 40 --steps 50".split()
-PARITY = "--precision fp64 --size 48 --rows 4 --batches 1 --steps 5".split()
+FULL = "--steps 100 --decay-steps 65 85".split()
+FEW_SHOT = "--global-batch 32 --warmup-steps 10 --decay-steps 24 32 --steps 40".split()
+PARITY = "--precision fp64 --size 32 --rows 4 --batches 1 --steps 3".split()
 INITS = {"checkpoint": "Fashion-MNIST weights", "random": "scratch"}
-FULL_SHARE, PARITY_SHARE = 0.45, 0.55  # of the time of what runs beside the few-shot runs, as seen on two cores
+FULL_SHARE, PARITY_SHARE = 0.5, 0.5  # of the time of what runs beside the few-shot runs, as seen on two cores
 
 
 class Progress:

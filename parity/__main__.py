@@ -19,7 +19,7 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
-from parity.ladder import rungs
+from parity.ladder import determinism, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
@@ -46,6 +46,7 @@ def main() -> int:
         "throughput": run_throughput,
         "convolutions": run_convolutions,
         "input": run_input,
+        "determinism": run_determinism,
         "show": show,
         "diff": diff,
     }
@@ -139,6 +140,15 @@ def run_input(bench: Annotated[Bench, tyro.conf.OmitArgPrefixes]) -> bool:
     """Measures training input in images/s: train.py's loader, PyTorch's DataLoader, and tf.data where installed."""
     bench.run(ARMS | {"torch": PYTORCH_INPUT}, "python -m parity input")
     return True
+
+
+def run_determinism(request: determinism.Flags) -> bool:
+    """Repeats the same work in several processes, and requires the same bits from each.
+
+    The work is a forward pass, the gradients of a batch, and a few training steps. What differs is named: the first
+    unit on the way forward, the first gradient on the way back. Exit code 0: nothing differs; 1: something does.
+    """
+    return determinism.run(request, console())
 
 
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:

@@ -1,5 +1,6 @@
 """BiTs by other hands, for `--torch-model`: other names, another order, other faults."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,3 +133,16 @@ def load_without_logits(path):
 
 def load_with_probabilities_first(path):
     return _answering(path, lambda logits: logits[:, :3])
+
+
+def load_that_never_repeats(path):
+    """The third block's output is disturbed in its last bits, in another way each time."""
+    model = load(path)
+
+    def disturb(module, inputs, output):
+        seed = int.from_bytes(os.urandom(7))
+        noise = torch.rand(output.shape, generator=torch.Generator().manual_seed(seed))
+        return output * (1 + 1e-7 * noise.to(output))
+
+    model.middle[2].register_forward_hook(disturb)
+    return model

@@ -26,9 +26,20 @@ COMMANDS = {
     "bit_jax.launch": launch.main,
     "bit_jax.profile": lambda: tyro.cli(profile.main),
     **{f"input_pipeline {name}": input_pipeline_main.main for name in ("prepare", "convert", "check", "bench")},
+    **{f"parity {name}": parity_main.main for name in ("show", "diff")},
     **{
         f"parity {name}": parity_main.main
-        for name in ("all", *rungs.RUNGS, "selftest", "throughput", "convolutions", "input", "show", "diff")
+        for name in (
+            "all",
+            *rungs.RUNGS,
+            "selftest",
+            "throughput",
+            "convolutions",
+            "input",
+            "determinism",
+            "show",
+            "diff",
+        )
     },
 }
 

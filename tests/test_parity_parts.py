@@ -194,6 +194,7 @@ def test_sides_are_written_as_they_are_read():
     assert parse_side("jax:remat=norm,tuned") == Side("jax", remat="norm", tuned=True)
     assert parse_side("torch:compile,hugepages") == Side("torch", compile=True, hugepages=True)
     assert parse_side("torch:channels_last,compile") == Side("torch", compile=True, channels_last=True)
+    assert parse_side("jax:tuned,deterministic") == Side("jax", tuned=True, deterministic=True)
     for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit"):
         assert str(parse_side(text)) == text
     assert parse_side("torch", model="a:b").model == "a:b"

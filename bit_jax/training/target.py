@@ -86,17 +86,18 @@ class Target:
         cuBLAS: XLA of JAX 0.11 uses no Triton kernels in deterministic programs, and yet makes fusions that only Triton
         can compile.
         """
-        if not self.tuned:
-            return {}
-        if self.on_cpu:
-            return {"xla_cpu_experimental_ynn_fusion_type": YNNPACK, "xla_cpu_prefer_vector_width": "512"}
-        options: dict[str, str | bool] = {"xla_allow_excess_precision": False}
-        if self.deterministic:
+        options: dict[str, str | bool] = {}
+        if self.deterministic and not self.on_cpu:
             options |= {
                 "xla_gpu_deterministic_ops": True,
                 "xla_gpu_exclude_nondeterministic_ops": True,
                 "xla_gpu_enable_triton_gemm": False,
             }
+        if not self.tuned:
+            return options
+        if self.on_cpu:
+            return {"xla_cpu_experimental_ynn_fusion_type": YNNPACK, "xla_cpu_prefer_vector_width": "512"}
+        options["xla_allow_excess_precision"] = False
         if not self._hides_collectives:
             return options
         fsdp = self.mesh.shape[sharding.FSDP]

@@ -56,7 +56,8 @@ class JaxSide:
         if len(devices) < side.devices:
             raise RequestError(f"{side} needs {side.devices} devices, and JAX finds {len(devices)}; take fewer")
         self.mesh = sharding.make_mesh(devices[: side.devices], fsdp=side.fsdp)
-        self.target = Target(self.mesh, self.precision, side.remat, side.microbatches, tuned=side.tuned)
+        switches = {"tuned": side.tuned, "deterministic": side.deterministic}
+        self.target = Target(self.mesh, self.precision, side.remat, side.microbatches, **switches)
         self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None

@@ -51,6 +51,7 @@ class TorchSide:
         meeting: Path,
     ):
         self.precision = choose(precision)
+        torch.use_deterministic_algorithms(side.deterministic)
         self.side, self.weight_file, self.progress = side, weight_file, progress
         # float64, which decides what is right, runs on the CPU even if there is a GPU
         on_gpu = torch.cuda.is_available() and precision != "fp64"

@@ -27,7 +27,7 @@ class TimedTorch(TorchSide):
 
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not self.side.deterministic
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:
         """Times the forward pass on `count` batches in turn; returns the entries of `clock.timed` and `_used`, and

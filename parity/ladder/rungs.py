@@ -120,7 +120,7 @@ def gradients(ladder: Ladder) -> RungResult:
     ).judge()
     failed = [line for line in result.lines if line.verdict == "bug" and line.name != LOSS_SCALE]
     if failed:
-        last = max(failed, key=lambda line: _order(line.name))
+        last = max(failed, key=lambda line: depth(line.name))
         result.findings.append(
             f"the first gradient to differ on the way back from the loss is {last.name} "
             f"({_size(last)}); {len(failed)} of {len(result.lines)} lines differ"
@@ -236,7 +236,7 @@ def _size(line: Line) -> str:
     return line.note or f"relative difference {line.difference:.1e}, limit {line.limit:.0e}"
 
 
-def _order(key: str) -> tuple:
+def depth(key: str) -> tuple:
     """Returns the depth in the network of a parameter's key, as a tuple that sorts from the first layer to the last."""
     place = re.match(r"resnet/(?:block(\d)/unit(\d+)/([abc])/(proj)?|(root_block)|(group_norm)|(head))", key)
     if place is None:

@@ -9,7 +9,10 @@ from bit_jax.process import hugepages
 from input_pipeline.errors import RequestError
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
-SWITCHES = {"jax": ("tuned", "hugepages"), "torch": ("compile", "channels_last", "hugepages")}
+SWITCHES = {
+    "jax": ("tuned", "deterministic", "hugepages"),
+    "torch": ("compile", "channels_last", "deterministic", "hugepages"),
+}
 REMAT = ("remat=norm", "remat=unit")
 
 
@@ -24,6 +27,7 @@ class Side:
         microbatches: JAX: number of parts in which a training step's batch is computed, one after the other.
         remat: JAX: activations that the backward pass recomputes; see train.py's --remat.
         tuned: JAX: whether to compile as train.py does, with its XLA options and its code for these devices.
+        deterministic: whether a GPU may use only algorithms that give the same bits every time.
         hugepages: whether memory is in large pages, as with train.py on CPUs.
         flags: JAX: flags of XLA, name=value, in addition to XLA_FLAGS and those that `tuned` sets.
         compile: torch: whether to use torch.compile.
@@ -38,6 +42,7 @@ class Side:
     microbatches: int = 1
     remat: Literal["none", "norm", "unit"] = "none"
     tuned: bool = False
+    deterministic: bool = False
     hugepages: bool = False
     flags: tuple[str, ...] = ()
     compile: bool = False
@@ -74,6 +79,8 @@ class Side:
             flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in (virtual, *self.flags))]
             variables |= {"XLA_FLAGS": " ".join(flags).strip()}
             variables |= {"JAX_PLATFORMS": "cpu"} if precision == "fp64" else {}
+        elif self.deterministic:
+            variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # PyTorch refuses cuBLAS's products without it
         return variables
 
 
@@ -88,8 +95,8 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
-            f"side {text!r} is neither torch[:devices=N,compile,channels_last,hugepages] "
-            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,hugepages,flags=NAME=VALUE+NAME=VALUE]"
+            f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,hugepages] "
+            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,deterministic,hugepages,flags=NAME=VALUE+...]"
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:

@@ -47,23 +47,24 @@ class Arrays:
 class Worker:
     """A side's process, or one process for each of PyTorch's devices, of which the first answers.
 
-    Attributes:
+    Args:
         side, precision: side and precision that it runs in.
+        weights: path of an official `.npz`.
         folder: folder that receives its files and its log.
+        alone: whether it compiles every program by itself, instead of taking those that other processes have compiled.
     """
 
-    def __init__(self, side: Side, precision: str, weights: Path, folder: Path):
+    def __init__(self, side: Side, precision: str, weights: Path, folder: Path, *, alone: bool = False):
         self.side, self.precision, self.folder = side, precision, folder
         folder.mkdir(parents=True, exist_ok=True)
         job = {"side": side.fields(), "precision": precision, "weights": str(weights), "meeting": str(folder / "meet")}
         self._log = folder / "log.txt"
-        environment = (
-            _COMPILED_ONCE
-            | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")}
-            | {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
-            | os.environ
-            | side.environment(precision)
-        )
+        compiled = folder if alone else folder.parent
+        programs = {
+            "JAX_COMPILATION_CACHE_DIR": str(compiled / "xla"),
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        }
+        environment = _COMPILED_ONCE | programs | os.environ | side.environment(precision) | (programs if alone else {})
         with open(self._log, "wb") as log:
             self._process, *self._others = [
                 subprocess.Popen(

@@ -94,6 +94,9 @@ def test_xla_knows_the_options_for_gpus():
     gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 2), size=2, shape={"fsdp": 1})
     options = Target(gpus, PRECISIONS["fp32"], deterministic=True).compiler_options
     assert len(options) > 5
+    untuned = Target(gpus, PRECISIONS["fp32"], tuned=False, deterministic=True).compiler_options
+    assert len(untuned) == 3
+    assert untuned.items() < options.items()
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)

@@ -299,7 +299,7 @@ def show(record: Record, console: Console) -> None:
     for column in ("step", "outcome", "s", "found"):
         table.add_column(column, justify="right" if column == "s" else "left")
     for name, step in record.content["steps"].items():
-        found = headline(step.get("result", {})) if step["outcome"] == "done" else ""
+        found = headline(step.get("result", {}))  # a comparison that does not hold has failed, and has a result
         table.add_row(printable(name), step["outcome"], f"{step['seconds']:.0f}", printable(found))
     console.print(table)
 
@@ -310,6 +310,8 @@ def headline(result: dict[str, Any]) -> str:
         return f"{result['device']}, copies {result['bytes_a_second'] / 1e12:.2f} TB/s"
     if "holds" in result:
         return "HOLDS" if result["holds"] else "does NOT hold"
+    if "same" in result:
+        return "the same bits" if result["same"] else "bits DIFFER"
     if "p_core" in result:
         return f"p_core {result['p_core']:.1f}, {result['mem_gib']:.2f} GiB"
     if "ratios" in result:

@@ -1,4 +1,4 @@
-"""What a machine is, and how fast its device copies its own memory: the bandwidth that rooflines divide by.
+"""Describes the machine and measures how fast its device copies its own memory, the bandwidth that rooflines divide by.
 
 python benchmarks/bandwidth.py [--json FILE]
 """
@@ -24,6 +24,11 @@ COPIES = 20
 
 
 def main(json: UserPath | None = None) -> None:
+    """Prints the bandwidth of the first device.
+
+    Args:
+        json: JSON file to write the bandwidth, the machine and the versions to. None: only print the bandwidth.
+    """
     if json is not None:
         saved.writable(json)
     device = jax.devices()[0]
@@ -35,7 +40,7 @@ def main(json: UserPath | None = None) -> None:
         start = time.perf_counter()
         negate(values).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    found = {
+    measured = {
         "device": device.device_kind,
         "platform": device.platform,
         "bytes_a_second": 2 * values.nbytes / statistics.median(seconds),
@@ -43,11 +48,11 @@ def main(json: UserPath | None = None) -> None:
         "machine": machine(),
     }
     if device.platform == "gpu":
-        found["nvidia_smi"] = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-    print(f"{found['device']}: {found['bytes_a_second'] / 1e9:.0f} GB/s, reading and writing")
+        measured["nvidia_smi"] = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    print(f"{measured['device']}: {measured['bytes_a_second'] / 1e9:.0f} GB/s, reading and writing")
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json, found)
+        write_json(json, measured)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How long the train step of R152x2 takes to trace, lower and compile, on this machine's CPU and for an A100:
-`python benchmarks/compile_time.py`. Every case in a process of its own, three times, in turns; medians.
+"""Measures how long the train step of R152x2 takes to trace, lower and compile, on this machine's CPU and for an A100.
 
-`cached` is the compilation of the same program by a second process that finds it in the persistent cache.
+`python benchmarks/compile_time.py` measures every case three times, in turns and each time in a process of its own, and
+prints medians. `cached` is the compilation of the same program by a second process that finds it in the persistent
+cache.
 """
 
 import json
@@ -20,8 +21,8 @@ ROUNDS = 3
 RESULTS = Path(__file__).parent / "results" / "compile_time.json"
 
 
-def once(device: str, remat: str) -> dict[str, float]:
-    """Seconds of each phase, in this process."""
+def measure(device: str, remat: str) -> dict[str, float]:
+    """Returns the seconds of each phase, measured in this process."""
     from bit_jax.plan import compilation
     from bit_jax.plan.request import Request
     from bit_jax.scale.sharding import make_mesh
@@ -38,7 +39,8 @@ def once(device: str, remat: str) -> dict[str, float]:
     return {"trace and lower": traced - start, "compile": time.perf_counter() - traced}
 
 
-def in_a_process(device: str, remat: str, cache: str) -> dict[str, float]:
+def measure_in_a_process(device: str, remat: str, cache: str) -> dict[str, float]:
+    """Returns what `measure` returns in a new process whose persistent cache is the folder `cache`."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
     done = subprocess.run([sys.executable, __file__, device, remat], env=environment, capture_output=True, text=True)
     done.check_returncode()
@@ -46,13 +48,14 @@ def in_a_process(device: str, remat: str, cache: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measures all cases, writes the seconds to RESULTS and prints their medians."""
     measured: dict[str, dict[str, list[float]]] = {}
     for _ in range(ROUNDS):
         for device, remat in CASES:
             with tempfile.TemporaryDirectory() as cache:
-                seconds = in_a_process(device, remat, cache)
+                seconds = measure_in_a_process(device, remat, cache)
                 if device == "cpu":  # a compilation for a GPU that is not here is not kept
-                    seconds["cached"] = in_a_process(device, remat, cache)["compile"]
+                    seconds["cached"] = measure_in_a_process(device, remat, cache)["compile"]
             for phase, value in seconds.items():
                 measured.setdefault(f"{device} {remat}", {}).setdefault(phase, []).append(value)
     medians = {
@@ -65,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(once(*sys.argv[1:]))) if len(sys.argv) > 1 else main()
+    print(json.dumps(measure(*sys.argv[1:]))) if len(sys.argv) > 1 else main()

@@ -1,9 +1,10 @@
-"""How time and memory of train.py's training step grow with batch, resolution, width and depth, on this machine:
-`python benchmarks/cost_growth.py`. Every point in processes of its own, three times, in turns; medians.
+"""Measures how time and memory of train.py's training step grow with batch, resolution, width and depth.
 
-Memory is XLA's account of the compiled step: the state, the batch and everything in between. The exponent is the slope
-of a straight line through the logarithms; beside it the slope of what theory expects: of time, the floating-point
-operations; of memory, each convolution's output and the activation after it, parameters and momentum.
+`python benchmarks/cost_growth.py` measures every point on this machine's CPU three times, in turns and each time in a
+process of its own, and takes medians. Memory is what XLA reports for the compiled step: the state, the batch and
+everything in between. The exponent is the slope of a straight line through the logarithms. Beside it stands the slope
+that theory expects: for time, that of the floating-point operations; for memory, that of each convolution's output and
+the activation after it, the parameters and the momentum.
 """
 
 import json
@@ -31,12 +32,13 @@ SWEEPS: dict[str, list[Any]] = {
 }
 BASE = {"batch": 8, "size": 128, "width": 1, "depth": 50}
 SMALLER = {"width": {"depth": 26, "size": 96}}  # small enough for twice the width
+COSTS = ("seconds", "gib")
 ROUNDS, CALLS = 3, 5
 RESULTS = Path(__file__).parent / "results" / "cost_growth.json"
 
 
-def once(point: dict[str, Any]) -> dict[str, float]:
-    """{seconds: median of the calls, gib: arguments and temporaries}, in this process."""
+def measure(point: dict[str, Any]) -> dict[str, float]:
+    """Returns {"seconds": median of the calls, "gib": GiB of arguments and temporaries}, measured in this process."""
     import jax
     import jax.numpy as jnp
 
@@ -47,14 +49,14 @@ def once(point: dict[str, Any]) -> dict[str, float]:
     request = Request(
         model=f"R{point['depth']}x{point['width']:g}", crop=point["size"], batch_per_device=point["batch"]
     )
-    made = steps_on(request, make_mesh(jax.devices()[:1]))
-    step = made.lower_train_step().compile(compiler_options=made.target.compiler_options)
+    steps = steps_on(request, make_mesh(jax.devices()[:1]))
+    step = steps.lower_train_step().compile(compiler_options=steps.target.compiler_options)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
         return jax.device_put(jnp.full(leaf.shape, value, leaf.dtype), leaf.sharding)
 
-    state, batch = jax.tree.map(filled, made.state), jax.tree.map(filled, made.training_batch)
+    state, batch = jax.tree.map(filled, steps.state), jax.tree.map(filled, steps.training_batch)
     seconds = []
     for _ in range(1 + CALLS):
         start = time.perf_counter()
@@ -66,7 +68,7 @@ def once(point: dict[str, Any]) -> dict[str, float]:
 
 
 def theory(point: dict[str, Any]) -> dict[str, float]:
-    """{seconds: operations of a step, in no unit of time; gib: of what has to be kept}."""
+    """Returns {"seconds": operations of a step, in no unit of time, "gib": GiB of the arrays that must be kept}."""
     from bit_jax.model.architecture import Architecture
     from parity.sides import flops
 
@@ -77,11 +79,12 @@ def theory(point: dict[str, Any]) -> dict[str, float]:
 
 
 def slope(values: list[Any], costs: list[float]) -> float:
-    """The exponent: of a straight line through the logarithms."""
+    """Returns the exponent: the slope of a straight line through the logarithms."""
     return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
 
 
-def in_a_process(point: dict[str, Any]) -> dict[str, float]:
+def measure_in_a_process(point: dict[str, Any]) -> dict[str, float]:
+    """Returns what `measure` returns in a new process."""
     from bit_jax.process import hugepages
 
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | hugepages.environment()
@@ -96,6 +99,11 @@ def in_a_process(point: dict[str, Any]) -> dict[str, float]:
 
 
 def parsed(text: str) -> dict[str, Any]:
+    """Returns the point that --point describes in JSON.
+
+    Raises:
+        RequestError: the text is no JSON, or lacks an entry of BASE or has others.
+    """
     try:
         point = json.loads(text)
     except ValueError:
@@ -106,11 +114,14 @@ def parsed(text: str) -> dict[str, Any]:
 
 
 def main(point: str = "") -> None:
-    """Args:
-    point: measure this one alone, in this process: {"batch": 8, "size": 128, "width": 1, "depth": 50}.
+    """Measures all points, writes the figures to RESULTS and prints the exponents; or measures a single point.
+
+    Args:
+        point: Point to measure alone, in this process, such as {"batch": 8, "size": 128, "width": 1, "depth": 50}.
+            Empty: all points.
     """
     if point:
-        print(json.dumps(once(parsed(point))))
+        print(json.dumps(measure(parsed(point))))
         return
     points = {
         f"{sweep} {value}": BASE | SMALLER.get(sweep, {}) | {sweep: value}
@@ -119,32 +130,31 @@ def main(point: str = "") -> None:
     }
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in points}
     for number in range(ROUNDS):
-        for name, point in points.items():
-            measured[name].append(in_a_process(point))
+        for name, sizes in points.items():
+            measured[name].append(measure_in_a_process(sizes))
             print(f"{number + 1}/{ROUNDS} {name}: {measured[name][-1]['seconds']:.3f} s", file=sys.stderr)
     report: dict[str, Any] = {"machine": machine()}
     for sweep, values in SWEEPS.items():
         names = [f"{sweep} {value}" for value in values]
         expected = [theory(points[name]) for name in names]
-        found = [
-            {what: statistics.median(one[what] for one in measured[name]) for what in ("seconds", "gib")}
-            for name in names
+        medians = [
+            {cost: statistics.median(costs[cost] for costs in measured[name]) for cost in COSTS} for name in names
         ]
         report[sweep] = {
-            "others": {what: value for what, value in points[names[0]].items() if what != sweep},
+            "others": {key: value for key, value in points[names[0]].items() if key != sweep},
             "values": values,
             "measured": {name: measured[name] for name in names},
             "exponents": {
-                what: {
-                    "measured": slope(values, [one[what] for one in found]),
-                    "theory": slope(values, [one[what] for one in expected]),
+                cost: {
+                    "measured": slope(values, [costs[cost] for costs in medians]),
+                    "theory": slope(values, [costs[cost] for costs in expected]),
                 }
-                for what in ("seconds", "gib")
+                for cost in COSTS
             },
         }
         print(sweep, report[sweep]["others"])
-        for value, one in zip(values, found, strict=True):
-            print(f"  {value}: {one['seconds']:.3f} s, {one['gib']:.2f} GiB")
+        for value, costs in zip(values, medians, strict=True):
+            print(f"  {value}: {costs['seconds']:.3f} s, {costs['gib']:.2f} GiB")
         print("  exponents", report[sweep]["exponents"])
     write_json(RESULTS, report)
 

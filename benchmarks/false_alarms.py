@@ -1,8 +1,7 @@
-"""Measures how often the comparison would call two right sides wrong: by simulated errors, and on real pairs.
+"""Measures how often the comparison would call two correct sides different.
 
-python benchmarks/false_alarms.py                    # the simulation, seeded
-python benchmarks/false_alarms.py real               # by real pairs: JAX against PyTorch, and each against itself
-python benchmarks/false_alarms.py show               # the tables of docs/parity.md, from the JSON
+`python benchmarks/false_alarms.py simulate` draws the errors of two correct sides. `... real` compares real pairs: JAX
+with PyTorch, and each with itself. `... show` prints the tables of docs/parity.md from the JSON file of the results.
 """
 
 import dataclasses
@@ -22,21 +21,22 @@ from parity.ladder.ladder import Ladder, working_folder
 from parity.options import Options
 
 RESULTS = Path(__file__).parent / "results" / "false_alarms.json"
-FLIPPED = 1e3  # by so much a flipped ReLU multiplies a gradient's error; R26x1 was seen at 1,000
-# values of the array -> simulated lines, so that each case takes seconds
+FLIPPED = 1e3  # factor by which a flipped ReLU multiplies a gradient's error; about 1,000 was seen with R26x1
+# {values in the array: simulated lines}, so that every case takes seconds
 LINES = {1: 1_000_000, 2: 400_000, 10: 100_000, 100: 100_000, 1_000: 4_000, 100_000: 60}
 CHUNK = 4_000_000  # numbers drawn at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Two right sides and one line.
+    """Two correct sides and one line of their comparison.
 
     Attributes:
-        values: of the array. Errors that all move together, as a mean loss's, are one value.
-        draws, batches: as --disturbances and --batches; tasks of one batch, such as the loss, have 1.
-        apart: the ratio of the two sides' errors; the disturbances follow the better side, as `Ladder.amplitude` does.
-        flips: the chance that a ReLU flips in one batch of one side; MULTIPLE times that in a disturbance.
+        values: number of values in the array; if all errors move together, as those of a mean loss do, it is 1.
+        draws: number of disturbances, like --disturbances.
+        batches: number of batches, like --batches; tasks of one batch, such as the loss, have 1.
+        apart: ratio of the two sides' errors; the disturbances follow the better side, as `Ladder.amplitude` does.
+        flips: chance that a ReLU flips in one batch of one side; in a disturbance it is MULTIPLE times as large.
     """
 
     values: int
@@ -47,6 +47,7 @@ class Case:
 
 
 def cases() -> list[Case]:
+    """Returns the cases of the simulation: smooth errors, errors with flipped ReLUs, and a loss with unequal sides."""
     smooth = [
         Case(values, draws, batches, apart)
         for apart, batches, draws, values in itertools.product((1.0, 2.0), (1, 3), (1, 3, 10), LINES)
@@ -59,10 +60,11 @@ def cases() -> list[Case]:
 
 
 def failing(case: Case, lines: int, rng: np.random.Generator, *, fault: float = 1.0) -> tuple[int, int]:
-    """How many of so many lines exceed their limits at the first look, and how many still do after all looks.
+    """Returns how many of the lines exceed their limits at the first look, and how many still do after all looks.
 
     Args:
-        fault: multiplies the candidate's errors.
+        lines: number of lines to draw.
+        fault: factor by which the candidate's errors are too large.
     """
     first = last = 0
     size = max(CHUNK // (case.values * case.batches * (case.draws + 2)), 1)
@@ -84,34 +86,36 @@ def failing(case: Case, lines: int, rng: np.random.Generator, *, fault: float = 
 
 
 def _errors_of_all(rng: np.random.Generator, lines: int, case: Case, fault: float) -> tuple[np.ndarray, ...]:
-    """(reference, candidate, what disturbances explain), each [lines, 2], in one look."""
+    """Returns one look at each line: the errors of the reference and of the candidate, and the largest errors under
+    disturbances, [lines, 2] each."""
     reference = _errors(rng, lines, case, 1.0, case.flips)
     candidate = _errors(rng, lines, case, case.apart * fault, case.flips)
-    more = min(verdict.MULTIPLE * case.flips, 1.0)
-    disturbed = [_errors(rng, lines, case, verdict.MULTIPLE, more) for _ in range(case.draws)]
+    disturbed_flips = min(verdict.MULTIPLE * case.flips, 1.0)
+    disturbed = [_errors(rng, lines, case, verdict.MULTIPLE, disturbed_flips) for _ in range(case.draws)]
     return reference, candidate, np.max(disturbed, axis=0)
 
 
 def _errors(rng: np.random.Generator, lines: int, case: Case, scale: float, flips: float) -> np.ndarray:
-    """[RMSE, high percentile] of each line, the smaller of its batches each: [lines, 2]."""
+    """Returns the RMSE and the high percentile of each line, [lines, 2], where the smallest of its batches counts."""
     errors = scale * np.abs(rng.standard_normal((lines, case.batches, case.values)))
     errors *= np.where(rng.random((lines, case.batches, 1)) < flips, FLIPPED, 1.0)
-    both = np.sqrt(np.mean(errors**2, axis=-1)), np.quantile(errors, verdict.HIGH, axis=-1)
-    return np.min(np.stack(both, axis=-1), axis=1)
+    statistics = np.sqrt(np.mean(errors**2, axis=-1)), np.quantile(errors, verdict.HIGH, axis=-1)
+    return np.min(np.stack(statistics, axis=-1), axis=1)
 
 
 def rates(case: Case, seed: int = 0) -> dict[str, float]:
-    """Chances that the line is called a bug: {"one look": ..., "all looks": ...}."""
+    """Returns the chances that the line is called a bug: {"one look": ..., "all looks": ...}."""
     rng = np.random.default_rng((seed, *(int(1000 * value) for value in dataclasses.astuple(case))))
     first, last = failing(case, LINES[case.values], rng)
     return {"one look": first / LINES[case.values], "all looks": last / LINES[case.values]}
 
 
 def simulate(seed: int = 0, output: Path = RESULTS) -> None:
-    """Draws errors for two right sides and judges them by `verdict.errors_and_limits`; two minutes.
+    """Draws the errors of two correct sides and judges them by `verdict.errors_and_limits`, which takes two minutes.
 
     Args:
-        output: JSON; what it holds of real pairs is kept.
+        seed: Seed of the drawn errors; another one shows how much the chances vary.
+        output: JSON file that receives the chances; what it holds of real pairs is kept.
     """
     simulated = []
     for case in cases():
@@ -123,7 +127,7 @@ def simulate(seed: int = 0, output: Path = RESULTS) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two right sides and a setting that the documentation names."""
+    """Two correct sides and the flags that they are compared with."""
 
     candidate: str
     reference: str
@@ -135,28 +139,29 @@ class Pair:
         return f"{self.candidate} against {self.reference}, {self.weights.removeprefix('random:')}, {flags}"
 
 
-IMAGES_EACH = 5  # runs with the same weights
-ONE = {"rows": 2, "batches": 1, "disturbances": 1}
+RUNS_PER_WEIGHTS = 5  # runs with the same weights
+SMALLEST = {"rows": 2, "batches": 1, "disturbances": 1}
 USUAL = {"rows": 8, "batches": 3, "disturbances": 3}
 PAIRS = (
-    Pair("jax", "torch", ONE),
+    Pair("jax", "torch", SMALLEST),
     Pair("jax", "torch", USUAL),
-    Pair("torch:channels_last", "torch", ONE),
-    Pair("jax:tuned", "jax", ONE),
-    Pair("jax", "torch", ONE, "random:R26x1"),
-    Pair("jax", "torch", ONE, "random:R50x0.5"),
+    Pair("torch:channels_last", "torch", SMALLEST),
+    Pair("jax:tuned", "jax", SMALLEST),
+    Pair("jax", "torch", SMALLEST, "random:R26x1"),
+    Pair("jax", "torch", SMALLEST, "random:R50x0.5"),
 )
 CLIMBED = ("forward", "loss", "gradients", "curve")  # the rungs whose lines disturbances judge
 
 
 def real(runs: int = 10, only: str = "", climbed: tuple[str, ...] = CLIMBED, output: Path = RESULTS) -> None:
-    """Climbs the rungs with right sides and images of 32x32; half an hour on two idle cores.
+    """Compares real pairs of correct sides on images of 32x32, which takes half an hour on two idle cores.
 
     Args:
-        runs: of every pair, each with images and disturbances of its own; every fifth also with weights of its own.
-        only: the pairs whose name contains this; the others keep their records.
-        climbed: the rungs.
-        output: JSON; what else it holds is kept.
+        runs: Number of comparisons of each pair; more of them show rarer false alarms.
+            Each has other images and disturbances, and every fifth begins with other weights.
+        only: Text that the name of a pair must contain to be compared; the others keep their records. Empty: all pairs.
+        climbed: Rungs to compare on.
+        output: JSON file that receives the counts; what else it holds is kept.
     """
     kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
@@ -169,15 +174,15 @@ def real(runs: int = 10, only: str = "", climbed: tuple[str, ...] = CLIMBED, out
 
 
 def _count(pair: Pair, runs: int, climbed: tuple[str, ...]) -> dict[str, Any]:
-    """How many lines there were, were looked at again, and failed."""
+    """Returns a pair's record: how many lines there were and were looked at again, and which ones failed."""
     sides = {"reference": pair.reference, "candidate": pair.candidate}
     training = {"steps": 6, "warmup_steps": 2, "decay_steps": (4,)}
-    given: dict[str, Any] = {"weights": pair.weights, "size": "32", **sides, **pair.flags, **training}
+    options: dict[str, Any] = {"weights": pair.weights, "size": "32", **sides, **pair.flags, **training}
     lines = []
-    for first in range(0, runs, IMAGES_EACH):
-        with working_folder() as folder, Ladder(Options(seed=first, **given), folder, terminal.console()) as ladder:
-            for seed in range(first, min(first + IMAGES_EACH, runs)):
-                ladder.options = Options(seed=seed, **given)
+    for first in range(0, runs, RUNS_PER_WEIGHTS):
+        with working_folder() as folder, Ladder(Options(seed=first, **options), folder, terminal.console()) as ladder:
+            for seed in range(first, min(first + RUNS_PER_WEIGHTS, runs)):
+                ladder.options = Options(seed=seed, **options)
                 ladder.__dict__.pop("amplitude", None)
                 lines += [line for name in climbed for line in rungs.RUNGS[name](ladder).lines]
     judged = [line for line in lines if line.disturbed_error is not None]
@@ -192,7 +197,11 @@ def _count(pair: Pair, runs: int, climbed: tuple[str, ...]) -> dict[str, Any]:
 
 
 def show(output: Path = RESULTS) -> None:
-    """The tables, from the JSON."""
+    """Prints the tables.
+
+    Args:
+        output: JSON file with the results of `simulate` and `real`.
+    """
     saved = _saved(output)
     table = Table(title="chance that a right line is called a bug", title_justify="left")
     for column in (
@@ -227,8 +236,8 @@ def _saved(output: Path) -> dict[str, Any]:
     return read_json(output, dict, "write another by --output") if output.exists() else {}
 
 
-def _keep(output: Path, name: str, found: Any) -> None:
-    write_json(output, _saved(output) | {name: found})
+def _keep(output: Path, name: str, records: list[dict[str, Any]]) -> None:
+    write_json(output, _saved(output) | {name: records})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that is worth knowing of a GPU machine before it is trusted: one command, most important first.
+"""Measures what is worth knowing of a GPU machine before it is trusted, the most important first.
 
     python benchmarks/gpu.py --out DIR --minutes 9 [--only STEP ...]
 
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,21 +35,22 @@ from input_pipeline.terminal import printable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "gpu.json"
-LEAST = 20.0  # seconds that a step is not begun without
-GRACE = 5.0  # seconds that a step which is late has to end by itself
-TOGETHER = 3  # steps that measure no time, at once
+LEAST = 20.0  # seconds; no step is begun with less time left
+GRACE = 5.0  # seconds in which a late step may end by itself, once it was asked to
+TOGETHER = 3  # steps that run at once, of those that measure no time
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the work is: as on a card with 80 GB, or so small that a laptop does it.
+    """The size of the work: large enough to fill a card with 80 GB, or so small that a laptop does it.
 
     Attributes:
-        models: {architecture: (side of its images, images a batch)}.
-        judged: what the ladder climbs beside the embedded model: architecture, side, images a batch.
-        seconds: that an arm is timed in each of its rounds.
-        compiles: whether PyTorch's arms are compiled too, which takes minutes.
+        models: {architecture: (side of its images in pixels, images per batch)} of the trained and timed models.
+        judged: architecture, side in pixels and images per batch of the model that the rungs judge beside the embedded
+            one.
+        seconds: seconds for which an arm is timed in each of its processes.
+        compiles: whether torch.compile's arms are timed too, which takes minutes.
     """
 
     models: dict[str, tuple[int, int]]
@@ -60,22 +61,22 @@ class Scale:
 
 LARGE = Scale({"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 2), 2.0, compiles=True)
 SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, compiles=False)
-LAUNCHES = "xla_gpu_enable_command_buffer="  # every kernel by itself, not in CUDA graphs
+LAUNCHES = "xla_gpu_enable_command_buffer="  # launches every kernel by itself, not in CUDA graphs
 EAGER = ("torch", "torch:channels_last", "jax:tuned")
 COMPILED = ("torch:channels_last", "torch:compile", "torch:compile,channels_last", "jax:tuned")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command, which runs in a process of its own.
 
     Attributes:
-        name: of its log, DIR/NAME.log.
+        name: name of the step and of its log, DIR/NAME.log.
         command: arguments of Python; {json} and {dir} stand for DIR/NAME.json and DIR/NAME.
-        seconds: it may take at most.
-        results: the JSON that it leaves, by what it is of.
-        alone: it measures time, so nothing else runs beside it; others run together.
-        environment: variables beside this process's.
+        seconds: seconds that the step may take at most.
+        results: {field of the record: JSON file that the step leaves}.
+        alone: whether the step measures time, so that nothing else may run beside it.
+        environment: variables that the process gets besides this one's.
     """
 
     name: str
@@ -86,14 +87,16 @@ class Step:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def filled(self, text: str, out: Path) -> str:
+        """Returns the text with this step's own paths in `out` in place of {json} and {dir}."""
         return text.format(json=out / f"{self.name}.json", dir=out / self.name)
 
 
 def steps(scale: Scale) -> list[Step]:
-    """All steps, the most worth knowing first."""
+    """Returns all steps, the most important first."""
     first, *others = scale.models
     name, size, rows = scale.judged
     judged = f"--size {size} --rows {rows}"
+    pairs = list(itertools.product(scale.models, ("bf16", "tf32")))  # (architecture, precision)
     return [
         Step("machine", "benchmarks/bandwidth.py --json {json}", 90),
         *training_beside_pytorch(scale, first, "bf16"),
@@ -104,29 +107,29 @@ def steps(scale: Scale) -> list[Step]:
         *(step for model in others for step in training_beside_pytorch(scale, model, "bf16")),
         *(step for model in scale.models for step in training_beside_pytorch(scale, model, "tf32")),
         *(ladder(f"random:{name}", "all --until gradients", precision, judged) for precision in PRECISIONS),
-        *(eager(scale, *work, "forward") for work in each(scale)),
-        *(convolutions(scale, *work) for work in each(scale)),
-        *(throughput("compiled", COMPILED, scale, *work, "train") for work in each(scale) if scale.compiles),
-        *(throughput("compiled", COMPILED, scale, *work, "forward") for work in each(scale) if scale.compiles),
+        *(eager(scale, *pair, "forward") for pair in pairs),
+        *(convolutions(scale, *pair) for pair in pairs),
+        *(throughput("compiled", COMPILED, scale, *pair, "train") for pair in pairs if scale.compiles),
+        *(throughput("compiled", COMPILED, scale, *pair, "forward") for pair in pairs if scale.compiles),
     ]
 
 
-def each(scale: Scale) -> Iterator[tuple[str, str]]:
-    """(architecture, precision)."""
-    return itertools.product(scale.models, ("bf16", "tf32"))
-
-
 def training_beside_pytorch(scale: Scale, model: str, precision: str) -> list[Step]:
+    """Returns the steps that trace train.py and time its training step beside PyTorch's."""
     return [training(scale, model, precision), eager(scale, model, precision, "train")]
 
 
 def eager(scale: Scale, model: str, precision: str, work: str) -> Step:
-    """Beside PyTorch without its compiler; a model larger than the first leaves no memory for JAX's defaults."""
+    """Returns the step that times JAX beside PyTorch without its compiler.
+
+    A model larger than the first leaves no memory for JAX with its default settings.
+    """
     defaults = ("jax",) if model == next(iter(scale.models)) else ()
     return throughput("eager", (*EAGER, *defaults), scale, model, precision, work)
 
 
 def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
+    """Returns the step that compares JAX with PyTorch up to a rung; `more` are further flags of parity."""
     name = f"parity-{weights.removeprefix('random:')}-{precision}"
     command = f"-m parity {rung} --weights {weights} --precision {precision} --candidate jax:tuned {more}"
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // TOGETHER, 1))}
@@ -134,7 +137,7 @@ def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
 
 
 def determinism(scale: Scale, precision: str) -> Step:
-    """The same bits from several processes, as `train.py --deterministic` promises."""
+    """Returns the step that compares several processes bit for bit; `train.py --deterministic` promises equal bits."""
     name, size, rows = scale.judged
     work = f"--weights random:{name} --size {size} --rows {rows} --precision {precision} --steps 3"
     command = f"-m parity determinism --side jax:tuned,deterministic {work} --json {{json}}"
@@ -142,7 +145,7 @@ def determinism(scale: Scale, precision: str) -> Step:
 
 
 def training(scale: Scale, model: str, precision: str) -> Step:
-    """A traced run, without CUDA graphs, in which a trace would show no instruction."""
+    """Returns the step that traces a run. It uses no CUDA graphs, in which a trace would show no instruction."""
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), f"--{LAUNCHES}")))
     results = {"result": "{dir}/result.json", "profile": "{dir}/profile/profile.json"}
     command = f"{synthetic(scale, model, precision)} --steps 60 --decay-steps 50 --log-every 10 --profile 5"
@@ -150,13 +153,16 @@ def training(scale: Scale, model: str, precision: str) -> Step:
 
 
 def loop(scale: Scale, model: str, precision: str) -> Step:
-    """A run as users make it, without a trace. Its p_core should be that of the training step alone."""
+    """Returns the step that runs train.py as users do, without a trace.
+
+    Its p_core should be that of the training step alone.
+    """
     command = f"{synthetic(scale, model, precision)} --steps 300 --decay-steps 250 --log-every 50"
     return Step(f"loop-{model}-{precision}", command, 300, {"result": "{dir}/result.json"})
 
 
 def synthetic(scale: Scale, model: str, precision: str) -> str:
-    """A run on images that need neither decoding nor resizing."""
+    """Returns the command of a run on images that need neither decoding nor resizing."""
     size, rows = scale.models[model]
     return (
         f"train.py hyperrule --model {model} --init random --dataset synthetic --resize-to 512 --crop {size} "
@@ -166,7 +172,7 @@ def synthetic(scale: Scale, model: str, precision: str) -> str:
 
 
 def throughput(kind: str, arms: Sequence[str], scale: Scale, model: str, precision: str, work: str) -> Step:
-    """All arms are kept on the GPU."""
+    """Returns the step that times the arms in turns; all of them stay on the GPU together."""
     size, rows = scale.models[model]
     command = (
         f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
@@ -177,23 +183,31 @@ def throughput(kind: str, arms: Sequence[str], scale: Scale, model: str, precisi
 
 
 def convolutions(scale: Scale, model: str, precision: str) -> Step:
+    """Returns the step that times every convolution of the model by itself."""
     size, rows = scale.models[model]
-    shown = f"--weights random:{model} --size {size} --rows {rows} --precision {precision}"
-    return Step(f"convolutions-{model}-{precision}", f"-m parity convolutions {shown} --json {{json}}", 240)
+    flags = f"--weights random:{model} --size {size} --rows {rows} --precision {precision}"
+    return Step(f"convolutions-{model}-{precision}", f"-m parity convolutions {flags} --json {{json}}", 240)
 
 
 @dataclasses.dataclass
 class Running:
-    """A step's process."""
+    """A step that has been started.
+
+    Attributes:
+        began: time.monotonic() when its process was started.
+        limit: seconds after which it is asked to end.
+        asked: whether it has been asked to end.
+    """
 
     step: Step
     process: subprocess.Popen
     began: float
     limit: float
-    asked: bool = False  # to end
+    asked: bool = False
 
     @classmethod
     def start(cls, step: Step, out: Path, limit: float) -> "Running":
+        """Starts the step's process, whose output goes to the step's log in `out`."""
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
             paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -204,7 +218,10 @@ class Running:
         return cls(step, process, time.monotonic(), limit)
 
     def outcome(self) -> str | None:
-        """done, failed or late; None while it runs. What is late is asked to end, and then ended."""
+        """Returns "done", "failed" or "late", or None while the step runs.
+
+        A late step is asked to end, and killed if it has not ended GRACE seconds later.
+        """
         code = self.process.poll()
         if code is not None:
             return "late" if self.asked else "done" if code == 0 else "failed"
@@ -218,6 +235,7 @@ class Running:
         return "late"
 
     def kill(self) -> None:
+        """Kills the step's process and all that it has started."""
         self._signal(signal.SIGKILL)
         self.process.wait()
 
@@ -227,7 +245,7 @@ class Running:
 
 
 class Record:
-    """DIR/gpu.json: what was done, how it ended, and the results."""
+    """The file DIR/gpu.json, which says of each step how it ended and what its results are."""
 
     def __init__(self, out: Path):
         self.out, self.path = out, out / RESULTS
@@ -238,10 +256,11 @@ class Record:
             raise RequestError(f"{self.path} is not what this command writes; name another --out")
 
     def missing(self, wanted: Sequence[Step]) -> list[Step]:
+        """Returns the steps that are not done yet."""
         return [step for step in wanted if self.content["steps"].get(step.name, {}).get("outcome") != "done"]
 
     def clear(self, step: Step) -> None:
-        """Removes what an attempt that this record knows of has left, and nothing else: DIR may hold other things."""
+        """Removes what an earlier attempt in this record has left, and nothing else: DIR may hold other files."""
         if step.name not in self.content["steps"]:
             return
         if "{dir}" in step.command:
@@ -250,24 +269,29 @@ class Record:
             (self.out / f"{step.name}.json").unlink(missing_ok=True)
 
     def add(self, running: Running, outcome: str) -> None:
+        """Enters an ended step with its results and writes the file."""
         step = running.step
-        found: dict[str, Any] = {}
-        for name, place in step.results.items():
-            path = Path(step.filled(place, self.out))
+        results: dict[str, Any] = {}
+        for name, file in step.results.items():
+            path = Path(step.filled(file, self.out))
             if path.exists():
                 with contextlib.suppress(RequestError):
-                    found[name] = read_json(path, dict, "")
+                    results[name] = read_json(path, dict, "")
         self.content["steps"][step.name] = {
             "outcome": outcome,
             "seconds": time.monotonic() - running.began,
             "command": shlex.join(["python", *shlex.split(step.filled(step.command, Path("DIR")))]),
-            **found,
+            **results,
         }
         write_json(self.path, self.content)
 
 
 def run(wanted: list[Step], record: Record, until: float, console: Console) -> None:
-    """Steps that measure time one by one, the others together, each within its own time and what is left of all."""
+    """Runs the steps that measure time one by one and the others together.
+
+    Args:
+        until: time.monotonic() at which everything must have ended; a step also has a limit of its own.
+    """
     while wanted:
         together = [wanted.pop(0)]
         while wanted and len(together) < TOGETHER and not together[0].alone and not wanted[0].alone:
@@ -283,39 +307,42 @@ def run(wanted: list[Step], record: Record, until: float, console: Console) -> N
         try:
             while running:
                 time.sleep(0.2)
-                for one in list(running):
-                    if outcome := one.outcome():
-                        running.remove(one)
-                        record.add(one, outcome)
-                        seconds = time.monotonic() - one.began
-                        console.print(printable(f"{one.step.name}: {outcome} after {seconds:.0f} s"))
+                for started in list(running):
+                    if outcome := started.outcome():
+                        running.remove(started)
+                        record.add(started, outcome)
+                        seconds = time.monotonic() - started.began
+                        console.print(printable(f"{started.step.name}: {outcome} after {seconds:.0f} s"))
         finally:  # this command may have been asked to end
-            for one in running:
-                one.kill()
+            for started in running:
+                started.kill()
 
 
 def show(record: Record, console: Console) -> None:
+    """Prints the steps of the record as a table."""
     table = Table(title="steps")
-    for column in ("step", "outcome", "s", "found"):
+    for column in ("step", "outcome", "s", "result"):
         table.add_column(column, justify="right" if column == "s" else "left")
     for name, step in record.content["steps"].items():
-        found = headline(step.get("result", {})) if step["outcome"] == "done" else ""
-        table.add_row(printable(name), step["outcome"], f"{step['seconds']:.0f}", printable(found))
+        result = headline(step.get("result", {}))  # a comparison that does not hold has failed, and has a result
+        table.add_row(printable(name), step["outcome"], f"{step['seconds']:.0f}", printable(result))
     console.print(table)
 
 
 def headline(result: dict[str, Any]) -> str:
-    """One line of what a step found, by what its JSON holds."""
+    """Returns a step's result in a few words, or "" if it is of no known kind."""
     if "bytes_a_second" in result:
         return f"{result['device']}, copies {result['bytes_a_second'] / 1e12:.2f} TB/s"
     if "holds" in result:
         return "HOLDS" if result["holds"] else "does NOT hold"
+    if "same" in result:
+        return "the same bits" if result["same"] else "bits DIFFER"
     if "p_core" in result:
         return f"p_core {result['p_core']:.1f}, {result['mem_gib']:.2f} GiB"
     if "ratios" in result:
-        best = [f"{ratio['median']:.2f} times {ratio['torch']}" for ratio in result["ratios"].values()]
-        arms = ", ".join(f"{arm} {found['images_per_s']:.0f}" for arm, found in result["arms"].items())
-        return f"{'; '.join(best[:1])} ({arms})"
+        ratios = [f"{ratio['median']:.2f} times {ratio['torch']}" for ratio in result["ratios"].values()]
+        arms = ", ".join(f"{arm} {figures['images_per_s']:.0f}" for arm, figures in result["arms"].items())
+        return f"{'; '.join(ratios[:1])} ({arms})"
     return ""
 
 
@@ -326,13 +353,14 @@ def main(
     only: tuple[str, ...] = (),
     scale: Literal["auto", "large", "small"] = "auto",
 ) -> None:
-    """Looks at everything that is worth knowing of a GPU machine, most important first.
+    """Measures what is worth knowing of a GPU machine, the most important first.
 
     Args:
-        out: folder of the results; one that holds some is gone on with.
-        minutes: that it may take in all.
-        only: steps whose name begins so.
-        scale: of the work; auto: large where there is an NVIDIA GPU.
+        out: Folder of the results and logs. Name the same folder again to go on with the steps that are not done yet.
+        minutes: Minutes that the command may take in all; the steps that find no time are left for the next call.
+        only: Beginnings of step names; other steps are not run. Empty: all steps are run.
+        scale: Size of the work: large fills a GPU with 80 GB, small tries the command without a GPU.
+            auto: large where there is an NVIDIA GPU.
     """
     require_positive({"--minutes": minutes})
     large = os.path.exists("/dev/nvidia0") if scale == "auto" else scale == "large"

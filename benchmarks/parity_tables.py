@@ -1,6 +1,6 @@
 """Measures how far JAX and PyTorch differ, by architecture, for the table of docs/parity.md.
 
-Runs `python -m parity all --until RUNG` for each case and keeps a summary of each saved report.
+It runs `python -m parity all --until RUNG` for each case and keeps a summary of each saved report.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Case:
 
     Attributes:
         weights, size, rows, precision: parity's flags of those names.
-        until: the last rung.
+        until: name of the last rung that is compared.
     """
 
     weights: str
@@ -55,16 +55,16 @@ def main(only: str = "", output: Path = RESULTS) -> None:
     """Measures one case after another and prints the table; all take a quarter of an hour on two cores.
 
     Args:
-        only: text that the name of a case must contain to be measured; other cases keep their records.
+        only: Text that the name of a case must contain to be measured; the others keep their records. Empty: all cases.
         output: JSON file with one record for each case.
     """
-    kept = {record["case"]: record for record in json.loads(output.read_text())} if output.exists() else {}
+    records = {record["case"]: record for record in json.loads(output.read_text())} if output.exists() else {}
     for case in CASES:
         if only in str(case):
             print(f"{case} ...", file=sys.stderr, flush=True)
-            kept[str(case)] = measure(case)
-            write_json(output, list(kept.values()))
-    terminal.console(width=160).print(table([kept[str(case)] for case in CASES if str(case) in kept]))
+            records[str(case)] = measure(case)
+            write_json(output, list(records.values()))
+    terminal.console(width=160).print(table([records[str(case)] for case in CASES if str(case) in records]))
 
 
 def measure(case: Case) -> dict:
@@ -108,7 +108,7 @@ def summary(lines: list[dict]) -> dict:
     }
 
 
-def table(measured: list[dict]) -> Table:
+def table(records: list[dict]) -> Table:
     """Returns the records as a table with a row for each case and rung."""
     shown = Table(title="JAX against PyTorch")
     for column in (
@@ -121,7 +121,7 @@ def table(measured: list[dict]) -> Table:
         "of allowed",
     ):
         shown.add_column(column)
-    for record in measured:
+    for record in records:
         for name, rung in record["rungs"].items():
             ratio = " ".join(f"{value:.2f}" for value in rung["ratio"]) if rung["ratio"] else ""
             numbers = ["" if rung[key] is None else f"{rung[key]:.1e}" for key in ("float64", "error")]

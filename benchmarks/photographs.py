@@ -1,4 +1,4 @@
-"""Draws JPEGs that are to a decoder what photographs are: the images that `python -m parity input` reads.
+"""Draws JPEGs that take a decoder as long as photographs do, for `python -m parity input` to read.
 
 `python benchmarks/photographs.py FOLDER` writes FOLDER/train/CLASS/*.jpg: 2,000 of 500x375 (a fifth upright), about
 114 kB each, as ImageNet's are on average.
@@ -15,18 +15,18 @@ import tyro
 from PIL import Image
 
 LONG, SHORT = 500, 375
-UPRIGHT_EVERY = 5
-QUALITY = 92  # gives the average size
+UPRIGHT_EVERY = 5  # of so many images one is upright
+QUALITY = 92  # JPEG quality, which gives the average size
 
 
 def main(folder: tyro.conf.Positional[Path], count: int = 2000, classes: int = 10, seed: int = 0) -> None:
     """Writes the files; the same seed draws the same pictures.
 
     Args:
-        folder: receives train/CLASS/*.jpg.
-        count: of images.
-        classes: that they are spread over in turn.
-        seed: of the pictures.
+        folder: Folder that receives train/CLASS/*.jpg.
+        count: Number of images; draw fewer for a quick try.
+        classes: Number of classes that the images are spread over in turn.
+        seed: Seed of the pictures; another one draws other pictures.
     """
     paths = [folder / "train" / f"class{number % classes:03d}" / f"{number:05d}.jpg" for number in range(count)]
     for directory in {path.parent for path in paths}:
@@ -45,8 +45,11 @@ def _write(path: Path, seed: int, number: int) -> int:
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3]: noise whose spectrum falls as photographs' do, about as 1 / frequency, largely the
-    same in the three colours, and a dozen shapes with edges."""
+    """Returns a picture, uint8 [height, width, 3], of noise and a dozen shapes with edges.
+
+    The noise is largely the same in the three colours, and its spectrum falls about as 1 / frequency, as that of
+    photographs does.
+    """
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1
 

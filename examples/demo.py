@@ -1,8 +1,8 @@
-"""`make demo`: the embedded BiT fine-tuned on scanned digits, in full and with a few examples a class, against scratch;
-then PyTorch and JAX compared on the fine-tuned model.
+"""Fine-tunes the embedded BiT on scanned digits, then compares PyTorch and JAX on the fine-tuned model.
 
-Every run is the train.py command that is printed before it; its files stay under runs/demo. While one command
-starts or compiles, which takes one core, another one computes: the few-shot runs go on beside the others.
+`make demo` runs it. The model is fine-tuned on all digits, and on a few examples of each class beside training from
+scratch. Every run is a train.py command that the demo prints, and its files stay under runs/demo. While one
+command starts or compiles, which takes one core, another one computes: the few-shot runs go on beside the others.
 """
 
 import json
@@ -27,24 +27,25 @@ from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import exit_code
 from input_pipeline.preprocess import decode
 
-WORKDIR = Path("runs/demo")  # emptied first
-MARK = WORKDIR / ".demo"  # says that the folder is the demo's own
+WORKDIR = Path("runs/demo")  # it is emptied first
+MARK = WORKDIR / ".demo"  # this file says that the folder is the demo's own
 FULL = "--steps 100 --decay-steps 65 85".split()
 FEW_SHOT = "--global-batch 32 --warmup-steps 10 --decay-steps 24 32 --steps 40".split()
 PARITY = "--precision fp64 --size 32 --rows 4 --batches 1 --steps 3".split()
 INITS = {"checkpoint": "Fashion-MNIST weights", "random": "scratch"}
-FULL_SHARE, PARITY_SHARE = 0.5, 0.5  # of the time of what runs beside the few-shot runs, as seen on two cores
+# shares of the time that the commands beside the few-shot runs take, as seen on two cores
+FULL_SHARE, PARITY_SHARE = 0.5, 0.5
 
 
 class Progress:
-    """How much of the demo is done, and so how long is left; two threads do its work side by side."""
+    """Counts how much of the demo is done and estimates how long is left; two threads do its work side by side."""
 
     def __init__(self):
         self._start, self._lock = time.perf_counter(), threading.Lock()
         self._done: dict[str, tuple[float, float]] = {}  # {thread: (share of its work, seconds that it took)}
 
     def done(self, thread: str, share: float) -> str:
-        """Counts a share of that thread's work as done; how long the demo took so far and will take, in words."""
+        """Counts a share of that thread's work as done and says how long the demo took so far and will still take."""
         with self._lock:
             spent = time.perf_counter() - self._start
             before, _ = self._done.get(thread, (0.0, 0.0))
@@ -54,19 +55,19 @@ class Progress:
 
 
 def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_lr: float = 0.01) -> None:
-    """Runs all of it, in the repository's root: a minute and a half on two cores.
+    """Runs the demo in the repository's root, which takes a minute and a half on two cores.
 
     Args:
-        examples_per_class: training examples of each digit in the few-shot runs.
-        seeds: seeds of the few-shot runs; each chooses other examples.
-        base_lr: learning rate of the few-shot runs, both kinds.
+        examples_per_class: Number of training examples of each digit in the few-shot runs.
+        seeds: Seeds of the few-shot runs. Every seed chooses other examples, and the table shows the median over seeds.
+        base_lr: Learning rate of the few-shot runs after warm-up, both from the checkpoint and from scratch.
     """
     empty_workdir()
     console, progress = terminal.console(width=120), Progress()
     budget = ["--examples-per-class", str(examples_per_class), "--base-lr", str(base_lr), *FEW_SHOT]
 
     def few_shot(init: str, seed: int) -> tuple[str, float]:
-        """What is to be said of the run, and its accuracy."""
+        """Returns the line that shows the run's command, and the run's accuracy."""
         workdir = WORKDIR / f"{init}-seed{seed}"
         command = ["train.py", "digits", "--workdir", str(workdir), "--init", init, "--seed", str(seed), *budget]
         accuracy = train(command, quiet=True)["final_acc1"]
@@ -90,7 +91,7 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
 
 
 def full(console: terminal.Console, progress: Progress) -> None:
-    """All training digits, and the fine-tuned model on one digit that it has not seen."""
+    """Fine-tunes on all training digits, and classifies one digit that the model has not seen."""
     console.rule("All 1,438 training digits")
     console.print(
         "the demo takes a minute and a half on two cores, longer on slow ones; the few-shot runs go on beside this one"
@@ -108,7 +109,7 @@ def full(console: terminal.Console, progress: Progress) -> None:
 def show_few_shot(
     runs: dict[tuple[str, int], Future], seeds: tuple[int, ...], examples: int, console: terminal.Console
 ) -> None:
-    """What came out of the few-shot runs, once all have ended, and the commands."""
+    """Prints the commands and accuracies of the few-shot runs, once all have ended."""
     console.rule(f"{examples} example(s) of each digit: transfer against training from scratch")
     for run in runs.values():
         console.print(run.result()[0])
@@ -129,15 +130,15 @@ def run(arguments: list[str], *, quiet: bool) -> None:
     """Runs a command of this repository, printed first unless `quiet`.
 
     Raises:
-        RunFailed: it failed; a quiet one's last line is in the message.
+        RunFailed: the command failed; if it was quiet, the message holds its last line.
     """
     if not quiet:
         print(f"$ python {shlex.join(arguments)}", flush=True)
     # every few-shot run compiles the same program; the first one leaves it for the others
-    kept = {"JAX_COMPILATION_CACHE_DIR": str((WORKDIR / "xla").absolute())}
-    kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    kept |= {"OMP_NUM_THREADS": "1"}  # PyTorch's threads wait for each other by spinning, and the cores are busy
-    done = subprocess.run([sys.executable, *arguments], env=os.environ | kept, capture_output=quiet, text=True)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str((WORKDIR / "xla").absolute())}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"OMP_NUM_THREADS": "1"}  # PyTorch's threads wait for each other by spinning, and the cores are busy
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=quiet, text=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] if quiet else ["see above"]
         raise RunFailed(f"python {shlex.join(arguments)} ended with exit code {done.returncode}: {''.join(why)}")
@@ -147,7 +148,7 @@ def empty_workdir() -> None:
     """Removes what an earlier demo left.
 
     Raises:
-        RequestError: the folder is there, and no demo made it.
+        RequestError: the folder exists, and no demo made it.
     """
     if WORKDIR.exists() and not MARK.exists():
         raise RequestError(f"{WORKDIR} was not made by the demo, which would empty it; move it away")

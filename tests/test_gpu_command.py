@@ -114,6 +114,13 @@ def test_wrong_requests(gpu, tmp_path):
         gpu.main(tmp_path)
 
 
+def test_results_in_a_few_words(gpu):
+    assert gpu.headline({"same": True}) == "the same bits"
+    assert gpu.headline({"same": False}) == "bits DIFFER"
+    assert gpu.headline({"holds": False}) == "does NOT hold"
+    assert gpu.headline({}) == ""
+
+
 @pytest.mark.slow
 def test_the_command_works_without_a_gpu(gpu, tmp_path, capsys):
     gpu.main(

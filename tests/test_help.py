@@ -3,8 +3,11 @@
 import contextlib
 import io
 import re
+import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import tyro
@@ -16,7 +19,15 @@ from input_pipeline import __main__ as input_pipeline_main
 from parity import __main__ as parity_main
 from parity.ladder import rungs
 
-FRAGMENTS = {"Of", "That", "What", "Whose", "How", "As", "By", "In"}
+ROOT = Path(__file__).parent.parent
+FRAGMENTS = {"of", "that", "what", "whose", "how", "as", "by", "in"}  # first words of a text without a subject
+
+SCRIPTS = (
+    *(f"benchmarks/{name}.py" for name in ("bandwidth", "cost_growth", "gpu", "load_weights", "parity_tables")),
+    *(f"benchmarks/{name}.py" for name in ("photographs", "plans")),
+    *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
+    "examples/demo.py",
+)
 
 COMMANDS = {
     **{f"train.py {preset}": train.main for preset in config.PRESETS},
@@ -41,6 +52,7 @@ COMMANDS = {
             "diff",
         )
     },
+    **{script: partial(runpy.run_path, str(ROOT / script.split()[0]), run_name="__main__") for script in SCRIPTS},
 }
 
 
@@ -84,7 +96,8 @@ def flags(text: str) -> list[tuple[str, str]]:
 def test_every_flag_has_a_sentence(command, help_of):
     shown = flags(help_of(command, COMMANDS[command]))
     assert shown
-    assert {name: text for name, text in shown if not text.endswith(".") or text.split()[0] in FRAGMENTS} == {}
+    unclear = {name: text for name, text in shown if not text.endswith(".") or text.split()[0].lower() in FRAGMENTS}
+    assert unclear == {}
 
 
 def test_flags_are_read_from_the_boxes(help_of):

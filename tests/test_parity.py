@@ -278,6 +278,7 @@ def test_a_wrong_request_ends_in_one_sentence(arguments, said, tmp_path, foreign
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_models_output_object_gives_its_logits_to_every_task(small_npz, tmp_path, foreign):
     flags = ["--weights", small_npz, *QUICK, "--precision", "fp64", "--torch-model"]
     done = parity("gradients", *flags, "foreign_bit:load_with_an_output_object", "--run", tmp_path / "run")

@@ -151,6 +151,24 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, capsys):
+    path, page = tmp_path / "report.json", tmp_path / "page.html"
+    quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1, "time_anyway": True}
+    asked = Throughput(arms=("torch", "jax"), fault="sample-variance", json=path, html=page, **quick)
+    assert not measure.run(asked)
+    shown, progress = capsys.readouterr()
+    assert "jax is WRONG, and timed all the same" in progress
+    assert "jax was timed, but not rightly: its loss is wrong" in shown
+    assert shown.count("jax (WRONG)") == 2  # in both tables
+    report = json.loads(path.read_text())
+    assert set(report["arms"]) == {"torch", "jax"}
+    assert not report["ratios"]
+    assert page.read_text().count("jax (WRONG)") >= 4  # in the tables and on the axes of two plots
+    throughput_report.slower(report, report, Console())
+    assert "jax (WRONG): 1.00 times" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_an_arm_that_fails_is_left_out(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     monkeypatch.setenv("CXX", "false")  # torch.compile's

@@ -273,6 +273,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_nobody_gives_the_environment_a_variable_while_the_devices_compute(command, tmp_path):
     given = command("--workdir", tmp_path / "run", "--profile", 1)
     python, _, *arguments = given["args"]

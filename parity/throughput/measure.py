@@ -52,9 +52,11 @@ def measure(options: Throughput, console: Console) -> dict[str, Any]:
         bench = _Bench(options, folder)
         loss_check = bench.loss_check(console) if options.loss_check == "float64" else {}
         wrong = [arm for arm, line in loss_check.items() if line.verdict == "bug"]
+        timed = "is WRONG, and timed all the same" if options.time_anyway else "is not timed"
         for arm in wrong:
-            console.print(f"{arm} is not timed: {loss_check[arm].note}", style="bold red")
-        arms = [arm for arm in bench.sides if arm not in (*wrong, *bench.failed)]
+            console.print(f"{arm} {timed}: {loss_check[arm].note}", style="bold red")
+        left_out = [] if options.time_anyway else wrong
+        arms = [arm for arm in bench.sides if arm not in (*left_out, *bench.failed)]
         if not arms and not wrong:
             raise bench.no_arm_left()
         if not arms:

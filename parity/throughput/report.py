@@ -1,6 +1,7 @@
 """Shows a throughput comparison in tables and on a page, and compares it with an earlier one."""
 
 import datetime
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def slower(report: Report, old: Report, console: Console) -> list[str]:
         before = old["arms"][arm]
         worse = max(now["images_per_s_of_processes"]) < min(before["images_per_s_of_processes"])
         ratio = now["images_per_s"] / before["images_per_s"]
-        console.print(f"{arm}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}")
+        label = _label(report, arm)
+        console.print(f"{label}: {ratio:.2f} times {old['when']}{', slower' if worse else ''}", markup=False)
         slower_arms += [arm] if worse else []
     return slower_arms
 
@@ -121,6 +123,12 @@ def refused(report: Report) -> list[str]:
     ]
 
 
+def _label(report: Report, arm: str) -> str:
+    """Returns the arm's name, which says so if it computes wrong losses."""
+    line = report["loss_check"].get(arm)
+    return f"{arm} (WRONG)" if line and line["verdict"] == "bug" else arm
+
+
 def _fastest_first(report: Report) -> list[tuple[str, dict[str, Any]]]:
     return sorted(report["arms"].items(), key=lambda item: -item[1]["images_per_s"])
 
@@ -133,7 +141,7 @@ def _table(report: Report) -> Table:
     for arm, figures in _fastest_first(report):
         rates = figures["images_per_s_of_processes"]
         table.add_row(
-            printable(arm),
+            printable(_label(report, arm)),
             f"{figures['images_per_s']:.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
             f"{figures['mfu']:.0%}",
@@ -167,7 +175,7 @@ def _more(report: Report) -> list[Table]:
 
         devices = parse_side(arm).devices
         core = shown("p_core") if loop else f"{figures['images_per_s']:.2f}"
-        row = [f"1x{devices}", arm, options["precision"], f"{options['rows'] / devices:g}"]
+        row = [f"1x{devices}", _label(report, arm), options["precision"], f"{options['rows'] / devices:g}"]
         row += [shown("p_whole"), shown("p_train"), core, f"{figures['memory_gib']:.2f}"]
         table.add_row(*row, *([shown("input_share", ".1%"), shown("evaluation")] if loop else []))
     return [table]
@@ -190,7 +198,7 @@ def _rates(figure: Figure, report: Report) -> None:
         axes.barh(place, figures["images_per_s"], color=_colour(arm), alpha=0.6)
         rates = figures["images_per_s_of_processes"]
         axes.plot(rates, [place] * len(rates), "o", markersize=4, color="black")
-    axes.set_yticks(range(len(arms)), [arm for arm, _ in arms])
+    axes.set_yticks(range(len(arms)), [_label(report, arm) for arm, _ in arms])
     axes.set(xlabel="images/s")
 
 
@@ -203,7 +211,7 @@ def _calls(figure: Figure, report: Report) -> None:
             axes.plot(range(start, start + len(calls)), calls, ".", markersize=3, color=_colour(arm))
             start += len(calls)
             axes.axvline(start - 0.5, color="grey", linewidth=0.5)
-        axes.set_title(arm.replace(",", ",\n").replace(":", ":\n"), fontsize=7)
+        axes.set_title(re.sub(r"([,:]| (?=\())", r"\1\n", _label(report, arm)), fontsize=7)
         axes.set_xticks([])
     row[0].set(ylabel="seconds", ylim=(0, None))
 
@@ -214,7 +222,7 @@ def _compilation(figure: Figure, report: Report) -> None:
     for place, (arm, figures) in enumerate(arms):
         axes.barh(place + 0.2, figures["compile_cold"], height=0.38, color=_colour(arm), alpha=0.6)
         axes.barh(place - 0.2, figures["compile_cached"] or 0, height=0.38, color=_colour(arm), alpha=0.25)
-    axes.set_yticks(range(len(arms)), [arm for arm, _ in arms])
+    axes.set_yticks(range(len(arms)), [_label(report, arm) for arm, _ in arms])
     axes.set(xlabel="seconds: above, the first process; below, from its cache")
 
 

@@ -62,6 +62,9 @@ class Throughput:
     """Loss check that an arm must pass. `float64`: its losses equal float64's up to rounding.
     `losses`: the loss of its first call equals PyTorch's within 2 %, for work too large for float64.
     `python -m parity gradients` judges the same model in full."""
+    time_anyway: bool = False
+    """Time arms that fail the loss check too, to see what a fault costs or gains.
+    Every place that shows such an arm calls it WRONG, no ratio uses it, and the exit code stays 1."""
     seed: int = 0
     """Seed of weights, images and labels."""
     json: UserPath | None = None

@@ -116,16 +116,11 @@ class ArraySource:
         return {"image": self._images[index], "label": int(self.labels[index]), "id": str(index)}
 
 
-class Subset:
-    """Some examples of another source, in the order given."""
+class _Derived:
+    """Examples of another source, which are read as that source reads them."""
 
-    def __init__(self, source: Source, indices: np.ndarray, name: str):
-        self.name, self.class_names = name, source.class_names
-        self._source, self._indices = source, indices
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._source.labels[self._indices]
+    def __init__(self, source: Source):
+        self._source = source
 
     @property
     def descriptors(self) -> int:
@@ -134,6 +129,18 @@ class Subset:
     @property
     def decoded(self) -> bool:
         return decoded(self._source)
+
+
+class Subset(_Derived):
+    """Some examples of another source, in the order given."""
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
+        super().__init__(source)
+        self.name, self.class_names, self._indices = name, source.class_names, indices
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._source.labels[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -160,27 +167,19 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-class Relabelled:
+class Relabelled(_Derived):
     """Examples of another source with the same classes in another order."""
 
     def __init__(self, source: Source, class_names: Sequence[str], numbers: np.ndarray):
         """numbers: int32 [classes of source], the new label for each label of the source."""
-        self.name, self.class_names = source.name, class_names
-        self._source, self._numbers = source, numbers
+        super().__init__(source)
+        self.name, self.class_names, self._numbers = source.name, class_names, numbers
 
     @property
     def labels(self) -> np.ndarray:
         labels = self._source.labels
         known = (labels >= 0) & (labels < len(self._numbers))
         return np.where(known, self._numbers[np.where(known, labels, 0)], NO_LABEL).astype(np.int32)
-
-    @property
-    def descriptors(self) -> int:
-        return descriptors(self._source)
-
-    @property
-    def decoded(self) -> bool:
-        return decoded(self._source)
 
     def __len__(self) -> int:
         return len(self._source)

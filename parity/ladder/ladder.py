@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bit_jax.model import weights
 from bit_jax.model.fine_tuned import described
-from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
@@ -29,10 +28,10 @@ from parity.ladder.verdict import LEAST_DRAWS, Line, Verdict, relative_rmse, wor
 from parity.options import Options
 from parity.sides import classes, inputs
 from parity.sides.side import parse_side
+from parity.sides.weights import RANDOM, weight_file
 from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
-RANDOM = "random:"
 RANDOM_CLASSES = 100  # classes of a random model's head
 
 # The spacing of floating-point numbers at 1. TF32 and float16 keep 10 bits after the point, bfloat16 keeps 7.
@@ -89,7 +88,7 @@ class Ladder:
                 )
         for path in options.images:
             read_image_file(path)  # one that cannot be read is refused before anything is started
-        self.weight_file = self._weight_file()
+        self.weight_file = weight_file(options.weights, folder, random_classes=RANDOM_CLASSES, seed=options.seed)
         self.architecture, _ = weights.read(self.weight_file)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
@@ -180,11 +179,8 @@ class Ladder:
         if not path.exists():
             height, width = options.height_width
             first = options.seed + look * options.batches
-            parts = [
-                inputs.picture_batch(options.rows, height, width, self.architecture.num_classes, first + number)
-                for number in range(options.batches)
-            ]
-            _save(path, inputs.joined(parts))
+            seeds = range(first, first + options.batches)
+            inputs.picture_batches(options.rows, height, width, self.architecture.num_classes, seeds).save(path)
         return path
 
     def dataset_batches(self, look: int = 0) -> Path:
@@ -194,7 +190,7 @@ class Ladder:
         if not path.exists():
             source = self.source(options.train_split)
             size = options.height_width
-            _save(path, inputs.dataset_batches(source, options.steps, options.rows, *size, options.seed + look))
+            inputs.dataset_batches(source, options.steps, options.rows, *size, options.seed + look).save(path)
         return path
 
     def mixed_pictures(self, look: int = 0) -> Path:
@@ -276,20 +272,6 @@ class Ladder:
             side = self.sides[role]
             self._workers[key] = Worker(side, precision, self.weight_file, self.folder / f"{role}-{precision}")
         return self._workers[key]
-
-    def _weight_file(self) -> Path:
-        """Returns the path of the weights; random ones are drawn first."""
-        name = self.options.weights
-        if not name.startswith(RANDOM):
-            return locate.weight_file(name).absolute()
-        path = self.folder / "random.npz"
-        inputs.random_weights(path, name.removeprefix(RANDOM), RANDOM_CLASSES, self.options.seed)
-        return path
-
-
-def _save(path: Path, batches: inputs.Batches) -> None:
-    arrays: dict[str, Any] = batches.arrays()
-    np.savez(path, **arrays)
 
 
 @contextlib.contextmanager

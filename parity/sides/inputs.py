@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,20 @@ class Batches:
     weight: np.ndarray
     ids: list[list[str]]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {"image": self.image, "label": self.label, "weight": self.weight}
+    def save(self, path: Path) -> None:
+        """Writes images, labels and weights to an .npz file, from which both sides read them."""
+        np.savez(path, image=self.image, label=self.label, weight=self.weight)
 
 
 def joined(parts: Sequence[Batches]) -> Batches:
     """Concatenates batches, one after the other."""
     image, label, weight = (np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "label", "weight"))
     return Batches(image, label, weight, [ids for part in parts for ids in part.ids])
+
+
+def picture_batches(rows: int, height: int, width: int, num_classes: int, seeds: Iterable[int]) -> Batches:
+    """Makes a batch of pictures with random labels for each seed."""
+    return joined([picture_batch(rows, height, width, num_classes, seed) for seed in seeds])
 
 
 def picture_batch(rows: int, height: int, width: int, num_classes: int, seed: int) -> Batches:

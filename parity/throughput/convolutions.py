@@ -18,11 +18,12 @@ from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath, require_positive, typed
-from parity.ladder.ladder import RANDOM, working_folder
+from parity.ladder.ladder import working_folder
 from parity.report import saved
 from parity.sides import flops
 from parity.sides.clock import Pass
 from parity.sides.side import Side, parse_side
+from parity.sides.weights import RANDOM
 from parity.sides.worker import Worker
 from parity.throughput.machine import machine
 from parity.throughput.request import RANDOM_CLASSES

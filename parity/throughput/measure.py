@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from bit_jax.model import weights
-from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed
@@ -20,10 +19,11 @@ from input_pipeline.files import write_json
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity import faults
-from parity.ladder.ladder import RANDOM, ULP, working_folder
+from parity.ladder.ladder import ULP, working_folder
 from parity.ladder.verdict import MULTIPLE, Line, Look, Verdict, calibrated, look, look_again
 from parity.sides import clock, inputs
 from parity.sides.side import Side, parse_side
+from parity.sides.weights import weight_file
 from parity.sides.worker import Answer, Worker
 from parity.throughput import report as throughput_report
 from parity.throughput.request import RANDOM_CLASSES, Throughput
@@ -140,11 +140,7 @@ class _Bench:
 
     def __init__(self, options: Throughput, folder: Path):
         self.options, self.folder = options, folder
-        self.weight_file = folder / "random.npz"
-        if options.weights.startswith(RANDOM):
-            inputs.random_weights(self.weight_file, options.weights.removeprefix(RANDOM), RANDOM_CLASSES, options.seed)
-        else:
-            self.weight_file = locate.weight_file(options.weights).absolute()
+        self.weight_file = weight_file(options.weights, folder, random_classes=RANDOM_CLASSES, seed=options.seed)
         self.architecture, _ = weights.read(self.weight_file)
         if options.folder is not None:
             classes = len(open_source(f"folder:{options.folder}", "train").class_names)
@@ -163,11 +159,9 @@ class _Bench:
     def _batches(self, rows: int, look: int = 0) -> Path:
         """Returns a file of BATCHES batches of so many rows, normalized and mixed; every look has other images."""
         options, classes = self.options, self.architecture.num_classes
-        seeds = [options.seed + look * BATCHES + number for number in range(BATCHES)]
-        batches = [inputs.picture_batch(rows, options.size, options.size, classes, seed) for seed in seeds]
-        path = self.folder / f"batches of {rows}, {look}.npz"
-        arrays: dict[str, Any] = inputs.joined(batches).arrays()
-        np.savez(path, **arrays)
+        first = options.seed + look * BATCHES
+        batches = inputs.picture_batches(rows, options.size, options.size, classes, range(first, first + BATCHES))
+        batches.save(path := self.folder / f"batches of {rows}, {look}.npz")
         return self._float64("mix", batches=path).arrays.path
 
     @property

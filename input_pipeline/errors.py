@@ -6,7 +6,7 @@ traceback.
 
 
 class _Ending:
-    """What ends a command.
+    """An exception that ends a command.
 
     Attributes:
         on_all_hosts: whether every host of the run raises this too. `hosts.joined` then waits for all of them; it takes

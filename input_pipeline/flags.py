@@ -37,5 +37,5 @@ def require_positive(flags: Mapping[str, float | None]) -> None:
 
 
 def typed(described: object, *names: str) -> dict[str, float | None]:
-    """{the flag as it is typed: its value} of some attributes of a dataclass of flags."""
+    """Returns {the flag as it is typed: its value} of some attributes of a dataclass of flags."""
     return {f"--{name.replace('_', '-')}": getattr(described, name) for name in names}

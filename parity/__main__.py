@@ -138,6 +138,8 @@ def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf
 
 def run_input(bench: Annotated[Bench, tyro.conf.OmitArgPrefixes]) -> bool:
     """Measures training input in images/s: train.py's loader, PyTorch's DataLoader, and tf.data where installed."""
+    if bench.json is not None:
+        saved.writable(bench.json)
     bench.run(ARMS | {"torch": PYTORCH_INPUT}, "python -m parity input")
     return True
 
@@ -148,6 +150,8 @@ def run_determinism(request: determinism.Flags) -> bool:
     The work is a forward pass, the gradients of a batch, and a few training steps. What differs is named: the first
     unit on the way forward, the first gradient on the way back. Exit code 0: nothing differs; 1: something does.
     """
+    if request.json is not None:
+        saved.writable(request.json)
     return determinism.run(request, console())
 
 

@@ -36,6 +36,9 @@ def test_bits_are_compared_and_the_first_that_differs_is_named(tmp_path):
     found = compare("gradients", "process 2", first, other)
     assert found.differing == [keys[1], keys[0]]  # on the way back
     assert found.first_error == 1.0
+    other = saved(tmp_path / "nan.npz", {key: np.full(2, np.nan) for key in keys})
+    assert compare("gradients", "process 2", first, other).first_error is None
+    assert str(compare("gradients", "process 2", first, other)).endswith("conv2d/k, which is not finite")
 
 
 @pytest.mark.slow
@@ -70,6 +73,8 @@ def test_a_unit_that_never_repeats_is_named(small_npz, tmp_path, monkeypatch):
         (["--processes", "1"], "--processes 1 must be at least 2"),
         (["--side", "jax:deterministic=2"], "side 'jax:deterministic=2' is neither"),
         (["--rows", "3"], "must be even"),
+        (["--steps", "0"], "--steps 0 must be greater than 0"),
+        (["--json", "/proc/no/such.json"], "/proc/no"),
     ],
 )
 def test_wrong_requests(flags, said):

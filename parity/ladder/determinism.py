@@ -16,7 +16,7 @@ from rich.table import Table
 
 from input_pipeline.errors import RequestError
 from input_pipeline.files import write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.terminal import printable
 from parity.ladder.ladder import Ladder, working_folder
 from parity.ladder.rungs import depth
@@ -54,6 +54,7 @@ class Determinism:
     def __post_init__(self):
         if self.processes < 2:
             raise RequestError(f"--processes {self.processes} must be at least 2, or there is nothing to compare")
+        require_positive(typed(self, "steps"))  # as `batches` of a comparison it would be refused by another name
 
     @property
     def options(self) -> Options:
@@ -83,7 +84,8 @@ class Repetition:
         task, run: names of the task and of the other run.
         arrays: number of arrays.
         differing: names of those whose bits differ, in the order of computation.
-        first_error: the root mean square of the difference of the first of them, relative to that of the array.
+        first_error: the root mean square of the difference of the first of them, relative to that of the array; None if
+            nothing differs, or if the array is not finite.
     """
 
     task: str
@@ -95,7 +97,8 @@ class Repetition:
     def __str__(self) -> str:
         if not self.differing:
             return f"{self.task}, {self.run}: the same bits in {self.arrays} arrays"
-        first = f"the first is {self.differing[0]}, by {self.first_error:.1e}"
+        by = "which is not finite" if self.first_error is None else f"by {self.first_error:.1e}"
+        first = f"the first is {self.differing[0]}, {by}"
         return f"{self.task}, {self.run}: {len(self.differing)} of {self.arrays} arrays differ; {first}"
 
 
@@ -159,7 +162,7 @@ def compare(task: str, run: str, first: Arrays, other: Arrays) -> Repetition:
     names = first.names if task == "forward" else sorted(first.names, key=_depth, reverse=True)
     differing = [name for name in names if first[name].tobytes() != other[name].tobytes()]
     error = relative_rmse(first[differing[0]].astype(np.float64), other[differing[0]]) if differing else None
-    return Repetition(task, run, len(names), differing, error)
+    return Repetition(task, run, len(names), differing, error if error is not None and np.isfinite(error) else None)
 
 
 def _depth(name: str) -> tuple:

@@ -71,7 +71,10 @@ class Ladder:
         folder: folder with the files that the processes exchange.
         weight_file, architecture: the model's weights and its architecture.
         fault: name of the fault that is injected into one side, see `faults.py`, or None.
+        asks_reference: whether the reference can be asked anything, because its process is there.
     """
+
+    asks_reference = True
 
     def __init__(self, options: Options, folder: Path, console: Console | None = None):
         self.options, self.folder = options, folder

@@ -74,7 +74,7 @@ def name_operation(ladder: Ladder, result: RungResult, sites: Sequence[str], pre
         return
     lines, wrong = [], {}
     for site in sites:
-        judged = _judge(ladder, site, precision)
+        judged = _of_operations(_judge(ladder, site, precision))
         lines += judged
         if wrong := _wrong(ladder, site, precision, judged):
             break
@@ -97,6 +97,18 @@ def sites_behind(key: str, architecture: Architecture) -> list[str]:
     match = re.match(r"resnet/(root_block|block\d/unit\d+)/", key)
     place = sites.index(match[1] if match else LAST_SITE)
     return sites[place : place + 2]
+
+
+def _of_operations(lines: list[Line]) -> list[Line]:
+    """Returns the lines without those of ReLUs whose norm is wrong in the same direction: where a norm and its ReLU are
+    one function, an error of the norm is in the ReLU's result, too."""
+    bugs = [line.name for line in lines if line.verdict == "bug"]
+
+    def passed_on(name: str) -> bool:
+        norm, found = re.subn(r"relu, (value|by).*", rf"{NORM}, \1", name)
+        return bool(found) and any(other.startswith(norm) for other in bugs)
+
+    return [line for line in lines if not passed_on(line.name)]
 
 
 def _judge(ladder: Ladder, site: str, precision: str) -> list[Line]:
@@ -136,22 +148,15 @@ def _fed(ladder: Ladder, site: str, number: int) -> dict[str, Any]:
 
 def _wrong(ladder: Ladder, site: str, precision: str, lines: list[Line]) -> dict[str, Line]:
     """Returns {operation and what of it is wrong: its line}, the first in the order of computation first: forward, or
-    else on the way back.
-
-    Where a norm and its ReLU are one function, an error of the norm is one of the ReLU's results too.
-    """
+    else on the way back."""
     bugs = {line.name: line for line in lines if line.verdict == "bug"}
     order = list(operations(site, ladder.architecture.layout))
-
-    def passed_on(name: str) -> bool:
-        norm, found = re.subn(r"relu, (value|by).*", rf"{NORM}, \1", name)
-        return bool(found) and any(other.startswith(norm) for other in bugs)
 
     def place(name: str) -> tuple[bool, int]:
         forward, where = name.endswith(", value"), order.index(name.partition(", ")[0])
         return not forward, where if forward else -where
 
-    names = sorted((name for name in bugs if not passed_on(name)), key=place)
+    names = sorted(bugs, key=place)
     return {_with_part(ladder, site, precision, name): bugs[name] for name in names}
 
 

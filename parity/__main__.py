@@ -19,7 +19,7 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
-from parity.ladder import determinism, rungs
+from parity.ladder import determinism, reproducer, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
@@ -79,6 +79,9 @@ def compare(options: Options, names: Sequence[str]) -> bool:
     for path in (options.json, options.html, options.junit):
         if path is not None:
             saved.writable(path)
+    if options.reproducer is not None:
+        reproducer.refuse_unusable(options.reproducer)
+        saved.writable(options.reproducer / "README.md")
     with saved.owned(options.run) as folder:
         return _compare(options, names, folder)
 
@@ -97,6 +100,8 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
             results.append(result := timed(rungs.RUNGS[name], ladder))
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
             if result.verdict == "bug":
+                if options.reproducer is not None:
+                    reproducer.leave(ladder, result, options.reproducer, attestation)
                 break
         report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
     saved.save(report, results, folder)

@@ -84,6 +84,9 @@ class Options:
     """File to write the report to as a web page, too. None: only the run's folder has it."""
     junit: UserPath | None = None
     """File to write JUnit XML to, with one test case per array. None: no JUnit XML is written."""
+    reproducer: UserPath | None = None
+    """Folder to leave a reproducer of the first operation at fault in: scripts, inputs and programs,
+    which need nothing of this project. It must not exist, or be empty. None: none is left."""
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 

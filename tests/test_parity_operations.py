@@ -33,6 +33,7 @@ def ladders(tmp_path_factory):
                 options = dataclasses.replace(selftest.SMALL, precision=precision, weights="random:R26x0.5")
                 made = Ladder(options, tmp_path_factory.mktemp(precision), Console(quiet=True))
                 started[precision] = stack.enter_context(made)
+                stack.enter_context(made.forgetting())
             return started[precision]
 
         yield ladder

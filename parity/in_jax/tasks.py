@@ -6,6 +6,7 @@ NHWC, kernels HWIO, names as the file's keys.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
-from parity.in_jax import operations, units
+from parity.in_jax import operations, script, single, units
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -213,6 +214,32 @@ class JaxSide:
         if teacher is None:
             return None, observed.record().named()
         return None, observed.feed(Recording.load(teacher, disturb))
+
+    def operation(
+        self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
+    ) -> Result:
+        """Returns what one operation by itself makes of operands, computed by the model's module and, under names that
+        begin with `plain`, by JAX's public functions; writes the module's program into a folder.
+
+        Args:
+            question: the content of a reproducer's operation.json.
+            operands: file of its operands and the gradient by its result.
+            disturb: disturbance of the operands.
+            programs: folder that receives the program, or None.
+        """
+        model, params = self.model()
+        op = operations_of(question["site"], weights.flatten(params))[question["name"]]
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), self.dtype)
+        alone = single.Single(model, params, images, op, question["kind"])
+        arrays = inputs.disturbed_file(operands, disturb)
+        given = {name: arrays[name].astype(self.dtype) for name in question["operands"]}
+        gradient = arrays["gradient"].astype(self.dtype)
+        compute = self._jit(alone.compute)
+        results = compute(given, gradient)
+        if programs is not None:
+            alone.write(compute, given, gradient, Path(programs))
+        plain = {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
+        return None, {name: np.asarray(array) for name, array in (results | plain).items()}
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum

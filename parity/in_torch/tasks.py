@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from input_pipeline.examples import Source, Subset
 from parity import faults
-from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, units
+from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
 from parity.sides import inputs
@@ -215,6 +215,21 @@ class TorchSide:
         if teacher is None:
             return None, observed.record().named()
         return None, observed.feed(Recording.load(teacher, disturb))
+
+    def operation(
+        self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
+    ) -> Result:
+        """Returns what one operation by itself makes of operands, as `JaxSide.operation` does."""
+        _, keys = self.model()
+        ops = operations_of(question["site"], keys.values())
+        place = question["site"], ops, ops[question["name"]], question["kind"]
+        alone = single.Single(self._eager(None), keys, *place, self.precision, self.device)
+        arrays = inputs.disturbed_file(operands, disturb)
+        given, gradient = {name: arrays[name] for name in question["operands"]}, arrays["gradient"]
+        results = alone.compute(given, gradient)
+        if programs is not None:
+            alone.write(given, gradient, Path(programs))
+        return None, results | {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum

@@ -18,7 +18,7 @@ import numpy as np
 
 from input_pipeline.errors import RequestError, RunFailed
 from parity.ladder import verdict
-from parity.ladder.ladder import ROLES, Ladder, RungResult
+from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
 from parity.ladder.verdict import MULTIPLE, Line
 from parity.sides.operations import NORM, Recording, operations
 
@@ -30,14 +30,16 @@ LAYOUTS = {
     "head": {"input": "ni", "kernel": "..io", "bias": "o", "gradient": "no"},
     "pool": {"input": "nhwi", "gradient": "nyxi"},
 }
+GROWTH = 10.0  # factor by which rounding may grow where arrays shrink
 GROUPS = 32  # a norm's channels stay a multiple of these
 SCRIPTS = {"jax": ("parity.in_jax", "jax_side.py"), "torch": ("parity.in_torch", "torch_side.py")}
 Arrays = dict[str, np.ndarray]
 README = """\
 # {question.operation}, {question.what}, in {question.precision}
 
-A {question.kind} of {architecture}. In the table are the largest differences from the float64 result, relative to its
-root mean square. Public functions computed that result.
+A {question.kind} of {architecture}.
+In the table are the largest differences from the float64 result, relative to its root mean square. Public functions
+computed that result.
 
 | side | the model's program | public functions | arrays |
 |---|---|---|---|
@@ -172,6 +174,11 @@ class Seen:
     line: Line
     apart: dict[str, tuple[float, float]]
 
+    @property
+    def rounding(self) -> float:
+        """The larger difference of public functions from the answer."""
+        return max(public for _, public in self.apart.values())
+
 
 def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | None = None) -> Seen:
     """Judges both sides by the rule of the ladder, and writes their programs into a folder."""
@@ -208,8 +215,10 @@ def _save(path: Path, arrays: Arrays) -> None:
 
 
 def _shrunk(ladder: Ladder, question: Question, whole: Seen) -> Seen:
-    """Returns the smallest attempt with the fault: every axis is halved as long as the fault persists."""
+    """Returns the smallest attempt with the fault: every axis is halved as long as the fault persists, and rounding
+    does not grow, as it does where a norm has two nearly equal values left."""
     seen, layout = whole, LAYOUTS[question.kind]
+    most = GROWTH * max(whole.rounding, ULP[question.precision])
     sizes = {
         axis: size for name, axes in layout.items() for axis, size in zip(axes, whole.arrays[name].shape, strict=True)
     }
@@ -223,7 +232,7 @@ def _shrunk(ladder: Ladder, question: Question, whole: Seen) -> Seen:
             attempt = _seen(ladder, question, _sliced(question, whole.arrays, smaller))
         except RunFailed:  # a module may be made for some sizes only
             continue
-        if attempt.line.verdict == "bug":
+        if attempt.line.verdict == "bug" and attempt.rounding <= most:
             seen, sizes = attempt, smaller
             pending.append(axis)
     return seen

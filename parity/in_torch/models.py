@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,6 +116,28 @@ def fill(model: nn.Module, path: Path) -> None:
             f"{_listed(unexpected)}" + (f"; of another shape {_listed(sorted(misshapen))}" if misshapen else "")
         )
     model.load_state_dict({names[name]: tensor for name, tensor in best.items()}, strict=True)
+
+
+def checkpoint(path: str) -> dict[str, np.ndarray]:
+    """Reads {key: array} of a weight file; its convolutions lose the numbers in their keys."""
+    with np.load(path) as file:
+        return {f"resnet/{resnetv2.official(key).replace('.', '/')}": file[key] for key in file.files}
+
+
+def constants(model: nn.Module) -> tuple[Any, Any, Any]:
+    """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
+    them."""
+    if isinstance(model, resnetv2.ResNetV2):
+        return resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
+    return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
+
+
+def _attribute(modules: list, name: str) -> Any:
+    """Returns the value that all modules have, a list of all values if they differ, or "unknown" without modules."""
+    values = sorted({getattr(module, name) for module in modules})
+    return values[0] if len(values) == 1 else values or "unknown"
 
 
 def _made(name: str, weight_file: str) -> nn.Module:

@@ -72,7 +72,7 @@ class TorchSide:
         """Returns the model, with the fault if there is one, and {parameter name: key in the checkpoint}."""
         if self._fault not in self._loaded:
             model = models.build(self.side, self.weight_file)
-            keys = names.official_keys(model, _checkpoint(self.weight_file))
+            keys = names.official_keys(model, models.checkpoint(self.weight_file))
             self._loaded = {self._fault: (model.to(self.device, self.dtype), keys)}
         return self._loaded[self._fault]
 
@@ -88,7 +88,7 @@ class TorchSide:
             models.check(model, self.side.model, batch.to(self.device), self._classes())
         matrix, convolution = products(self.precision, self.device)
         on_gpu = self.device.type == "cuda"
-        norm_eps, standardize_eps, groups = _constants(model)
+        norm_eps, standardize_eps, groups = models.constants(model)
         return {
             "framework": "torch",
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -400,28 +400,6 @@ def learning_rate(schedule: dict, step: int) -> float:
     if step < schedule["warmup_steps"]:
         return schedule["base_lr"] * step / schedule["warmup_steps"]
     return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
-
-
-def _checkpoint(path: str) -> dict[str, np.ndarray]:
-    """Reads {key: array} of a weight file; its convolutions lose the numbers in their keys."""
-    with np.load(path) as file:
-        return {f"resnet/{resnetv2.official(key).replace('.', '/')}": file[key] for key in file.files}
-
-
-def _constants(model: nn.Module) -> tuple[Any, Any, Any]:
-    """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
-    them."""
-    if isinstance(model, resnetv2.ResNetV2):
-        return resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
-    return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
-
-
-def _attribute(modules: list, name: str) -> Any:
-    """Returns the value that all modules have, a list of all values if they differ, or "unknown" without modules."""
-    values = sorted({getattr(module, name) for module in modules})
-    return values[0] if len(values) == 1 else values or "unknown"
 
 
 def _named(

@@ -89,7 +89,7 @@ def main():
     folder = Path(__file__).parent
     question = json.loads((folder / "operation.json").read_text())
     arrays = np.load(folder / "inputs.npz")
-    device = question["torch device"]
+    device = question["torch ran with"]["device"]
     program = torch.export.load(folder / "torch_program.pt2").module()
     wide = torch.float64 if question["precision"] == "fp64" else torch.float32
     given = [torch.from_numpy(arrays[name]).to(device, wide) for name in (*question["operands"], "gradient")]

@@ -204,6 +204,7 @@ class Seen:
         line: the verdict on the two sides.
         apart: {role: (difference from the answer of the model's module, and of public functions)}, the largest
             difference relative to the answer's RMS.
+        ran: {framework: how it ran the program}, for its script.
     """
 
     question: Question
@@ -211,6 +212,7 @@ class Seen:
     answer: np.ndarray
     line: Line
     apart: dict[str, tuple[float, float]]
+    ran: dict[str, dict[str, Any]]
 
     @property
     def rounding(self) -> float:
@@ -230,7 +232,8 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
     with ladder.forgetting():
         answer = ladder.ask("reference", "fp64", "operation", **asked("fp64")).arrays[f"plain {what}"]
         written = {} if programs is None else {"programs": programs}
-        sides = [ladder.ask(role, precision, "operation", **asked(precision), **written).arrays for role in ROLES]
+        answers = [ladder.ask(role, precision, "operation", **asked(precision), **written) for role in ROLES]
+        sides = [side.arrays for side in answers]
         results, plain = ([side[name] for side in sides] for name in (what, f"plain {what}"))
         if precision == "fp64":
             lines = [verdict.in_float64("operation", what, answer, result) for result in results]
@@ -244,7 +247,8 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
         role: (verdict.relative_difference(answer, result), verdict.relative_difference(answer, public))
         for role, result, public in zip(ladder.sides, results, plain, strict=True)
     }
-    return Seen(question, arrays, answer, line, apart)
+    ran = {ladder.sides[role].framework: side.info for role, side in zip(ROLES, answers, strict=True)}
+    return Seen(question, arrays, answer, line, apart, ran)
 
 
 def _save(path: Path, arrays: Arrays) -> None:
@@ -292,12 +296,10 @@ def _write(ladder: Ladder, whole: Seen, small: Seen, folder: Path, attestation: 
     question, made = whole.question, ladder.folder / "reproducer"
     made.mkdir()
     _seen(ladder, question, small.arrays, made)
-    device = attestation["sides"][question.precision]
-    devices = {entries["framework"]: entries["device"].partition(":")[0] for entries in device.values()}
-    content = question.content() | {"torch device": devices.get("torch", "cpu")}
+    content = question.content() | {f"{framework} ran with": info for framework, info in small.ran.items()}
     (made / "operation.json").write_text(json.dumps(content, indent=1) + "\n")
     _save(made / "inputs.npz", small.arrays | {"float64": small.answer})
-    for framework in devices:
+    for framework in small.ran:
         source, name = SCRIPTS[framework]
         (made / name).write_text(resources.files(source).joinpath("script.py").read_text())
     (made / "README.md").write_text(_readme(ladder, whole, small, attestation))

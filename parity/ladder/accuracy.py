@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from parity.ladder import statistics, verdict
+from parity.ladder.kept import relative_difference
 from parity.ladder.ladder import Ladder, RungResult
 from parity.ladder.verdict import Line, Verdict
 
@@ -76,7 +77,7 @@ def compare_logits(
     unexplained = [flip for flip in flipped if not flip["expected"]]
     equivalence = paired.equivalence(margin)
     finite = bool(np.isfinite(reference).all() and np.isfinite(candidate).all())
-    difference = verdict.relative_difference(reference, candidate)
+    difference = relative_difference(reference, candidate)
     judged: Verdict = "equal" if np.array_equal(reference, candidate) else "rounding"
     notes = [
         f"{len(flipped)} predictions differ, {len(unexplained)} by more than rounding explains",

@@ -18,9 +18,9 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.terminal import printable
+from parity.ladder.kept import relative_rmse
 from parity.ladder.ladder import Ladder, working_folder
 from parity.ladder.rungs import depth
-from parity.ladder.verdict import relative_rmse
 from parity.options import Options
 from parity.sides.worker import Answer, Arrays, Worker
 

@@ -24,7 +24,9 @@ from input_pipeline.image_file import read_image_file
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity.faults import FAULTS
-from parity.ladder.verdict import LEAST_DRAWS, Line, Verdict, relative_rmse, worst
+from parity.ladder.kept import relative_rmse
+from parity.ladder.reference import Live, Reference
+from parity.ladder.verdict import LEAST_DRAWS, ULP, Line, Verdict, worst
 from parity.options import Options
 from parity.sides import classes, inputs
 from parity.sides.side import parse_side
@@ -33,9 +35,6 @@ from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
 RANDOM_CLASSES = 100  # classes of a random model's head
-
-# The spacing of floating-point numbers at 1. TF32 and float16 keep 10 bits after the point, bfloat16 keeps 7.
-ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
 
 
 @dataclasses.dataclass
@@ -67,19 +66,22 @@ class Ladder:
 
     Attributes:
         options: options of the comparison.
-        sides: {role: side}.
+        roles: roles of the sides that have processes here: both, unless one side's answers are recorded.
+        sides: {role: side} of these roles.
+        reference: the reference's answers to questions.
         folder: folder with the files that the processes exchange.
         weight_file, architecture: the model's weights and its architecture.
         fault: name of the fault that is injected into one side, see `faults.py`, or None.
     """
 
+    roles: tuple[str, ...] = ROLES
+
     def __init__(self, options: Options, folder: Path, console: Console | None = None):
         self.options, self.folder = options, folder
+        self.reference: Reference = Live(self)
         torch = {"model": options.torch_model, "state_dict": options.torch_weights and str(options.torch_weights)}
-        self.sides = {
-            "reference": parse_side(options.reference, **torch),
-            "candidate": parse_side(options.candidate, **torch),
-        }
+        named = {"reference": options.reference, "candidate": options.candidate}
+        self.sides = {role: parse_side(named[role], **torch) for role in self.roles}
         for side in self.sides.values():
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
@@ -116,9 +118,9 @@ class Ladder:
             worker.close()
 
     def start(self, *precisions: str) -> None:
-        """Starts both sides' processes of those precisions, so that they import their frameworks at the same time."""
+        """Starts the sides' processes of those precisions, so that they import their frameworks at the same time."""
         for precision in precisions:
-            for role in ROLES:
+            for role in self.roles:
                 self._worker(role, precision)
 
     def ask(self, role: str, precision: str, task: str, **arguments: Any) -> Answer:
@@ -138,11 +140,6 @@ class Ladder:
             finally:
                 self._progress.remove_task(bar)
         return self._answers[request]
-
-    def both(self, precision: str, task: str, **arguments: Any) -> tuple[Arrays, Arrays]:
-        """Returns the arrays with which the reference and the candidate answer."""
-        reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
-        return reference, candidate
 
     def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
         """Returns the reference's float64 arrays under each of several disturbances of that relative amplitude.
@@ -172,6 +169,10 @@ class Ladder:
         """Prints a line above the progress bars."""
         self._progress.console.print(printable(sentence))
 
+    def image_files(self) -> list[Path]:
+        """Returns the image files of the pixels rung: --images, or some that are drawn."""
+        return list(self.options.images) or inputs.write_files(self.folder / "files")
+
     def pictures(self, look: int = 0) -> Path:
         """Returns the file of generated pictures in --batches batches; every look has other pictures."""
         options = self.options
@@ -200,6 +201,11 @@ class Ladder:
     def mixed_batches(self, look: int = 0) -> Path:
         """Returns the file of the dataset's batches after the reference's mixup, which both sides replay."""
         return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
+
+    def gradients(self) -> Path:
+        """Returns the file of the picture batches' float64 gradients, which both sides' optimizers are given."""
+        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches}
+        return self.ask("reference", "fp64", "gradients", **arguments).arrays.path
 
     def source(self, split: str) -> Source:
         """Opens a split of the dataset, with labels that are numbers of the head's classes.
@@ -235,29 +241,36 @@ class Ladder:
         return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property
-    def amplitude(self) -> float:
-        """Relative size of disturbances under which float64's forward pass errs as much as the better side does.
+    def one_ulp(self) -> dict[str, float]:
+        """{unit: relative RMSE of float64's output if every weight and pixel is disturbed by one ulp of the precision
+        asked for}."""
+        arguments = {"images": self.pictures()}
+        exact = self.ask("reference", "fp64", "forward", **arguments).arrays
+        disturb = (0, 0), ULP[self.options.precision]
+        disturbed = self.ask("reference", "fp64", "forward", disturb=disturb, **arguments).arrays
+        return {site: relative_rmse(exact[site], disturbed[site]) for site in exact.names}
+
+    @functools.cached_property
+    def amplitude_in_ulp(self) -> float:
+        """Relative size of disturbances under which float64's forward pass errs as much as the better side does, in
+        units in the last place of the precision asked for.
 
         It is measured, not assumed, because rounding after every layer errs more than rounding once. Float64 is
         disturbed by one ulp, and that ulp is scaled by the median over the units of a side's error to float64's.
         """
-        precision = self.options.precision
-        arguments = {"images": self.pictures()}
-        oracle = self.ask("reference", "fp64", "forward", **arguments).arrays
-        results = self.both(precision, "forward", **arguments)
-        unit = ULP[precision]
-        disturbed = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
-        of_one_ulp = {site: relative_rmse(oracle[site], disturbed[site]) for site in oracle.names}
-        ulps = [
-            float(np.median([relative_rmse(oracle[site], result[site]) / error for site, error in of_one_ulp.items()]))
-            for result in results
-        ]
-        return unit * min(ulps)
+        return min(self.ulps(role) for role in self.roles)
+
+    def ulps(self, role: str) -> float:
+        """Returns `amplitude_in_ulp` of one side alone."""
+        pictures = self.pictures()
+        exact = self.ask("reference", "fp64", "forward", images=pictures).arrays
+        side = self.ask(role, self.options.precision, "forward", images=pictures).arrays
+        return median_ulps({site: relative_rmse(exact[site], side[site]) for site in exact.names}, self.one_ulp)
 
     @property
-    def amplitude_in_ulp(self) -> float:
-        """`amplitude` in units in the last place of the precision asked for."""
-        return self.amplitude / ULP[self.options.precision]
+    def amplitude(self) -> float:
+        """`amplitude_in_ulp` as a relative size."""
+        return self.amplitude_in_ulp * ULP[self.options.precision]
 
     @property
     def _faulty_role(self) -> str:
@@ -272,6 +285,11 @@ class Ladder:
             side = self.sides[role]
             self._workers[key] = Worker(side, precision, self.weight_file, self.folder / f"{role}-{precision}")
         return self._workers[key]
+
+
+def median_ulps(errors: dict[str, float], of_one_ulp: dict[str, float]) -> float:
+    """Returns the median over the units of the ratio of a side's error to that of a disturbance by one ulp."""
+    return float(np.median([error / of_one_ulp[site] for site, error in errors.items()]))
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, ac
 and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
 """
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import numpy as np
 import tyro
@@ -19,10 +20,12 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
+from parity.bundles import against, record
 from parity.ladder import determinism, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
+from parity.ladder.rungs import Rung
 from parity.ladder.selftest import selftest
 from parity.options import Options
 from parity.report import junit, saved, terminal
@@ -30,7 +33,6 @@ from parity.report.difference import difference
 from parity.throughput import convolutions, measure
 from parity.throughput.request import Throughput
 
-Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
 PYTORCH_INPUT = Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.in_torch.loader")
 Measurement = Annotated[Throughput, tyro.conf.OmitArgPrefixes]
@@ -42,6 +44,8 @@ def main() -> int:
     commands = {
         "all": run_all,
         **commands,
+        "record": run_record,
+        "against": run_against,
         "selftest": run_selftest,
         "throughput": run_throughput,
         "convolutions": run_convolutions,
@@ -62,7 +66,7 @@ def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
     Args:
         until: last rung to run.
     """
-    names = list(rungs.RUNGS)
+    names = list(get_args(Rung))
     return compare(comparison, names[: names.index(until) + 1])
 
 
@@ -74,19 +78,41 @@ def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
     return command
 
 
-def compare(options: Options, names: Sequence[str]) -> bool:
-    """Runs rungs, prints and saves the report; returns whether all of them hold."""
+def run_record(comparison: Flags, request: record.Flags) -> bool:
+    """Records the reference of every rung in one file, against which other machines judge their candidates.
+
+    The file holds the inputs, the float64 oracle, the reference's own errors, what rounding explains, and what the
+    reference's machine is. `against` needs nothing of that machine, nor of the reference's framework.
+    """
+    saved.writable(request.bundle)
+    return record.record(comparison, request, console())
+
+
+def run_against(request: against.Flags) -> bool:
+    """Judges a candidate by a reference that was recorded elsewhere, as if both were compared here."""
+    bundle, options, names = request.opened()
+    return compare(options, names, functools.partial(against.RecordedLadder, bundle))
+
+
+def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, Path], Ladder] = Ladder) -> bool:
+    """Runs rungs, prints and saves the report; returns whether all of them hold.
+
+    Args:
+        ladder: function (options, folder of the processes' files) -> the comparison.
+    """
     for path in (options.json, options.html, options.junit):
         if path is not None:
             saved.writable(path)
     with saved.owned(options.run) as folder:
-        return _compare(options, names, folder)
+        return _compare(options, names, folder, ladder)
 
 
-def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
+def _compare(
+    options: Options, names: Sequence[str], folder: Path, comparison: Callable[[Options, Path], Ladder]
+) -> bool:
     output, progress = console(), console(stderr=True)
     results = []
-    with working_folder() as files, Ladder(options, files) as ladder:
+    with working_folder() as files, comparison(options, files) as ladder:
         attestation = attest(ladder, rungs=names)
         for sentence in attestation["mismatches"]:
             progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))

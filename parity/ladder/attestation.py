@@ -36,21 +36,14 @@ def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
         RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; no process was
             started.
     """
-    options = ladder.options
-    datasets = {
-        "curve": ("training examples", options.train_split),
-        "accuracy": ("evaluation examples", options.eval_split),
-    }
-    splits = [datasets[rung] for rung in datasets if rung in rungs]
-    matchings = {split: ladder.matching(split) for _, split in splits}
-    precisions = dict.fromkeys(("fp64", options.precision))
+    matchings = {split: ladder.matching(split) for _, split in _splits(ladder, rungs)}
+    arguments, precisions = attested(ladder, rungs=rungs), precisions_of(ladder)
     ladder.start(*precisions)
-    dataset = [
-        (entry, options.dataset, split, options.data_dir, matchings[split].class_names) for entry, split in splits
-    ]
-    arguments: dict[str, Any] = {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
     sides = {
-        precision: {role: ladder.ask(role, precision, "attest", **arguments).info for role in ROLES}
+        precision: {
+            "reference": ladder.reference.attested(precision, arguments),
+            "candidate": ladder.ask("candidate", precision, "attest", **arguments).info,
+        }
         for precision in precisions
     }
     mismatches = [sentence for precision, pair in sides.items() for sentence in _mismatches(precision, pair)]
@@ -58,12 +51,37 @@ def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
     return {"sides": sides, "mismatches": list(dict.fromkeys(mismatches)), "classes": matched}
 
 
+def attested(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+    """Returns the arguments of the attest task; see `attest` for the errors."""
+    options = ladder.options
+    dataset = [
+        (entry, options.dataset, split, options.data_dir, ladder.matching(split).class_names)
+        for entry, split in _splits(ladder, rungs)
+    ]
+    return {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
+
+
+def precisions_of(ladder: Ladder) -> list[str]:
+    """Returns the precisions of a comparison: float64, and the one asked for."""
+    return list(dict.fromkeys(("fp64", ladder.options.precision)))
+
+
+def _splits(ladder: Ladder, rungs: Collection[str]) -> list[tuple[str, str]]:
+    """Returns (entry of the attestation, split) of the datasets that rungs read."""
+    splits = {"curve": ("training examples", "train_split"), "accuracy": ("evaluation examples", "eval_split")}
+    return [
+        (entry, getattr(ladder.options, split))
+        for rung, (entry, split) in splits.items()
+        if rung in rungs and rung in ladder.reads
+    ]
+
+
 def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
     """Returns sentences on the entries that differ between the sides, and on products in another format than asked."""
     reference, candidate = (pair[role] for role in ROLES)
     sentences = []
     for entry, effect in EXPLAINS.items():
-        ours, theirs = reference.get(entry), candidate.get(entry)
+        ours, theirs = reference.get(entry, UNKNOWN), candidate.get(entry, UNKNOWN)
         if UNKNOWN not in (ours, theirs) and ours != theirs:
             where = f" in {precision}" if "products" in entry else ""
             sentences.append(

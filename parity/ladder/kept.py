@@ -105,6 +105,16 @@ class Sketch:
         }
         return cls(_sums(values), values.reshape(-1)[_positions(values.size, sample)], facts)
 
+    @classmethod
+    def restored(cls, numbers: np.ndarray, facts: dict[str, Any]) -> "Sketch":
+        """Returns the sketch with those sums and sample, one after the other, and facts."""
+        return cls(numbers[:SUMS], numbers[SUMS:], facts)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Sums and sample, one after the other."""
+        return np.concatenate([self.sums, self.sample])
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.facts["shape"])

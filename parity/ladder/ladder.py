@@ -69,12 +69,14 @@ class Ladder:
         roles: roles of the sides that have processes here: both, unless one side's answers are recorded.
         sides: {role: side} of these roles.
         reference: the reference's answers to questions.
+        reads: names of the rungs that read a dataset here.
         folder: folder with the files that the processes exchange.
         weight_file, architecture: the model's weights and its architecture.
         fault: name of the fault that is injected into one side, see `faults.py`, or None.
     """
 
     roles: tuple[str, ...] = ROLES
+    reads: tuple[str, ...] = ("curve", "accuracy")
 
     def __init__(self, options: Options, folder: Path, console: Console | None = None):
         self.options, self.folder = options, folder
@@ -90,7 +92,7 @@ class Ladder:
                 )
         for path in options.images:
             read_image_file(path)  # one that cannot be read is refused before anything is started
-        self.weight_file = weight_file(options.weights, folder, random_classes=RANDOM_CLASSES, seed=options.seed)
+        self.weight_file = self._weights()
         self.architecture, _ = weights.read(self.weight_file)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
@@ -116,6 +118,11 @@ class Ladder:
         self._progress.stop()
         for worker in self._workers.values():
             worker.close()
+
+    @property
+    def names(self) -> dict[str, str]:
+        """{role: the side as reports name it}."""
+        return {role: str(side) for role, side in self.sides.items()}
 
     def start(self, *precisions: str) -> None:
         """Starts the sides' processes of those precisions, so that they import their frameworks at the same time."""
@@ -276,7 +283,12 @@ class Ladder:
     def _faulty_role(self) -> str:
         """Role of the side that has the fault: the candidate, unless the fault is written for the other framework."""
         framework = FAULTS[self.fault].framework if self.fault else None
-        return next(role for role in reversed(ROLES) if self.sides[role].framework == framework)
+        return next(role for role in reversed(self.roles) if self.sides[role].framework == framework)
+
+    def _weights(self) -> Path:
+        """Returns the path of the weights, as an official `.npz`."""
+        options = self.options
+        return weight_file(options.weights, self.folder, random_classes=RANDOM_CLASSES, seed=options.seed)
 
     def _worker(self, role: str, precision: str) -> Worker:
         """Returns a side's process of that precision, which is started if there is none."""

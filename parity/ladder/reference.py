@@ -1,5 +1,6 @@
 """What the reference says of a task: computed now by its process, or, with the same methods, read from a record."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,8 +22,30 @@ DISTURBED_ULPS = 16.0  # disturbance, in float64's ulps, that shows how far a ch
 Readers = dict[str, list[Callable[[], np.ndarray]]]  # {name: functions that read the array, one for each batch}
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What evaluation says of a dataset.
+
+    Attributes:
+        logits: logits of every row, [rows, classes].
+        labels, index: label of every row, and the number of its example in the dataset, [rows].
+        correct: {"correct1": ..., "correct5": ...}: the counts that evaluation itself makes.
+        partial: whether only each row's largest logits are known; the others are the least of these.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    correct: dict[str, int]
+    partial: bool = False
+
+
 class Reference(Protocol):
     """The reference's answers to questions. `look` numbers the sets of images, starting at 0."""
+
+    def attested(self, precision: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Returns the entries of the attestation."""
+        ...
 
     def oracle(self, question: "Question", look: int) -> Iterator[tuple[str, list[Kept]]]:
         """Yields (name, float64 result of each batch) of every array."""
@@ -55,12 +78,19 @@ class Reference(Protocol):
         """Returns the formats in which a matrix product and a convolution multiply in the precision asked for."""
         ...
 
+    def accuracy(self, arguments: dict[str, Any]) -> Evaluated:
+        """Returns what evaluation says of a dataset, in the precision asked for."""
+        ...
+
 
 class Live:
     """The reference's process, which computes every answer when it is asked for."""
 
     def __init__(self, ladder: "Ladder"):
         self._ladder = ladder
+
+    def attested(self, precision: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return self._ladder.ask("reference", precision, "attest", **arguments).info
 
     def oracle(self, question: "Question", look: int) -> Iterator[tuple[str, list[Kept]]]:
         arrays = self._ask(question, look, "fp64").arrays
@@ -100,12 +130,22 @@ class Live:
     def products(self) -> tuple[str, str]:
         return self._ladder.ask("reference", self._ladder.options.precision, "products").info
 
+    def accuracy(self, arguments: dict[str, Any]) -> Evaluated:
+        return evaluated(self._ladder, "reference", arguments)
+
     def _ask(self, question: "Question", look: int, precision: str, **more: Any) -> Any:
         return self._ladder.ask("reference", precision, question.task, **question.arguments(look), **more)
 
     def _disturbed(self, question: "Question", look: int, amplitude: float) -> list[Readers]:
         answers = self._ladder.disturbed(question.task, amplitude, look, **question.arguments(look))
         return [question.group(arrays) for arrays in answers]
+
+
+def evaluated(ladder: "Ladder", role: str, arguments: dict[str, Any]) -> Evaluated:
+    """Asks one side for the accuracy task, in the precision asked for."""
+    answer = ladder.ask(role, ladder.options.precision, "accuracy", **arguments)
+    arrays, correct = answer.arrays, {name: answer.info[name] for name in ("correct1", "correct5")}
+    return Evaluated(arrays["logits"], arrays["labels"], arrays["index"], correct)
 
 
 def loss_scale(ladder: "Ladder", role: str, question: "Question", look: int) -> float:

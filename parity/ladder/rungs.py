@@ -5,7 +5,7 @@ A rung is a function of the ladder that returns the rung's result. `question.Que
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
 from parity.sides.worker import Arrays
 
+Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
 SCHEDULE_STEP = 2  # step of the optimizer rung: inside the warm-up, where the rate changes every step
 NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500

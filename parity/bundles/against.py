@@ -17,11 +17,11 @@ from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
 from parity.bundles.archive import Reader
 from parity.bundles.record import RECORDED
-from parity.ladder.kept import Kept, relative_rmse
+from parity.ladder.kept import Kept, Whole, relative_rmse
 from parity.ladder.ladder import Ladder, median_ulps
 from parity.ladder.question import Question
 from parity.ladder.reference import Evaluated
-from parity.ladder.rungs import Rung, of_mixup
+from parity.ladder.rungs import Rung, of_forward, of_mixup
 from parity.ladder.verdict import LIMIT, Expected
 from parity.options import Options
 from parity.sides.classes import Matching
@@ -93,8 +93,8 @@ Flags = Annotated[Against, tyro.conf.OmitArgPrefixes]
 class Recorded:
     """The reference's answers as a bundle has them."""
 
-    def __init__(self, bundle: Reader):
-        self._bundle = bundle
+    def __init__(self, bundle: Reader, ladder: "RecordedLadder"):
+        self._bundle, self._ladder = bundle, ladder
 
     def attested(self, precision: str, arguments: dict[str, Any]) -> dict[str, Any]:
         entries = self._bundle.manifest["attestation"][precision]
@@ -128,6 +128,21 @@ class Recorded:
     def products(self) -> tuple[str, str]:
         return self._bundle.manifest["products"]
 
+    def teacher(self, precision: str) -> Path | None:
+        ladder, question = self._ladder, of_forward(self._ladder)
+        if precision != "fp64":
+            return question.candidate("fp64").arrays.path
+        known = self.oracle(question, 0)
+        units: dict[str, Any] = {name: array.array for name, (array,) in known if isinstance(array, Whole)}
+        if len(units) < len(self._look(question, 0)["oracle"]):
+            return None
+        path = ladder.folder / "units.npz"
+        np.savez(path, **units)
+        return path
+
+    def fed(self) -> dict[str, np.ndarray]:
+        return {site: np.array(errors) for site, errors in self._bundle.manifest["fed"].items()}
+
     def accuracy(self, arguments: dict[str, Any]) -> Evaluated:
         entry = self._bundle.manifest["accuracy"]
         labels, index = (self._bundle.array(entry[name]) for name in ("labels", "index"))
@@ -158,7 +173,7 @@ class RecordedLadder(Ladder):
     def __init__(self, bundle: Reader, options: Options, folder: Path, console: Console | None = None):
         self._bundle = bundle
         super().__init__(options, folder, console)
-        self.reference = Recorded(bundle)
+        self.reference = Recorded(bundle, self)
 
     @property
     def names(self) -> dict[str, str]:

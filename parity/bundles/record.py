@@ -103,6 +103,8 @@ def record(options: Options, request: Record, console: Console) -> bool:
                     question = ask(ladder)
                     manifest["questions"][question.task] = _looks(question, writer)
                 ladder.say(f"recorded {name}")
+            if "forward" in names and options.precision != "fp64":
+                manifest["fed"] = {site: errors.tolist() for site, errors in ladder.reference.fed().items()}
             manifest |= _inputs(ladder, writer, names)
             if "accuracy" in names:
                 manifest["accuracy"] = _accuracy(ladder, writer, request.fingerprints)

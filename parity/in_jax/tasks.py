@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +24,13 @@ from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
+from parity.in_jax import operations, units
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
 from parity.sides.inputs import Files
+from parity.sides.operations import Recording
+from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
@@ -146,7 +148,7 @@ class JaxSide:
                 teacher_outputs = {site: self._rows(file[site]) for site in file.files}
         # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
         plain = model.clone(remat="none")
-        apply = self._jit(lambda params, images, teacher: record_units(plain, params, images, teacher))
+        apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
         outputs = apply(self._disturbed_params(params, disturb), batch, teacher_outputs)
         # an .npz cannot hold bfloat16
@@ -200,6 +202,17 @@ class JaxSide:
             overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)
         return {"overflows": overflows}, saved
+
+    def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
+        """Records the first batch's values and gradients at a site; with a `teacher`, a recording, returns what each
+        operation of the site makes of that."""
+        model, params = self.model()
+        ops = operations_of(site, weights.flatten(params))
+        params, batch = self._disturbed_params(params, disturb), self._mixed(mixed, 0, None)
+        observed = operations.Observed(model, params, batch, site, ops, self._jit)
+        if teacher is None:
+            return None, observed.record().named()
+        return None, observed.feed(Recording.load(teacher, disturb))
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
@@ -384,38 +397,6 @@ class Training:
         compiled = self.lower(*batch).compile(compiler_options=self._target.compiler_options)
         self.state = jax.device_put(self.state, compiled.input_formats[0][0], donate=True)
         return compiled
-
-
-def record_units(
-    model: resnetv2.ResNetV2, params: Any, images: jax.Array, teacher: dict[str, jax.Array] | None
-) -> dict[str, jax.Array]:
-    """Returns {site: output} of every unit and `logits`. A site is the unit's name in the checkpoint: root_block,
-    block1/unit01 and so on.
-
-    Args:
-        model: the model, without rematerialization.
-        params: parameters of the model.
-        images: images, [batch, height, width, 3].
-        teacher: {site: output} of another implementation, or None. Each unit then computes on what the teacher's unit
-            before it returned, so that errors of earlier units do not reach it.
-    """
-    outputs: dict[str, jax.Array] = {}
-    last = f"block{len(model.units)}/unit{model.units[-1]:02d}"
-
-    def record(call, args, kwargs, context):
-        if not isinstance(context.module, (resnetv2.RootBlock, resnetv2.BottleneckUnit)):
-            return call(*args, **kwargs)
-        site = "/".join(context.module.path)
-        before = next(reversed(outputs), None)
-        if teacher is not None and before in teacher:  # a model of another make may lack a module for a unit
-            args = (teacher[before],)
-        outputs[site] = call(*args, **kwargs)
-        # the head computes on what the teacher's last unit returned
-        return teacher[site] if teacher is not None and site == last and site in teacher else outputs[site]
-
-    with nn.intercept_methods(record):
-        logits = steps.apply_model(model, params, images)
-    return outputs | {"logits": logits}
 
 
 def _schedule(fields: dict[str, Any]) -> Schedule:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from input_pipeline.examples import Source, Subset
 from parity import faults
-from parity.in_torch import devices, models, names, pipeline, resnetv2, units
+from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
 from parity.sides import inputs
@@ -22,6 +22,8 @@ from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
 from parity.sides.images import rgb
 from parity.sides.inputs import Files
+from parity.sides.operations import Recording
+from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
@@ -200,6 +202,20 @@ class TorchSide:
             self.progress(number + 1, count)
         return {"overflows": overflows}, saved
 
+    def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
+        """Records the first batch's values and gradients at a site; with a `teacher`, a recording, returns what each
+        operation of the site makes of that. A model that is compiled otherwise is not compiled here."""
+        _, keys = self.model()
+        ops = operations_of(site, keys.values())
+        with np.load(mixed) as file:
+            images, targets = (torch.from_numpy(file[f"{name}/0"]) for name in ("images", "targets"))
+        batch = self._placed(images.permute(0, 3, 1, 2)), targets.to(self.device, self.dtype)
+        model = self._eager(disturb)
+        observed = operations.Observed(model, keys, site, ops, lambda model: self._loss(model, *batch))
+        if teacher is None:
+            return None, observed.record().named()
+        return None, observed.feed(Recording.load(teacher, disturb))
+
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
         before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
@@ -322,6 +338,13 @@ class TorchSide:
 
     def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
         """Returns a copy of the model with disturbed parameters, as the side runs it on one device."""
+        model = self._eager(disturb)
+        if self.side.compile and self.devices.count == 1:
+            model.compile()
+        return model
+
+    def _eager(self, disturb: Disturb | None) -> nn.Module:
+        """Returns a copy of the model with disturbed parameters, which is not compiled."""
         model, keys = self.model()
         model = copy.deepcopy(model)
         with torch.no_grad():
@@ -329,8 +352,6 @@ class TorchSide:
                 parameter.copy_(_disturbed(parameter, keys[name], disturb))
         if self.side.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.side.compile and self.devices.count == 1:
-            model.compile()
         return model
 
     def _replica(self, disturb: Disturb | None) -> nn.Module:

@@ -172,6 +172,11 @@ class Ladder:
                 answer.discard()
             self._answers = kept
 
+    def both(self, precision: str, task: str, **arguments: Any) -> tuple[Arrays, Arrays]:
+        """Returns the arrays with which the reference and the candidate answer, if both have processes."""
+        reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
+        return reference, candidate
+
     def say(self, sentence: str) -> None:
         """Prints a line above the progress bars."""
         self._progress.console.print(printable(sentence))

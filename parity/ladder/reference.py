@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -78,6 +79,15 @@ class Reference(Protocol):
         """Returns the formats in which a matrix product and a convolution multiply in the precision asked for."""
         ...
 
+    def teacher(self, precision: str) -> Path | None:
+        """Returns the file of every unit's float64 output, from which each unit is given its input; None if it is not
+        to be had. In a precision other than float64, the candidate's float64 outputs agree with the reference's."""
+        ...
+
+    def fed(self) -> dict[str, np.ndarray]:
+        """Returns {unit: [RMSE, `HIGH` quantile] of its error if it is given its input}, in the precision asked for."""
+        ...
+
     def accuracy(self, arguments: dict[str, Any]) -> Evaluated:
         """Returns what evaluation says of a dataset, in the precision asked for."""
         ...
@@ -129,6 +139,16 @@ class Live:
 
     def products(self) -> tuple[str, str]:
         return self._ladder.ask("reference", self._ladder.options.precision, "products").info
+
+    def teacher(self, precision: str) -> Path | None:
+        return self._ladder.ask("reference", "fp64", "forward", images=self._ladder.pictures()).arrays.path
+
+    def fed(self) -> dict[str, np.ndarray]:
+        path, ladder = self.teacher("fp64"), self._ladder
+        arguments = {"images": ladder.pictures(), "teacher": path}
+        answer = ladder.ask("reference", ladder.options.precision, "forward", **arguments).arrays
+        exact = ladder.ask("reference", "fp64", "forward", images=ladder.pictures()).arrays
+        return {site: Whole(exact[site]).errors(answer[site]) for site in exact.names if site in answer}
 
     def accuracy(self, arguments: dict[str, Any]) -> Evaluated:
         return evaluated(self._ladder, "reference", arguments)

@@ -3,7 +3,6 @@
 A rung is a function of the ladder that returns the rung's result. `question.Question` judges the answers.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,13 +13,12 @@ from input_pipeline.preprocess import Views
 from parity.ladder import verdict
 from parity.ladder.accuracy import accuracy
 from parity.ladder.attestation import PRODUCTS
-from parity.ladder.kept import relative_difference, relative_rmse
+from parity.ladder.divergence import depth, diverge, name_operation, sites_behind, size
 from parity.ladder.ladder import Ladder, RungResult
 from parity.ladder.question import LOSS_SCALE, NOT_COMPARED, Question, absent_lines
 from parity.ladder.reference import by_batch
 from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
-from parity.sides.worker import Arrays
 
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
@@ -66,7 +64,7 @@ def forward(ladder: Ladder) -> RungResult:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
     if failed:
-        _diverge(ladder, result, failed)
+        diverge(ladder, result, failed)
     return result
 
 
@@ -109,8 +107,10 @@ def gradients(ladder: Ladder) -> RungResult:
         last = max(failed, key=lambda line: depth(line.name))
         result.findings.append(
             f"the first gradient to differ on the way back from the loss is {last.name} "
-            f"({_size(last)}); {len(failed)} of {len(result.lines)} lines differ"
+            f"({size(last)}); {len(failed)} of {len(result.lines)} lines differ"
         )
+        # the gradients of what lies behind it are right, up to the first parameter there
+        name_operation(ladder, result, sites_behind(last.name, ladder.architecture), last.precision)
     return result
 
 
@@ -221,71 +221,11 @@ RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
 }
 
 
-def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
-    """Adds to the result where the two sides first differ, and whether that unit is wrong by itself.
-
-    Each unit is computed again from the float64 reference's input. A unit that only passed on the difference of its
-    input then agrees.
-    """
-    precision = failed[0].precision
-    path = ladder.ask("reference", "fp64", "forward", images=ladder.pictures()).arrays.path
-    exact = Arrays(path)
-    arguments = {"images": ladder.pictures(), "teacher": path}
-    forced = [ladder.ask(role, precision, "forward", **arguments).arrays for role in ladder.sides]
-    guilty, errors = [], {}
-    for site in exact.names:
-        if any(site not in side for side in forced):
-            continue
-        if precision == "fp64":
-            errors[site] = relative_difference(exact[site], forced[1][site])
-            wrong = not errors[site] <= LIMIT
-        else:
-            reference, candidate = forced
-            look = verdict.look([exact[site]], [reference[site]], [candidate[site]], [])
-            line = verdict.calibrated("forward", site, precision, [look])
-            errors[site] = relative_rmse(exact[site], forced[1][site])
-            wrong = line.verdict == "bug"
-        if wrong:
-            guilty.append(site)
-    first = failed[0]
-    if first.name in guilty:
-        cause = f"fed the reference's input it still differs, by {errors[first.name]:.1e}: the fault is in this unit"
-    elif guilty:
-        cause = f"fed the reference's input it does not, but {guilty[0]} does: the fault is there"
-    else:
-        cause = "fed the reference's input no unit differs: rounding accumulates, no unit is wrong by itself"
-    result.findings.append(f"first divergence in {precision}: {first.name} ({_size(first)}); {cause}")
-    if len(guilty) > 1:
-        result.findings.append(f"units that differ on their own: {', '.join(guilty)}")
-    result.details["divergence"] = {
-        "precision": precision,
-        "free_running": first.name,
-        "teacher_forced": guilty,
-        "teacher_forced_errors": errors,
-    }
-
-
 def _count_differing(result: RungResult) -> None:
     """Adds to the result how many lines differ, and which of them most."""
     failed = [line for line in result.lines if line.verdict == "bug"]
     if failed:
         most = max(failed, key=lambda line: line.difference)
         result.findings.append(
-            f"{len(failed)} of {len(result.lines)} lines differ, the most {most.name} ({_size(most)})"
+            f"{len(failed)} of {len(result.lines)} lines differ, the most {most.name} ({size(most)})"
         )
-
-
-def _size(line: Line) -> str:
-    return line.note or f"relative difference {line.difference:.1e}, limit {line.limit:.0e}"
-
-
-def depth(key: str) -> tuple:
-    """Returns the depth in the network of a parameter's key, as a tuple that sorts from the first layer to the last."""
-    place = re.match(r"resnet/(?:block(\d)/unit(\d+)/([abc])/(proj)?|(root_block)|(group_norm)|(head))", key)
-    if place is None:
-        return (9,)
-    if place[5]:
-        return (0,)
-    if place[6] or place[7]:
-        return (7,) if place[6] else (8,)
-    return int(place[1]), int(place[2]), place[3], place[4] is None

@@ -84,7 +84,9 @@ def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
         return None, False
     line = next(line for line in failed.lines if line.verdict == "bug")
     right = (failed.name, line.precision) == (fault.rung, fault.precision) and first_bug(failed).startswith(fault.line)
-    return failed, right and attested
+    named = failed.details.get("operations", {"wrong": []})["wrong"]
+    located = not fault.operation or named[:1] == [fault.operation]
+    return failed, right and attested and located
 
 
 def climb(ladder: Ladder, names: Sequence[str] = tuple(rungs.RUNGS)) -> RungResult | None:

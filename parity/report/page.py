@@ -20,7 +20,7 @@ from input_pipeline.examples import DatasetError, Source
 from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
 from parity.ladder.verdict import LIMIT, MULTIPLE
-from parity.report import terminal
+from parity.report import operations, terminal
 from parity.report.saved import Report
 from parity.sides.images import decode
 
@@ -51,6 +51,8 @@ def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = Non
         report=report,
         conclusion=terminal.conclusion(report),
         plots=plots(report),
+        operations=operations.tables(report),
+        columns=operations.COLUMNS,
         flips=flipped_images(report, logits),
         accuracy=_accuracy(report),
         attested=_attested(report),
@@ -61,6 +63,7 @@ def render(template: str, path: Path, **values: Any) -> None:
     """Fills in one of this package's templates and writes the page, atomically."""
     loader = jinja2.FunctionLoader(lambda name: resources.files("parity.report").joinpath(name).read_text())
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters["error"] = operations.error
     environment.filters["number"] = lambda value: "" if value is None else terminal.number(value)
     page = environment.get_template(template).render(**values)
     path.parent.mkdir(parents=True, exist_ok=True)

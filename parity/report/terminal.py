@@ -10,6 +10,7 @@ from rich.text import Text
 from input_pipeline.terminal import printable
 from parity.ladder.ladder import ROLES
 from parity.ladder.verdict import LIMIT
+from parity.report import operations
 from parity.report.saved import Report
 
 COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
@@ -38,6 +39,7 @@ def show(report: Report, console: Console) -> None:
     for rung in report["rungs"]:
         for finding in rung["findings"]:
             console.print(_marked(rung["name"], finding))
+    _show_operations(report, console)
     _show_accuracy(report, console)
     console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
 
@@ -79,6 +81,19 @@ def _precision_cell(rung: dict, precision: str) -> str:
     line = max(lines, key=lambda line: float(line["used"]))
     errors = (number(line[f"{who}_error"]) for who in ROLES)
     return f"{' / '.join(errors)} ({number(line['limit'])})  {short(line['name'])}"
+
+
+def _show_operations(report: Report, console: Console) -> None:
+    for found in operations.tables(report):
+        table = Table(title=f"operations, each fed the oracle's values ({found['precision']})", title_justify="left")
+        table.add_column("operation")
+        for column in operations.COLUMNS:
+            table.add_column(column, justify="right")
+        for row in found["rows"]:
+            lines = [row["cells"].get(column) for column in operations.COLUMNS]
+            cells = [Text(number(operations.error(line)), COLOURS[line["verdict"]]) if line else "" for line in lines]
+            table.add_row(_plain(row["operation"]), *cells)
+        console.print(table)
 
 
 def _show_accuracy(report: Report, console: Console) -> None:

@@ -60,6 +60,11 @@ class Tasks(Protocol):
         """Returns the gradient of each batch's mean loss by every parameter; in float16 the loss is scaled."""
         ...
 
+    def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
+        """Records the values and gradients of one site's operations; with a `teacher`, the file of a recording, returns
+        what each operation, and its gradient, makes of the recorded ones; see `operations.py`."""
+        ...
+
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the given gradients."""
         ...

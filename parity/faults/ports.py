@@ -1,80 +1,12 @@
-"""Faults that ports of BiT really have. `selftest` injects each into one side and requires that it is found.
-
-A fault patches the very code that training runs, within a `with` block. It imports that code when it is injected, so
-that this module imports neither framework.
-"""
+"""Faults that ports of BiT really have; each is found at its rung and its array."""
 
 import contextlib
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from input_pipeline.errors import RequestError
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One fault, and where it must be found.
-
-    Attributes:
-        patch: function () -> context manager that applies the fault in a side's process.
-        description: description for people.
-        rung: first rung that must fail.
-        line: beginning of the name of the first line that differs in that rung.
-        precision: precision in which that line differs.
-        framework: framework of the side that has the fault.
-        attested: entry of the attestation in which the sides must differ, or empty if they need not.
-    """
-
-    patch: Callable[[], contextlib.AbstractContextManager[Any]]
-    description: str
-    rung: str
-    line: str
-    precision: str = "fp64"
-    framework: str = "jax"
-    attested: str = ""
-
-    @property
-    def name(self) -> str:
-        """Name of the fault, as `selftest --faults` takes it."""
-        return self.patch.__name__.replace("_", "-")
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(description: str, rung: str, line: str, **attributes: str) -> Callable:
-    """Decorates a function that becomes the `patch` of a fault in `FAULTS`; the arguments are attributes of `Fault`."""
-
-    def enter(patch: Callable) -> Callable:
-        entry = Fault(patch, description, rung, line, **attributes)
-        FAULTS[entry.name] = entry
-        return patch
-
-    return enter
-
-
-def of(framework: str) -> list[str]:
-    """Returns the names of the faults of a framework's side."""
-    return [name for name, fault in FAULTS.items() if fault.framework == framework]
-
-
-@contextlib.contextmanager
-def injected(name: str | None) -> Iterator[None]:
-    """Has the fault of that name while the `with` block runs; None: no fault.
-
-    Raises:
-        RequestError: there is no fault of that name.
-    """
-    if name is None:
-        yield
-        return
-    if name not in FAULTS:
-        raise RequestError(f"unknown fault {name!r}; there are {', '.join(FAULTS)}")
-    with FAULTS[name].patch():
-        yield
+from parity.faults.registry import fault
 
 
 @fault("GroupNorm eps 1e-6", "forward", "block1/unit01", attested="group norm eps")
@@ -415,7 +347,7 @@ def turned_image() -> Any:
     return mock.patch.object(Views, "pixels", turned)
 
 
-def _rounded(x: Any, bits: int) -> Any:
+def rounded(x: Any, bits: int) -> Any:
     """Rounds float32 and float16 numbers to `bits` bits behind the point, as tensor cores do, and no other dtypes."""
     import jax.numpy as jnp
     from jax import lax
@@ -437,7 +369,7 @@ def _narrow_products(bits: int) -> Iterator[None]:
     from jax import lax
 
     convolve, dot = lax.conv_general_dilated, jnp.dot
-    narrow = jax.custom_jvp(lambda x: _rounded(x, bits))
+    narrow = jax.custom_jvp(lambda x: rounded(x, bits))
     narrow.defjvps(lambda tangent, _, x: tangent)
 
     def narrow_convolve(image, kernel, *more, **settings):
@@ -470,7 +402,7 @@ def tf32_backward() -> Any:
 
     convolve = lax.conv_general_dilated
     narrow = jax.custom_vjp(lambda y: y)
-    narrow.defvjp(lambda y: (y, None), lambda _, cotangent: (_rounded(cotangent, 10),))
+    narrow.defvjp(lambda y: (y, None), lambda _, cotangent: (rounded(cotangent, 10),))
 
     def narrowed(image, kernel, *more, **settings):
         return narrow(convolve(image, kernel, *more, **settings))

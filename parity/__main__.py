@@ -16,11 +16,13 @@ import tyro
 from rich.text import Text
 
 from input_pipeline.bench import ARMS, Arm, Bench
+from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
 from parity.bundles import against, record
+from parity.ci import baseline
 from parity.ladder import determinism, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
@@ -53,6 +55,7 @@ def main() -> int:
         "determinism": run_determinism,
         "show": show,
         "diff": diff,
+        "trend": run_trend,
     }
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m parity", description=__doc__, config=(tyro.conf.FlagConversionOff,)
@@ -100,7 +103,7 @@ def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, P
     Args:
         ladder: function (options, folder of the processes' files) -> the comparison.
     """
-    for path in (options.json, options.html, options.junit):
+    for path in (options.json, options.html, options.junit, options.baseline):
         if path is not None:
             saved.writable(path)
     with saved.owned(options.run) as folder:
@@ -111,7 +114,7 @@ def _compare(
     options: Options, names: Sequence[str], folder: Path, comparison: Callable[[Options, Path], Ladder]
 ) -> bool:
     output, progress = console(), console(stderr=True)
-    results = []
+    results, runs = [], [] if options.baseline is None else baseline.opened(options.baseline)
     with working_folder() as files, comparison(options, files) as ladder:
         attestation = attest(ladder, rungs=names)
         for sentence in attestation["mismatches"]:
@@ -125,6 +128,9 @@ def _compare(
             if result.verdict == "bug":
                 break
         report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
+    if options.baseline is not None:
+        report["baseline"] = baseline.compared(report, runs)
+        baseline.added(options.baseline, report, runs)
     saved.save(report, results, folder)
     report = saved.load(folder)
     _write_forms(report, folder, options)
@@ -221,6 +227,25 @@ def diff(before: tyro.conf.Positional[UserPath], after: tyro.conf.Positional[Use
     for sentence in terminal.accuracy_sentences(judged.details | {"margin": margin}):
         output.print(f"  {printable(sentence)}")
     return better and judged.verdict != "bug"
+
+
+def run_trend(runs: tyro.conf.Positional[tuple[UserPath, ...]], html: UserPath = Path("trend.html")) -> bool:
+    """Shows many saved runs on one page: what each used of its limits, its times, and what it computed with.
+
+    Exit code 0: the latest run holds; 1: it does not.
+
+    Args:
+        runs: folders of saved runs.
+        html: file to write the page to.
+    """
+    from parity.ci import trend
+
+    if not runs:
+        raise RequestError("trend needs the folders of saved runs, such as runs/parity/*")
+    saved.writable(html)
+    reports = trend.write(runs, html)
+    console().print(f"{printable(html)}: {len(reports)} runs, {reports[0]['created']} to {reports[-1]['created']}")
+    return reports[-1]["holds"]
 
 
 def _rejudged(report: saved.Report, logits: dict[str, np.ndarray], margin: float) -> saved.Report:

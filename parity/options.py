@@ -84,6 +84,10 @@ class Options:
     """File to write the report to as a web page, too. None: only the run's folder has it."""
     junit: UserPath | None = None
     """File to write JUnit XML to, with one test case per array. None: no JUnit XML is written."""
+    baseline: UserPath | None = None
+    """File that keeps what runs used of their limits, and their times; it is made if there is none.
+    The report then says of each rung whether it became better, worse or stayed the same.
+    The exit code does not depend on it."""
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command_line import parity
 from rich.console import Console
+from test_parity_ci import rungs_as_tests
 
 from input_pipeline.errors import RequestError
 from parity import faults
@@ -240,3 +241,11 @@ def test_other_weights_than_the_recorded_ones_are_refused(bundles, small_npz, tm
     done = parity("against", fingerprints, "--weights", small_npz)
     assert done.returncode == 2
     assert "are others; give the recorded ones with --weights" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+def test_rungs_are_tests_of_pytest(bundles, tmp_path):
+    done = rungs_as_tests(tmp_path, "--parity-bundle", bundles["fp64"], "--parity-until", "loss")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("weights", "pixels", "forward", "loss"):
+        assert f"test_rung[{name}] PASSED" in done.stdout

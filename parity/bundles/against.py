@@ -56,6 +56,8 @@ class Against:
     """File to write the report to as a web page, too. None: only the run's folder has it."""
     junit: UserPath | None = None
     """File to write JUnit XML to, with one test case per array. None: no JUnit XML is written."""
+    baseline: UserPath | None = None
+    """File that keeps what runs used of their limits, and their times; see the same flag of a comparison."""
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 
@@ -86,7 +88,18 @@ class Against:
 
 # entries of every bundle's manifest, see record.py
 ENTRIES = ("created", "side", "attestation", "classes", "eval_size", "weights", "questions", "pictures", "images")
-_OWN = ("candidate", "torch_model", "torch_weights", "data_dir", "run", "json", "html", "junit", "fail_fast")
+_OWN = (
+    "candidate",
+    "torch_model",
+    "torch_weights",
+    "data_dir",
+    "run",
+    "json",
+    "html",
+    "junit",
+    "baseline",
+    "fail_fast",
+)
 Flags = Annotated[Against, tyro.conf.OmitArgPrefixes]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import input_pipeline
+from bit_jax.compiled import hlo
 from bit_jax.model import layers, resnetv2, weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
@@ -34,6 +35,7 @@ from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
+FORWARD_PROGRAM = "forward program sha256"  # entry of the attestation
 MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
 
 
@@ -63,6 +65,7 @@ class JaxSide:
         self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None
+        self._units: dict[tuple, jax.stages.Compiled] = {}
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
         """Has the fault of that name while the `with` block runs; None: no fault."""
@@ -81,9 +84,14 @@ class JaxSide:
     def _jit(self, function: Callable) -> Callable:
         return jax.jit(function, compiler_options=self.target.compiler_options)
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
-        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data."""
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
+        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
+
+        Args:
+            program: whether to compile the forward pass, and to give the hash of the optimized program.
+        """
         model, params = self.model()
+        pictures = np.load(images)["image"]
         architecture = Architecture(model.units, model.width, model.num_classes)
         matrix, convolution = products(self.precision)
         device = self.mesh.devices.flat[0]
@@ -106,7 +114,8 @@ class JaxSide:
             },
             "architecture": f"{architecture.name}, {architecture.num_classes:,} classes",
             "weights sha256": fingerprint(self._named(params)),
-            "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
+            "pictures sha256": fingerprint({"images": pictures}),
+            **({FORWARD_PROGRAM: self._program(params, self._images(pictures[0]))} if program else {}),
         } | inputs.described(dataset), None
 
     def products(self) -> Result:
@@ -141,18 +150,31 @@ class JaxSide:
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
         """Returns every unit's output and the logits; with a `teacher`, a file that another side returned, each unit
         computes on what the unit before it returned there."""
-        model, params = self.model()
+        _, params = self.model()
         teacher_outputs = None
         if teacher is not None:
             with np.load(teacher) as file:
                 teacher_outputs = {site: self._rows(file[site]) for site in file.files}
-        # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
-        plain = model.clone(remat="none")
-        apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
         batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
-        outputs = apply(self._disturbed_params(params, disturb), batch, teacher_outputs)
+        params = self._disturbed_params(params, disturb)
+        outputs = self._forward(params, batch, teacher_outputs)(params, batch, teacher_outputs)
         # an .npz cannot hold bfloat16
         return None, {site: np.asarray(output, self.dtype) for site, output in outputs.items()}
+
+    def _forward(self, params: Any, images: jax.Array, teacher: dict[str, jax.Array] | None) -> jax.stages.Compiled:
+        """Returns the compiled forward pass that records every unit; it is compiled once for each fault and shape."""
+        model, _ = self.model()
+        key = self._fault, images.shape, teacher is None
+        if key not in self._units:
+            # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
+            plain = model.clone(remat="none")
+            apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
+            self._units = {key: apply.lower(params, images, teacher).compile()}
+        return self._units[key]
+
+    def _program(self, params: Any, images: jax.Array) -> str:
+        """Returns the hash of the forward pass's optimized HLO, by which a compiler that changed nothing is known."""
+        return hlo.fingerprint(self._forward(params, images, None).as_text() or "")
 
     def mix(self, batches: str) -> Result:
         """Returns every batch after normalization and mixup, with the weights in the file."""

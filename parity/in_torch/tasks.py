@@ -76,8 +76,11 @@ class TorchSide:
             self._loaded = {self._fault: (model.to(self.device, self.dtype), keys)}
         return self._loaded[self._fault]
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
         """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
+
+        Args:
+            program: not used: PyTorch has no optimized program to hash.
 
         Raises:
             RequestError: the model is not this project's and fails on the images, or its logits are misshapen.

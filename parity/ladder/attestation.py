@@ -58,7 +58,8 @@ def attested(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
         (entry, options.dataset, split, options.data_dir, ladder.matching(split).class_names)
         for entry, split in _splits(ladder, rungs)
     ]
-    return {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
+    more: dict[str, Any] = {"dataset": dataset} if dataset else {}
+    return {"images": ladder.pictures(), "program": "forward" in rungs} | more
 
 
 def precisions_of(ladder: Ladder) -> list[str]:

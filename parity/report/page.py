@@ -228,8 +228,8 @@ def _attested(report: Report) -> list[dict[str, Any]]:
         rows = [
             (
                 entry,
-                _plain(reference.get(entry)),
-                _plain(candidate.get(entry)),
+                plain(reference.get(entry)),
+                plain(candidate.get(entry)),
                 reference.get(entry) != candidate.get(entry),
             )
             for entry in entries
@@ -238,7 +238,7 @@ def _attested(report: Report) -> list[dict[str, Any]]:
     return tables
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return "" if value is None else str(value)

@@ -41,6 +41,7 @@ def show(report: Report, console: Console) -> None:
             console.print(_marked(rung["name"], finding))
     _show_operations(report, console)
     _show_accuracy(report, console)
+    _show_baseline(report, console)
     console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
 
 
@@ -104,6 +105,17 @@ def _show_accuracy(report: Report, console: Console) -> None:
         console.print(_plain(sentence))
 
 
+def _show_baseline(report: Report, console: Console) -> None:
+    """Prints what changed against the baseline, and how much did not."""
+    sentences = report.get("baseline", [])
+    same = [sentence for sentence in sentences if ": the same, " in sentence]
+    for sentence in sentences:
+        if sentence not in same or sentence.endswith("would hold"):
+            console.print(_plain(sentence))
+    if same:
+        console.print(_plain(f"baseline: {len(same)} of {len(sentences)} figures are the same as before"))
+
+
 def accuracy_sentences(details: dict[str, Any]) -> list[str]:
     """Returns sentences with the statistics of the accuracy rung."""
     (both, reference_only), (candidate_only, neither) = details["table"]
@@ -134,8 +146,15 @@ def conclusion(report: Report) -> str:
     rung = next(rung for rung in report["rungs"] if rung["name"] == report["failed"])
     first = next(line for line in rung["lines"] if line["verdict"] == "bug")
     return (
-        f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']})"
+        f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']}); "
+        f"again by: {again(report)}"
     )
+
+
+def again(report: Report) -> str:
+    """Returns the command that runs the rung at which a comparison failed, alone if it can be."""
+    command = report["command"]
+    return command.replace(" parity all", f" parity {report['failed']}") if "--until" not in command else command
 
 
 def number(value: Any) -> str:

@@ -27,8 +27,9 @@ class Tasks(Protocol):
         """Has the fault of that name while the `with` block runs; None: no fault."""
         ...
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
-        """Says what computes here: versions, device, precision, constants, and what identifies weights and data."""
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
+        """Says what computes here: versions, device, precision, constants, and what identifies weights and data; with
+        `program`, also what identifies the compiled forward pass, if there is one."""
         ...
 
     def products(self) -> Result:

@@ -19,7 +19,7 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
-from parity.ladder import determinism, rungs
+from parity.ladder import determinism, forward_only, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
@@ -87,7 +87,10 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
     output, progress = console(), console(stderr=True)
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
+        names = forward_only.possible(ladder, names)
         attestation = attest(ladder, rungs=names)
+        for sentence in attestation["notes"]:
+            progress.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
         for sentence in attestation["mismatches"]:
             progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))
         for split, matching in attestation["classes"].items():

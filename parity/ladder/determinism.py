@@ -22,6 +22,7 @@ from parity.ladder.ladder import Ladder, working_folder
 from parity.ladder.rungs import depth
 from parity.ladder.verdict import relative_rmse
 from parity.options import Options
+from parity.sides.side import parse_side
 from parity.sides.worker import Answer, Arrays, Worker
 
 
@@ -54,6 +55,7 @@ class Determinism:
     def __post_init__(self):
         if self.processes < 2:
             raise RequestError(f"--processes {self.processes} must be at least 2, or there is nothing to compare")
+        parse_side(self.side)
         require_positive(typed(self, "steps"))  # as `batches` of a comparison it would be refused by another name
 
     @property

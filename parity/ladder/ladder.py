@@ -68,6 +68,7 @@ class Ladder:
     Attributes:
         options: options of the comparison.
         sides: {role: side}.
+        exported: role of the side that is an exported file, or None.
         folder: folder with the files that the processes exchange.
         weight_file, architecture: the model's weights and its architecture.
         fault: name of the fault that is injected into one side, see `faults.py`, or None.
@@ -77,9 +78,16 @@ class Ladder:
         self.options, self.folder = options, folder
         torch = {"model": options.torch_model, "state_dict": options.torch_weights and str(options.torch_weights)}
         self.sides = {
-            "reference": parse_side(options.reference, **torch),
-            "candidate": parse_side(options.candidate, **torch),
+            "reference": parse_side(options.reference, **torch, exported=True),
+            "candidate": parse_side(options.candidate, **torch, exported=True),
         }
+        files = [role for role, side in self.sides.items() if side.file is not None]
+        if len(files) > 1:
+            raise RequestError(
+                f"{options.reference} and {options.candidate} are both exported files, and nothing would compute in "
+                "float64, which judges them; give torch or jax for one of them"
+            )
+        self.exported: str | None = files[0] if files else None
         for side in self.sides.values():
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
@@ -118,8 +126,18 @@ class Ladder:
     def start(self, *precisions: str) -> None:
         """Starts both sides' processes of those precisions, so that they import their frameworks at the same time."""
         for precision in precisions:
-            for role in ROLES:
+            for role in self.roles(precision):
                 self._worker(role, precision)
+
+    def roles(self, precision: str) -> list[str]:
+        """Returns the roles of the sides that compute in a precision. An exported file computes in one, which is the
+        precision asked for, and the other side's float64 judges it."""
+        return [role for role in ROLES if role != self.exported or precision == self.options.precision]
+
+    @property
+    def oracle(self) -> str:
+        """Role of the side whose float64 judges both: the reference, unless it is an exported file."""
+        return self.roles("fp64")[0]
 
     def ask(self, role: str, precision: str, task: str, **arguments: Any) -> Answer:
         """Runs a task on one side and returns its answer; an equal request is answered without running it again."""
@@ -145,14 +163,14 @@ class Ladder:
         return reference, candidate
 
     def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
-        """Returns the reference's float64 arrays under each of several disturbances of that relative amplitude.
+        """Returns the oracle's float64 arrays under each of several disturbances of that relative amplitude.
 
         Every look has its own disturbances.
         """
         draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
             self.ask(
-                "reference", "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
+                self.oracle, "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
             ).arrays
             for draw in range(draws)
         ]
@@ -194,12 +212,12 @@ class Ladder:
         return path
 
     def mixed_pictures(self, look: int = 0) -> Path:
-        """Returns the file of the picture batches after the reference's mixup, which both sides are given."""
-        return self.ask("reference", "fp64", "mix", batches=self.pictures(look)).arrays.path
+        """Returns the file of the picture batches after the oracle's mixup, which both sides are given."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.pictures(look)).arrays.path
 
     def mixed_batches(self, look: int = 0) -> Path:
-        """Returns the file of the dataset's batches after the reference's mixup, which both sides replay."""
-        return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
+        """Returns the file of the dataset's batches after the oracle's mixup, which both sides replay."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def source(self, split: str) -> Source:
         """Opens a split of the dataset, with labels that are numbers of the head's classes.
@@ -243,15 +261,16 @@ class Ladder:
         """
         precision = self.options.precision
         arguments = {"images": self.pictures()}
-        oracle = self.ask("reference", "fp64", "forward", **arguments).arrays
+        oracle = self.ask(self.oracle, "fp64", "forward", **arguments).arrays
         results = self.both(precision, "forward", **arguments)
         unit = ULP[precision]
-        disturbed = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
+        disturbed = self.ask(self.oracle, "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
         of_one_ulp = {site: relative_rmse(oracle[site], disturbed[site]) for site in oracle.names}
-        ulps = [
-            float(np.median([relative_rmse(oracle[site], result[site]) / error for site, error in of_one_ulp.items()]))
+        grown = [  # a side that shows no units has logits alone
+            [relative_rmse(oracle[site], result[site]) / error for site, error in of_one_ulp.items() if site in result]
             for result in results
         ]
+        ulps = [float(np.median(of_side)) for of_side in grown]
         return unit * min(ulps)
 
     @property

@@ -16,7 +16,8 @@ from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
 from parity.ladder.verdict import LIMIT, MULTIPLE, Line
 from parity.sides.worker import Arrays
 
-NOT_COMPARED = "not compared: no module of its own in the"
+NOT_COMPARED = "not compared:"
+NO_MODULE, NO_UNITS = "no module of its own", "no units can be seen"
 SHOWN = 3  # array names in the sentence that announces a further look
 LEAST_SCALE = 1.0  # smallest loss scale in float16: gradients that overflow without any scaling are wrong
 LOSS_SCALE = "loss scale"  # name of the line that compares both sides' loss scales
@@ -68,10 +69,16 @@ class Question:
     differentiates: bool = False
 
     def judge(self) -> RungResult:
-        """Judges the answers in float64 and, if the sides agree there, in the precision asked for."""
-        reference, candidate = self.ladder.both("fp64", self.task, **self.arguments(0))
-        lines = self._judge_float64(reference, candidate)
-        result = RungResult(self.rung, lines + absent_lines(self.rung, "fp64", reference, candidate))
+        """Judges the answers in float64 and, if the sides agree there, in the precision asked for.
+
+        If a side is an exported file, it has no float64 of its own, and the first of these two questions is left out.
+        """
+        exported = self.ladder.exported is not None
+        first = "fp64" if len(self.ladder.roles("fp64")) == len(ROLES) else self.ladder.options.precision
+        reference, candidate = self.ladder.both(first, self.task, **self.arguments(0))
+        lines = self._judge_float64(reference, candidate) if first == "fp64" else []
+        absent = absent_lines(self.rung, first, reference, candidate, why=NO_UNITS if exported else NO_MODULE)
+        result = RungResult(self.rung, lines + absent)
         if "losses" in reference.names:
             result.details["losses"] = {"fp64": [reference["losses"].tolist(), candidate["losses"].tolist()]}
         if result.verdict != "bug" and self.ladder.options.precision != "fp64":
@@ -113,7 +120,7 @@ class Question:
     def _look(self, number: int, names: Sequence[str] | None = None) -> dict[str, verdict.Look]:
         """Returns one look at the arrays of those names, by default at all, in the precision asked for."""
         ladder, arguments, scaled = self.ladder, self.arguments(number), self._scaled(number)
-        exact = self.group(ladder.ask("reference", "fp64", self.task, **arguments).arrays)
+        exact = self.group(ladder.ask(ladder.oracle, "fp64", self.task, **arguments).arrays)
         answers = ladder.disturbed(self.task, MULTIPLE * ladder.amplitude, number, **arguments) if self.disturb else []
         disturbed = [self.group(arrays) for arrays in answers]
         reference, candidate = (
@@ -182,13 +189,18 @@ def float64_lines(rung: str, reference: Readers, candidate: Readers, *, fail_fas
     return lines
 
 
-def absent_lines(rung: str, precision: str, reference: Arrays, candidate: Arrays) -> list[Line]:
+def absent_lines(
+    rung: str, precision: str, reference: Arrays, candidate: Arrays, *, why: str = NO_MODULE
+) -> list[Line]:
     """Judges the arrays that only one side has: a bug, except in the forward rung, where a model without a module of
-    its own for a unit only cannot be observed there."""
+    its own for a unit only cannot be observed there. `why` says so."""
     names = [(name, "candidate") for name in reference.names if name not in candidate]
     names += [(name, "reference") for name in candidate.names if name not in reference]
     if rung == "forward":
-        return [Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {who}") for name, who in names]
+        return [
+            Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {why} in the {who}")
+            for name, who in names
+        ]
     return [Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none") for name, who in names]
 
 

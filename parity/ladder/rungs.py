@@ -25,6 +25,7 @@ from parity.ladder.question import (
 )
 from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
+from parity.sides.tasks import UNKNOWN
 from parity.sides.worker import Arrays
 
 EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
@@ -72,10 +73,14 @@ def forward(ladder: Ladder) -> RungResult:
             result.lines.append(line)
             result.findings.append(f"{note} than {ladder.options.precision}")
     unseen = [line.name for line in result.lines if line.note.startswith(NOT_COMPARED)]
-    if unseen:
+    if unseen and ladder.exported is not None:
+        result.findings.append(f"not compared, as an exported file shows no units: {', '.join(unseen)}")
+    elif unseen:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
-    if failed:
+    if failed and ladder.exported is not None:
+        result.findings.append(f"{failed[0].name}: {_size(failed[0])}; where it begins, an exported file does not show")
+    elif failed:
         _diverge(ladder, result, failed)
     return result
 
@@ -91,7 +96,7 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
         (kind, f"{precision} was asked for, but the {role} multiplies in {used}")
         for role in ROLES
         for kind, used in zip(OPERANDS, ladder.ask(role, precision, "products").info, strict=True)
-        if used != PRODUCTS[precision]
+        if used not in (PRODUCTS[precision], UNKNOWN)
     ]
     lines = [Line("forward", kind, precision, "bug", np.inf, 0.0, note=note) for kind, note in wrong]
     result.lines[:0] = lines
@@ -100,11 +105,13 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
 
 def loss(ladder: Ladder) -> RungResult:
     """Compares normalization and mixup, which each side does itself, then the loss of the reference's mixed batch."""
+    losses = Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)})
+    if ladder.exported is not None:  # a file neither normalizes nor mixes
+        return losses.judge()
     mixed = Question(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, disturb=False).judge()
     if mixed.verdict == "bug":
         return mixed
-    losses = Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)}).judge()
-    return RungResult("loss", mixed.lines + losses.lines)
+    return RungResult("loss", mixed.lines + losses.judge().lines)
 
 
 def gradients(ladder: Ladder) -> RungResult:

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise RequestError(
         f"a side onnx:FILE needs onnx and onnxruntime, and {error.name} is not installed; "
-        "pip install onnx onnxruntime, or this package with [onnx]"
+        "pip install 'bit-jax[onnx]', or: pip install onnx onnxruntime"
     ) from None
 
 DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}

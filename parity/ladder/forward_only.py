@@ -68,9 +68,8 @@ def check(ladder: Ladder, takes: dict[str, Any], rungs: Collection[str]) -> None
     fitting = JUDGED_IN.get(takes["dtype"], ())
     if options.precision not in fitting:
         remedy = f"take --precision {' or '.join(fitting)}" if fitting else "export it with float32 images"
-        raise RequestError(
-            f"{side} takes {takes['dtype']} images, and --precision {options.precision} is asked; {remedy}"
-        )
+        asked = f"--precision {options.precision} is asked for"
+        raise RequestError(f"{side} takes {takes['dtype']} images, and {asked}; {remedy}")
     classes = ladder.architecture.num_classes
     if takes["classes"] not in (ANY, classes):
         raise RequestError(

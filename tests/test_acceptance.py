@@ -16,11 +16,13 @@ from rich.console import Console
 import bit_jax
 from bit_jax.training import steps
 from input_pipeline.errors import RequestError
-from parity.in_torch import resnetv2
+from parity.in_jax.tasks import JaxSide
+from parity.in_torch import models, resnetv2
 from parity.ladder import acceptance
 from parity.ladder.ladder import Ladder
 from parity.options import Options
 from parity.report import saved
+from parity.sides.side import Side
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "1", "--disturbances", "1", "--precision", "fp64"]
@@ -56,6 +58,13 @@ def test_both_own_models_compute_with_other_epsilons(x64, small_npz):
     for computed in logits(params, jnp.asarray(images)):
         assert np.abs(computed - expected).max() < 1e-9
     assert np.abs(bits - expected).max() > 1e-7
+
+
+def test_both_sides_pass_their_constants_on_to_the_model(small_npz):
+    constants = {"norm_eps": 1e-6, "standardize_eps": 1e-8}
+    assert models.build(Side("torch", **constants), str(small_npz)).constants == (1e-6, 1e-8)
+    model, _ = JaxSide(Side("jax", **constants), "fp32", str(small_npz), lambda *_: None).model()
+    assert (model.norm_eps, model.standardize_eps) == (1e-6, 1e-8)
 
 
 def accepted(options, tmp_path, theirs, small_npz):

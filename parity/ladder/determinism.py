@@ -55,7 +55,6 @@ class Determinism:
     def __post_init__(self):
         if self.processes < 2:
             raise RequestError(f"--processes {self.processes} must be at least 2, or there is nothing to compare")
-        parse_side(self.side)
         require_positive(typed(self, "steps"))  # as `batches` of a comparison it would be refused by another name
 
     @property
@@ -130,6 +129,7 @@ def run(request: Determinism, console: Console) -> bool:
 
 def repeat(request: Determinism, console: Console) -> list[Repetition]:
     """Does the work in the first process twice and in each of the others once; see `run` for the errors."""
+    parse_side(request.side)  # an exported file, which a comparison takes, is refused
     options, repetitions = request.options, []
     with working_folder() as folder, contextlib.ExitStack() as stack:
         ladder = stack.enter_context(Ladder(options, folder, console))

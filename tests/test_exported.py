@@ -1,6 +1,7 @@
 """Exported files as sides: what they compute, what is refused, and whether a fault in one is found."""
 
 import importlib
+import re
 import subprocess
 import sys
 import warnings
@@ -88,6 +89,7 @@ def test_images_are_given_in_the_files_layout_and_batches(tmp_path, shape, axes,
     path = write(tmp_path / "f", lambda images: {"logits": images.mean(axes), "more": images}, symbolic)
     side, images = side_of(path), np.random.default_rng(0).uniform(-1, 1, (8, 4, 6, 3))
     assert side.program.images.rows == rows
+    assert re.fullmatch(r"\d+\.\d+\.\d+", side.program.described()["format"]["StableHLO"])
     np.testing.assert_allclose(logits_of(side, images), images.mean((1, 2)), atol=1e-6)
 
 

@@ -52,7 +52,8 @@ class StableHloProgram:
 
     def described(self) -> dict[str, Any]:
         exported = self._exported
-        header = re.match(rb"StableHLO_v[\d.]+", exported.mlir_module_serialized[len(BYTECODE) :])
+        # MLIR's bytecode begins with its own version and the name of the producer
+        producer = re.search(rb"StableHLO_v([\d.]+)", exported.mlir_module_serialized[:64])
         return {
             "framework": "jax",
             "versions": {
@@ -64,7 +65,7 @@ class StableHloProgram:
             "device": f"{self._device.platform}: {self._device.device_kind}",
             "exported by": "jax.export",
             "format": {
-                "StableHLO": header[0].decode().removeprefix("StableHLO_v") if header else "unknown",
+                "StableHLO": producer[1].decode() if producer else "unknown",
                 "calling convention": exported.calling_convention_version,
                 "platforms": ", ".join(exported.platforms),
             },

@@ -23,7 +23,7 @@ from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
 from parity.bundles import against, record
 from parity.ci import baseline
-from parity.ladder import determinism, rungs
+from parity.ladder import determinism, forward_only, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
@@ -116,7 +116,10 @@ def _compare(
     output, progress = console(), console(stderr=True)
     results, runs = [], [] if options.baseline is None else baseline.opened(options.baseline)
     with working_folder() as files, comparison(options, files) as ladder:
+        names = forward_only.possible(ladder, names)
         attestation = attest(ladder, rungs=names)
+        for sentence in attestation["notes"]:
+            progress.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
         for sentence in attestation["mismatches"]:
             progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))
         for split, matching in attestation["classes"].items():

@@ -677,7 +677,14 @@ def test_names_are_shown_as_they_are_and_control_characters_escaped():
     line = dataclasses.asdict(verdict.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
     rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
     sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
-    report = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
+    report = {
+        "sides": sides,
+        "precision": "fp32",
+        "architecture": "R14x0.5",
+        "command": "python -m parity all",
+        "holds": False,
+        "failed": "pixels",
+    }
     report |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
     written = io.StringIO()
     console = terminal.console()

@@ -276,11 +276,16 @@ def make_train_step(
     return train_step
 
 
-def standardized(params: Any) -> Any:
-    """Returns the parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
+def standardized(params: Any, eps: float | None = None) -> Any:
+    """Returns the parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches.
+
+    Args:
+        eps: the model's `standardize_eps`.
+    """
 
     def of_leaf(path: tuple, leaf: Array) -> Array:
-        return standardize(leaf) if STANDARDIZED in jax.tree_util.keystr(path, simple=True, separator="/") else leaf
+        whole = jax.tree_util.keystr(path, simple=True, separator="/")
+        return standardize(leaf, eps) if STANDARDIZED in whole else leaf
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 

@@ -41,6 +41,9 @@ class Against:
     """PyTorch model to judge in place of this project's, as package.module:factory."""
     torch_weights: UserPath | None = None
     """File with a state dict to load into the PyTorch model."""
+    accept: tuple[str, ...] = ()
+    """Differences of the attestation to accept: 'standardization eps', 'group norm eps', or both.
+    The candidate, if it is this project's own, then computes with the recorded side's value."""
     weights: str | None = None
     """The recorded weights, if the bundle does not contain them: a published name or the path of an .npz.
     None: the bundle's own, or those of the name that was recorded."""
@@ -234,6 +237,8 @@ class RecordedLadder(Ladder):
     @functools.cached_property
     def amplitude_in_ulp(self) -> float:
         """That of the better side; the record's disturbances are as large as the reference's alone."""
+        if "candidate" not in self.computing("fp64"):
+            return self._bundle.manifest["ulps"]
         own = self.ask("candidate", self.options.precision, "forward", images=self.pictures()).arrays
         exact = self.ask("candidate", "fp64", "forward", images=self.pictures()).arrays
         errors = {site: relative_rmse(exact[site], own[site]) for site in self.one_ulp if site in own}

@@ -78,6 +78,7 @@ class JaxSide:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
             model = self.target.model(architecture)
+            model = model.clone(norm_eps=self.side.norm_eps, standardize_eps=self.side.standardize_eps)
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
@@ -103,8 +104,8 @@ class JaxSide:
             "precision": self.precision.name,
             "matrix products": matrix,
             "convolution products": convolution,
-            "group norm eps": layers.NORM_EPS,
-            "standardization eps": layers.STANDARDIZE_EPS,
+            "group norm eps": layers.NORM_EPS if model.norm_eps is None else model.norm_eps,
+            "standardization eps": layers.STANDARDIZE_EPS if model.standardize_eps is None else model.standardize_eps,
             "groups": layers.GROUPS,
             "layout": "activations NHWC, kernels HWIO",
             "settings": {

@@ -30,7 +30,7 @@ def build(side: Side, weight_file: str) -> nn.Module:
         RequestError: there is no such factory, it fails, or the state dict is not the model's.
     """
     if side.model is None:
-        model: nn.Module = resnetv2.load(weight_file)
+        model: nn.Module = resnetv2.load(weight_file, norm_eps=side.norm_eps, standardize_eps=side.standardize_eps)
     else:
         model = _made(side.model, weight_file)
         model.register_forward_hook(lambda module, args, output: logits_of(output))

@@ -25,7 +25,7 @@ from parity.sides.inputs import Files
 from parity.sides.operations import Recording
 from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
-from parity.sides.tasks import Disturb, Result
+from parity.sides.tasks import UNKNOWN, Disturb, Result
 
 MOMENTUM_FROM_PARAMS = 0.1  # as in in_jax/tasks.py
 
@@ -400,16 +400,17 @@ def _constants(model: nn.Module) -> tuple[Any, Any, Any]:
     """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
     them."""
     if isinstance(model, resnetv2.ResNetV2):
-        return resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
+        constants = model.constants
+        return constants.norm_eps, constants.standardize_eps, resnetv2.GROUPS
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
     return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
 
 
 def _attribute(modules: list, name: str) -> Any:
-    """Returns the value that all modules have, a list of all values if they differ, or "unknown" without modules."""
+    """Returns the value that all modules have, a list of all values if they differ, or `UNKNOWN` without modules."""
     values = sorted({getattr(module, name) for module in modules})
-    return values[0] if len(values) == 1 else values or "unknown"
+    return values[0] if len(values) == 1 else values or UNKNOWN
 
 
 def _named(

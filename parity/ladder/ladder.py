@@ -68,6 +68,7 @@ class Ladder:
         options: options of the comparison.
         roles: roles of the sides that have processes here: both, unless one side's answers are recorded.
         sides: {role: side} of these roles.
+        exported: role of the side that is an exported file, or None.
         reference: the reference's answers to questions.
         reads: names of the rungs that read a dataset here.
         folder: folder with the files that the processes exchange.
@@ -83,7 +84,14 @@ class Ladder:
         self.reference: Reference = Live(self)
         torch = {"model": options.torch_model, "state_dict": options.torch_weights and str(options.torch_weights)}
         named = {"reference": options.reference, "candidate": options.candidate}
-        self.sides = {role: parse_side(named[role], **torch) for role in self.roles}
+        self.sides = {role: parse_side(named[role], **torch, exported=True) for role in self.roles}
+        files = [role for role, side in self.sides.items() if side.file is not None]
+        if len(files) > 1:
+            raise RequestError(
+                f"{options.reference} and {options.candidate} are both exported files, and nothing would compute in "
+                "float64, which judges them; give torch or jax for one of them"
+            )
+        self.exported: str | None = files[0] if files else None
         for side in self.sides.values():
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
@@ -127,8 +135,18 @@ class Ladder:
     def start(self, *precisions: str) -> None:
         """Starts the sides' processes of those precisions, so that they import their frameworks at the same time."""
         for precision in precisions:
-            for role in self.roles:
+            for role in [role for role in self.roles if role in self.computing(precision)]:
                 self._worker(role, precision)
+
+    def computing(self, precision: str) -> list[str]:
+        """Returns the roles of the sides that compute in a precision. An exported file computes in one, which is the
+        precision asked for, and the other side's float64 judges it."""
+        return [role for role in ROLES if role != self.exported or precision == self.options.precision]
+
+    @property
+    def oracle(self) -> str:
+        """Role of the side whose float64 judges both: the reference, unless it is an exported file."""
+        return self.computing("fp64")[0]
 
     def ask(self, role: str, precision: str, task: str, **arguments: Any) -> Answer:
         """Runs a task on one side and returns its answer; an equal request is answered without running it again."""
@@ -149,14 +167,14 @@ class Ladder:
         return self._answers[request]
 
     def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
-        """Returns the reference's float64 arrays under each of several disturbances of that relative amplitude.
+        """Returns the oracle's float64 arrays under each of several disturbances of that relative amplitude.
 
         Every look has its own disturbances.
         """
         draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
             self.ask(
-                "reference", "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
+                self.oracle, "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
             ).arrays
             for draw in range(draws)
         ]
@@ -207,12 +225,12 @@ class Ladder:
         return path
 
     def mixed_pictures(self, look: int = 0) -> Path:
-        """Returns the file of the picture batches after the reference's mixup, which both sides are given."""
-        return self.ask("reference", "fp64", "mix", batches=self.pictures(look)).arrays.path
+        """Returns the file of the picture batches after the oracle's mixup, which both sides are given."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.pictures(look)).arrays.path
 
     def mixed_batches(self, look: int = 0) -> Path:
-        """Returns the file of the dataset's batches after the reference's mixup, which both sides replay."""
-        return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
+        """Returns the file of the dataset's batches after the oracle's mixup, which both sides replay."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def gradients(self) -> Path:
         """Returns the file of the picture batches' float64 gradients, which both sides' optimizers are given."""
@@ -257,9 +275,9 @@ class Ladder:
         """{unit: relative RMSE of float64's output if every weight and pixel is disturbed by one ulp of the precision
         asked for}."""
         arguments = {"images": self.pictures()}
-        exact = self.ask("reference", "fp64", "forward", **arguments).arrays
+        exact = self.ask(self.oracle, "fp64", "forward", **arguments).arrays
         disturb = (0, 0), ULP[self.options.precision]
-        disturbed = self.ask("reference", "fp64", "forward", disturb=disturb, **arguments).arrays
+        disturbed = self.ask(self.oracle, "fp64", "forward", disturb=disturb, **arguments).arrays
         return {site: relative_rmse(exact[site], disturbed[site]) for site in exact.names}
 
     @functools.cached_property
@@ -273,11 +291,12 @@ class Ladder:
         return min(self.ulps(role) for role in self.roles)
 
     def ulps(self, role: str) -> float:
-        """Returns `amplitude_in_ulp` of one side alone."""
+        """Returns `amplitude_in_ulp` of one side alone; one that shows no units has logits alone."""
         pictures = self.pictures()
-        exact = self.ask("reference", "fp64", "forward", images=pictures).arrays
+        exact = self.ask(self.oracle, "fp64", "forward", images=pictures).arrays
         side = self.ask(role, self.options.precision, "forward", images=pictures).arrays
-        return median_ulps({site: relative_rmse(exact[site], side[site]) for site in exact.names}, self.one_ulp)
+        errors = {site: relative_rmse(exact[site], side[site]) for site in exact.names if site in side}
+        return median_ulps(errors, self.one_ulp)
 
     @property
     def amplitude(self) -> float:

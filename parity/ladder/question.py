@@ -13,12 +13,13 @@ import numpy as np
 from bit_jax.training.steps import FIRST_SCALE
 from parity.ladder import verdict
 from parity.ladder.kept import Whole
-from parity.ladder.ladder import Ladder, RungResult
+from parity.ladder.ladder import ROLES, Ladder, RungResult
 from parity.ladder.reference import DISTURBED_ULPS, Readers, loss_scale, one_batch
 from parity.ladder.verdict import LIMIT, Line
 from parity.sides.worker import Answer, Arrays
 
-NOT_COMPARED = "not compared: no module of its own in the"
+NOT_COMPARED = "not compared:"
+NO_MODULE, NO_UNITS = "no module of its own", "no units can be seen"
 SHOWN = 3  # array names in the sentence that announces a further look
 LOSS_SCALE = "loss scale"  # name of the line that compares both sides' loss scales
 # Largest ratio of two correct sides' loss scales. PyTorch's autocast keeps the gradient of the head's kernel in float16
@@ -55,12 +56,18 @@ class Question:
     judged: bool = True
 
     def judge(self) -> RungResult:
-        """Judges the answers in float64 and, if the sides agree there, in the precision asked for."""
+        """Judges the answers in float64 and, if the sides agree there, in the precision asked for.
+
+        If a side is an exported file, it has no float64 of its own, and the first of these two questions is left out.
+        """
         precision, reference = self.ladder.options.precision, self.ladder.reference
-        candidate = self.candidate("fp64").arrays
-        result = RungResult(self.rung, self._judge_float64(self.group(candidate)))
-        if ours := reference.losses(self, "fp64", {}):
-            result.details["losses"] = {"fp64": [ours, candidate["losses"].tolist()]}
+        if len(self.ladder.computing("fp64")) == len(ROLES):
+            candidate = self.candidate("fp64").arrays
+            result = RungResult(self.rung, self._judge_float64(self.group(candidate)))
+            if ours := reference.losses(self, "fp64", {}):
+                result.details["losses"] = {"fp64": [ours, candidate["losses"].tolist()]}
+        else:
+            result = RungResult(self.rung, self._unseen())
         if result.verdict != "bug" and precision != "fp64" and self.judged:
             self._judge_precision(result)
         return result
@@ -98,6 +105,16 @@ class Question:
         unexpected = [name for name in candidate if name not in names]
         return lines + absent_lines(self.rung, "fp64", missing=missing, unexpected=unexpected)
 
+    def _unseen(self) -> list[Line]:
+        """Returns the lines of the arrays that an exported file does not show."""
+        ladder = self.ladder
+        assert ladder.exported is not None
+        shown = ladder.ask(ladder.exported, ladder.options.precision, self.task, **self.arguments(0)).arrays
+        others = [name for name, _ in ladder.reference.oracle(self, 0) if name not in shown]
+        missing, unexpected = (others, []) if ladder.exported == "candidate" else ([], others)
+        precision = ladder.options.precision
+        return absent_lines(self.rung, precision, missing=missing, unexpected=unexpected, why=NO_UNITS)
+
     def _judge_precision(self, result: RungResult) -> None:
         """Adds the lines, findings and losses of the precision asked for to the rung's result."""
         precision = self.ladder.options.precision
@@ -124,7 +141,7 @@ class Question:
         looks = {}
         for name, expected in reference.expected(self, number, names, scaled):
             if name in candidate:
-                if not all(exact.exact for exact in expected.oracle):
+                if "candidate" in self.ladder.computing("fp64") and not all(array.exact for array in expected.oracle):
                     expected = self._with_own_oracle(expected, number, name)
                 looks[name] = expected.look([read() for read in candidate[name]])
         return looks
@@ -170,17 +187,23 @@ class Question:
         return {"reference": self.ladder.reference.scale(self, number), "candidate": own}
 
 
-def absent_lines(rung: str, precision: str, *, missing: Collection[str], unexpected: Collection[str]) -> list[Line]:
+def absent_lines(
+    rung: str, precision: str, *, missing: Collection[str], unexpected: Collection[str], why: str = NO_MODULE
+) -> list[Line]:
     """Judges the arrays that only one side has: a bug, except in the forward rung, where a model without a module of
     its own for a unit only cannot be observed there.
 
     Args:
         missing: names of the arrays that the candidate lacks.
         unexpected: names of those that the reference lacks.
+        why: a clause that says why they cannot be observed.
     """
     names = [(name, "candidate") for name in missing] + [(name, "reference") for name in unexpected]
     if rung == "forward":
-        return [Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {who}") for name, who in names]
+        return [
+            Line(rung, name, precision, "equal", 0.0, np.inf, note=f"{NOT_COMPARED} {why} in the {who}")
+            for name, who in names
+        ]
     return [Line(rung, name, precision, "bug", np.inf, 0.0, note=f"the {who} has none") for name, who in names]
 
 

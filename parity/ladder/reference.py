@@ -94,7 +94,10 @@ class Reference(Protocol):
 
 
 class Live:
-    """The reference's process, which computes every answer when it is asked for."""
+    """The reference's process, which computes every answer when it is asked for.
+
+    If the reference is an exported file, which has no float64, the oracle is the candidate's float64.
+    """
 
     def __init__(self, ladder: "Ladder"):
         self._ladder = ladder
@@ -103,7 +106,7 @@ class Live:
         return self._ladder.ask("reference", precision, "attest", **arguments).info
 
     def oracle(self, question: "Question", look: int) -> Iterator[tuple[str, list[Kept]]]:
-        arrays = self._ask(question, look, "fp64").arrays
+        arrays = self._oracle(question, look).arrays
         for name, batches in question.group(arrays).items():
             yield name, [Whole(read()) for read in batches]
 
@@ -118,7 +121,7 @@ class Live:
                 yield name, Expected.of(exact, _read(results[name]), [_read(readers[name]) for readers in disturbed])
 
     def grown(self, question: "Question", look: int, names: Sequence[str] | None) -> dict[str, float]:
-        exact = question.group(self._ask(question, look, "fp64").arrays)
+        exact = question.group(self._oracle(question, look).arrays)
         disturbed = self._disturbed(question, look, DISTURBED_ULPS * ULP["fp64"])
         return {
             name: max(
@@ -155,6 +158,9 @@ class Live:
 
     def _ask(self, question: "Question", look: int, precision: str, **more: Any) -> Any:
         return self._ladder.ask("reference", precision, question.task, **question.arguments(look), **more)
+
+    def _oracle(self, question: "Question", look: int) -> Any:
+        return self._ladder.ask(self._ladder.oracle, "fp64", question.task, **question.arguments(look))
 
     def _disturbed(self, question: "Question", look: int, amplitude: float) -> list[Readers]:
         answers = self._ladder.disturbed(question.task, amplitude, look, **question.arguments(look))

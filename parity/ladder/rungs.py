@@ -19,6 +19,7 @@ from parity.ladder.question import LOSS_SCALE, NOT_COMPARED, Question, absent_li
 from parity.ladder.reference import by_batch
 from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
+from parity.sides.tasks import UNKNOWN
 
 Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
@@ -60,10 +61,14 @@ def forward(ladder: Ladder) -> RungResult:
             result.lines.append(line)
             result.findings.append(f"{note} than {ladder.options.precision}")
     unseen = [line.name for line in result.lines if line.note.startswith(NOT_COMPARED)]
-    if unseen:
+    if unseen and ladder.exported is not None:
+        result.findings.append(f"not compared, as an exported file shows no units: {', '.join(unseen)}")
+    elif unseen:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
-    if failed:
+    if failed and ladder.exported is not None:
+        result.findings.append(f"{failed[0].name}: {size(failed[0])}; where it begins, an exported file does not show")
+    elif failed:
         diverge(ladder, result, failed)
     return result
 
@@ -83,7 +88,7 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
         (kind, f"{precision} was asked for, but the {role} multiplies in {used}")
         for role, both in multiplies.items()
         for kind, used in zip(OPERANDS, both, strict=True)
-        if used != PRODUCTS[precision]
+        if used not in (PRODUCTS[precision], UNKNOWN)
     ]
     lines = [Line("forward", kind, precision, "bug", np.inf, 0.0, note=note) for kind, note in wrong]
     result.lines[:0] = lines
@@ -92,11 +97,12 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
 
 def loss(ladder: Ladder) -> RungResult:
     """Compares normalization and mixup, which each side does itself, then the loss of the reference's mixed batch."""
+    if ladder.exported is not None:  # a file neither normalizes nor mixes
+        return of_losses(ladder).judge()
     mixed = of_mixup(ladder).judge()
     if mixed.verdict == "bug":
         return mixed
-    losses = of_losses(ladder).judge()
-    return RungResult("loss", mixed.lines + losses.lines)
+    return RungResult("loss", mixed.lines + of_losses(ladder).judge().lines)
 
 
 def gradients(ladder: Ladder) -> RungResult:

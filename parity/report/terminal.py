@@ -17,9 +17,11 @@ COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints mismatches, the table of rungs, the findings, and the conclusion; the console must not read markup."""
+    """Prints notes, mismatches, rungs, findings and the conclusion; the console must not read markup."""
     sides, precision = report["sides"], report["precision"]
     names = [sides[role] for role in ROLES]
+    for sentence in report["attestation"].get("notes", ()):
+        console.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
     for sentence in report["attestation"]["mismatches"]:
         console.print(_marked("mismatch", sentence))
     table = Table(title=_plain(f"{names[1]} against {names[0]}, {report['architecture']}"), title_justify="left")
@@ -140,14 +142,16 @@ def conclusion(report: Report) -> str:
     reference, candidate = (report["sides"][role] for role in ROLES)
     if not report["rungs"]:
         return "nothing was compared"
+    accepted = "; ".join(report["attestation"].get("accepted", ()))
+    accepted = f", with accepted differences: {accepted}" if accepted else ""
     if report["holds"]:
         rungs = ", ".join(rung["name"] for rung in report["rungs"])
-        return f"HOLDS: {candidate} and {reference} compute the same up to rounding ({rungs})"
+        return f"HOLDS: {candidate} and {reference} compute the same up to rounding ({rungs}){accepted}"
     rung = next(rung for rung in report["rungs"] if rung["name"] == report["failed"])
     first = next(line for line in rung["lines"] if line["verdict"] == "bug")
     return (
-        f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']}); "
-        f"again by: {again(report)}"
+        f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']})"
+        f"{accepted}; again by: {again(report)}"
     )
 
 

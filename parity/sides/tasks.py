@@ -14,14 +14,12 @@ from parity.sides.clock import Pass
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
 Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
+UNKNOWN = "unknown"  # an entry of the attestation that a side cannot look up
+ANY = "any"  # a size of its images that an exported file leaves open
 
 
-class Tasks(Protocol):
-    """One side, in a process that has imported its framework. Arguments that name files are paths.
-
-    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `seconds` is how long
-    something is timed.
-    """
+class ForwardTasks(Protocol):
+    """What every side owes, an exported file too. Arguments that name files are paths."""
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
         """Has the fault of that name while the `with` block runs; None: no fault."""
@@ -35,6 +33,35 @@ class Tasks(Protocol):
     def products(self) -> Result:
         """Says in which type a matrix product and a convolution really multiply."""
         ...
+
+    def forward(self, images: str) -> Result:
+        """Returns the logits, and the output of every unit that can be observed."""
+        ...
+
+    def loss(self, mixed: str) -> Result:
+        """Returns the loss of each row of the first batch, and their mean."""
+        ...
+
+    def accuracy(
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None,
+        class_names: Sequence[str] | None,
+        size: int,
+        batch: int,
+        limit: int | None,
+    ) -> Result:
+        """Returns logits, label and number of every example that evaluation counts; says evaluation's own sums."""
+        ...
+
+
+class Tasks(ForwardTasks, Protocol):
+    """One side, in a process that has imported its framework.
+
+    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `seconds` is how long
+    something is timed.
+    """
 
     def weights(self) -> Result:
         """Returns every array of the weight file, as the model holds it."""
@@ -80,19 +107,6 @@ class Tasks(Protocol):
         scale: float = ...,
     ) -> Result:
         """Returns the loss of each of `count` training steps, and the parameters after them."""
-        ...
-
-    def accuracy(
-        self,
-        dataset: str,
-        split: str,
-        data_dir: str | None,
-        class_names: Sequence[str] | None,
-        size: int,
-        batch: int,
-        limit: int | None,
-    ) -> Result:
-        """Returns logits, label and number of every example that evaluation counts; says evaluation's own sums."""
         ...
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:

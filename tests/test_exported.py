@@ -302,6 +302,14 @@ def test_a_fault_in_the_exported_file_is_found(small_npz, tmp_path, fault):
 
 
 @pytest.mark.slow
+def test_a_file_that_is_more_exact_than_asked_is_called_so(small_npz, good, tmp_path):
+    flags = ["--weights", small_npz, *QUICK, "--candidate", f"stablehlo:{good}", "--run", tmp_path / "run"]
+    done = parity("forward", *flags, "--precision", "bf16")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the file errs less than bf16 does: ask for the precision" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
 def test_a_float64_export_is_judged_in_float64_where_a_wrong_epsilon_shows(small_npz, tmp_path, x64):
     for name, code, changes in (("right", 0, {}), ("wrong", 1, {"standardize_eps": 1e-8})):
         path = write_bit(tmp_path / name, small_npz, jnp.float64, **changes)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command_line import parity
 from jax import export
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
@@ -122,7 +122,7 @@ def an_npz(path):
 
 
 def two_devices(path):
-    mesh = jax.make_mesh((2,), ("x",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     images = jax.ShapeDtypeStruct((4, 4, 6, 3), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     path.write_bytes(export.export(jax.jit(means))(images).serialize())
 
@@ -299,6 +299,14 @@ def test_a_fault_in_the_exported_file_is_found(small_npz, tmp_path, fault):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the candidate's RMSE against float64" in done.stdout
     assert "FAILS at forward: logits differs" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_file_that_is_more_exact_than_asked_is_called_so(small_npz, good, tmp_path):
+    flags = ["--weights", small_npz, *QUICK, "--candidate", f"stablehlo:{good}", "--run", tmp_path / "run"]
+    done = parity("forward", *flags, "--precision", "bf16")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the file errs less than bf16 does: ask for the precision" in " ".join(done.stdout.split())
 
 
 @pytest.mark.slow

@@ -291,8 +291,8 @@ def standardized(params: Any, eps: float | None = None) -> Any:
 
 
 def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
-    """Makes an evaluation step: (parameters after `standardized`, batch) -> `evaluation_sums`, and the largest "signal"
-    of the batch, if it has any."""
+    """Makes an evaluation step: (parameters after `standardized` with the model's eps, batch) -> `evaluation_sums`, and
+    the largest "signal" of the batch, if it has any."""
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:

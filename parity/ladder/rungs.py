@@ -67,10 +67,19 @@ def forward(ladder: Ladder) -> RungResult:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
     if failed and ladder.exported is not None:
-        result.findings.append(f"{failed[0].name}: {size(failed[0])}; where it begins, an exported file does not show")
+        result.findings.append(f"{failed[0].name}: {size(failed[0])}; {_of_a_file(ladder, failed[0])}")
     elif failed:
         diverge(ladder, result, failed)
     return result
+
+
+def _of_a_file(ladder: Ladder, line: Line) -> str:
+    """Returns what can be said of logits that fail if one side is an exported file."""
+    other = next(role for role in ROLES if role != ladder.exported)
+    if line.note.startswith(f"the {other}'s"):
+        precision = ladder.options.precision
+        return f"the file errs less than {precision} does: ask for the precision that it was exported in"
+    return "where it begins, an exported file does not show"
 
 
 def _name_products(ladder: Ladder, result: RungResult) -> None:

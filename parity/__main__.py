@@ -23,7 +23,7 @@ from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
 from parity.bundles import against, record
 from parity.ci import baseline
-from parity.ladder import determinism, forward_only, rungs
+from parity.ladder import determinism, forward_only, reproducer, rungs
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, timed, working_folder
@@ -106,6 +106,9 @@ def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, P
     for path in (options.json, options.html, options.junit, options.baseline):
         if path is not None:
             saved.writable(path)
+    if options.reproducer is not None:
+        reproducer.refuse_unusable(options.reproducer)
+        saved.writable(options.reproducer / "README.md")
     with saved.owned(options.run) as folder:
         return _compare(options, names, folder, ladder)
 
@@ -129,6 +132,8 @@ def _compare(
             results.append(result := timed(rungs.RUNGS[name], ladder))
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
             if result.verdict == "bug":
+                if options.reproducer is not None:
+                    reproducer.leave(ladder, result, options.reproducer, attestation)
                 break
         report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
     if options.baseline is not None:

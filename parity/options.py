@@ -92,6 +92,9 @@ class Options:
     """File that keeps what runs used of their limits, and their times; it is made if there is none.
     The report then says of each rung whether it became better, worse or stayed the same.
     The exit code does not depend on it."""
+    reproducer: UserPath | None = None
+    """Folder to leave a reproducer of the first operation at fault in: scripts, inputs and programs,
+    which need nothing of this project. It must not exist, or be empty. None: none is left."""
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 

@@ -210,6 +210,19 @@ def test_every_fault_is_found_through_a_bundle(ladders, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["bfloat16-head", "no-eps"])
+def test_an_operation_is_named_through_a_bundle_if_float64_agrees(ladders, name):
+    """Then the candidate's own float64 is the oracle; otherwise the record has the unit, and not what is in it."""
+    fault = faults.FAULTS[name]
+    failed, found = inject(ladders[fault.precision, "jax"], fault)
+    assert failed is not None
+    assert found == (fault.precision != "fp64"), failed.findings
+    assert first_bug(failed).startswith(fault.line)
+    if not found:
+        assert "which operation is wrong in float64 is not in the record" in failed.findings[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [("fp64", "jax"), ("fp32", "jax"), ("fp16", "jax"), ("fp64", "torch")])
 def test_without_a_fault_every_bundle_holds(ladders, bundles, kind):
     names = list(get_args(Rung))

@@ -195,6 +195,11 @@ class RecordedLadder(Ladder):
     def names(self) -> dict[str, str]:
         return {"reference": f"{self._bundle.manifest['side']} (recorded)"} | super().names
 
+    @property
+    def oracle(self) -> str:
+        """The candidate: once its float64 agrees with the record, it is what its other precisions are held against."""
+        return "candidate"
+
     def image_files(self) -> list[Path]:
         files = []
         for number, (name, member) in enumerate(self._bundle.manifest["images"]):

@@ -74,7 +74,7 @@ def record(options: Options, request: Record, console: Console) -> bool:
     """
     if request.bundle.exists():
         raise RequestError(f"--bundle {request.bundle} exists; choose another name or remove it")
-    for name in ("candidate", "run", "json", "html", "junit", "baseline", "fail_fast", "accept", "fault"):
+    for name in ("candidate", "run", "json", "html", "junit", "baseline", "reproducer", "fail_fast", "accept", "fault"):
         if getattr(options, name) != getattr(Options(), name):
             raise RequestError(f"--{name.replace('_', '-')} is nothing that record needs; leave it to `against`")
     names = list(get_args(Rung))

@@ -6,6 +6,7 @@ NHWC, kernels HWIO, names as the file's keys.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
-from parity.in_jax import operations, units
+from parity.in_jax import operations, script, single, units
+from parity.in_jax.training import Training
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -237,6 +239,32 @@ class JaxSide:
             return None, observed.record().named()
         return None, observed.feed(Recording.load(teacher, disturb))
 
+    def operation(
+        self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
+    ) -> Result:
+        """Returns what one operation by itself makes of operands, computed by the model's module and, under names that
+        begin with `plain`, by JAX's public functions; writes the module's program into a folder.
+
+        Args:
+            question: the content of a reproducer's operation.json.
+            operands: file of its operands and the gradient by its result.
+            disturb: disturbance of the operands.
+            programs: folder that receives the program, or None.
+        """
+        model, params = self.model()
+        op = operations_of(question["site"], weights.flatten(params))[question["name"]]
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), self.dtype)
+        alone = single.Single(model, params, images, op, question["kind"])
+        arrays = inputs.disturbed_file(operands, disturb)
+        given = {name: arrays[name].astype(self.dtype) for name in question["operands"]}
+        gradient = arrays["gradient"].astype(self.dtype)
+        compute = self._jit(alone.compute)
+        results = compute(given, gradient)
+        if programs is not None:
+            alone.write(compute, given, gradient, Path(programs))
+        plain = {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
+        return None, {name: np.asarray(array) for name, array in (results | plain).items()}
+
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
         before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
@@ -282,7 +310,7 @@ class JaxSide:
 
     def training(
         self, schedule: dict[str, Any], momentum: float, *, mixup: float | None = None, disturb: Disturb | None = None
-    ) -> "Training":
+    ) -> Training:
         """Prepares training from the weight file's parameters. Steps donate their buffers, so the next task reads the
         file again.
 
@@ -385,41 +413,6 @@ class JaxSide:
 
     def _named(self, params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         return {prefix + key: np.asarray(array) for key, array in weights.flatten(params).items()}
-
-
-class Training:
-    """Training steps: each call takes one and returns when it has finished.
-
-    The first call compiles the step. If the target is tuned, it does so as train.py does, and gives the state the
-    layout that the compiled step wants.
-
-    Attributes:
-        state: the state after the last step.
-        metrics: metrics of the last step.
-    """
-
-    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, target: Target):
-        self.state, self.metrics = state, {}
-        self._step, self._target = step, target
-        self._compiled: Callable[..., tuple[Any, Any]] | None = None
-
-    def __call__(self, *batch: Any) -> None:
-        if self._compiled is None:
-            self._compiled = self._compile(*batch)
-        # as in train.py's loop, the reference to the old state is dropped while the devices work
-        self.state, self.metrics = self._compiled(self.state, *batch)
-        jax.block_until_ready((self.state, self.metrics))
-
-    def lower(self, *batch: Any) -> jax.stages.Lowered:
-        """Lowers the step for the state and a batch, without computing anything."""
-        return program.lower_step(self._step, self.state, *batch)
-
-    def _compile(self, *batch: Any) -> Callable[..., tuple[Any, Any]]:
-        if not self._target.tuned:
-            return jax.jit(self._step, donate_argnums=0)
-        compiled = self.lower(*batch).compile(compiler_options=self._target.compiler_options)
-        self.state = jax.device_put(self.state, compiled.input_formats[0][0], donate=True)
-        return compiled
 
 
 def _schedule(fields: dict[str, Any]) -> Schedule:

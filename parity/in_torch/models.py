@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 from parity.in_torch import resnetv2
 from parity.sides.side import Side
+from parity.sides.tasks import UNKNOWN
 
 LISTED = 4  # names that a message spells out
 DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched through
@@ -115,6 +117,28 @@ def fill(model: nn.Module, path: Path) -> None:
             f"{_listed(unexpected)}" + (f"; of another shape {_listed(sorted(misshapen))}" if misshapen else "")
         )
     model.load_state_dict({names[name]: tensor for name, tensor in best.items()}, strict=True)
+
+
+def checkpoint(path: str) -> dict[str, np.ndarray]:
+    """Reads {key: array} of a weight file; its convolutions lose the numbers in their keys."""
+    with np.load(path) as file:
+        return {f"resnet/{resnetv2.official(key).replace('.', '/')}": file[key] for key in file.files}
+
+
+def constants(model: nn.Module) -> tuple[Any, Any, Any]:
+    """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
+    them."""
+    if isinstance(model, resnetv2.ResNetV2):
+        return model.constants.norm_eps, model.constants.standardize_eps, resnetv2.GROUPS
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
+    return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
+
+
+def _attribute(modules: list, name: str) -> Any:
+    """Returns the value that all modules have, a list of all values if they differ, or `UNKNOWN` without modules."""
+    values = sorted({getattr(module, name) for module in modules})
+    return values[0] if len(values) == 1 else values or UNKNOWN
 
 
 def _made(name: str, weight_file: str) -> nn.Module:

@@ -92,7 +92,7 @@ class Observed:
             return _like(name, fed[name], x) if fed is not None and name in fed else x
 
         observed = Pass(self._site, self._ops, None if fed is None else recorded, zero)
-        functions = _Functions(observed, self._ops)
+        functions = Functions(observed, self._ops)
 
         def enter(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -119,7 +119,7 @@ class Observed:
         return loss, observed.values, zeros
 
 
-class _Functions(TorchFunctionMode):
+class Functions(TorchFunctionMode):
     """Observes the functions that modules call: the ReLU behind a norm, and a convolution's standardized kernel."""
 
     def __init__(self, observed: Pass, ops: dict[str, Operation]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from input_pipeline.examples import Source, Subset
 from parity import faults
-from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, units
+from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
 from parity.sides import inputs
@@ -25,7 +25,7 @@ from parity.sides.inputs import Files
 from parity.sides.operations import Recording
 from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
-from parity.sides.tasks import UNKNOWN, Disturb, Result
+from parity.sides.tasks import Disturb, Result
 
 MOMENTUM_FROM_PARAMS = 0.1  # as in in_jax/tasks.py
 
@@ -72,7 +72,7 @@ class TorchSide:
         """Returns the model, with the fault if there is one, and {parameter name: key in the checkpoint}."""
         if self._fault not in self._loaded:
             model = models.build(self.side, self.weight_file)
-            keys = names.official_keys(model, _checkpoint(self.weight_file))
+            keys = names.official_keys(model, models.checkpoint(self.weight_file))
             self._loaded = {self._fault: (model.to(self.device, self.dtype), keys)}
         return self._loaded[self._fault]
 
@@ -91,7 +91,7 @@ class TorchSide:
             models.check(model, self.side.model, batch.to(self.device), self._classes())
         matrix, convolution = products(self.precision, self.device)
         on_gpu = self.device.type == "cuda"
-        norm_eps, standardize_eps, groups = _constants(model)
+        norm_eps, standardize_eps, groups = models.constants(model)
         return {
             "framework": "torch",
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -218,6 +218,21 @@ class TorchSide:
         if teacher is None:
             return None, observed.record().named()
         return None, observed.feed(Recording.load(teacher, disturb))
+
+    def operation(
+        self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
+    ) -> Result:
+        """Returns what one operation by itself makes of operands, as `JaxSide.operation` does."""
+        _, keys = self.model()
+        ops = operations_of(question["site"], keys.values())
+        place = question["site"], ops, ops[question["name"]], question["kind"]
+        alone = single.Single(self._eager(None), keys, *place, self.precision, self.device)
+        arrays = inputs.disturbed_file(operands, disturb)
+        given, gradient = {name: arrays[name] for name in question["operands"]}, arrays["gradient"]
+        results = alone.compute(given, gradient)
+        if programs is not None:
+            alone.write(given, gradient, Path(programs))
+        return None, results | {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
@@ -388,29 +403,6 @@ def learning_rate(schedule: dict, step: int) -> float:
     if step < schedule["warmup_steps"]:
         return schedule["base_lr"] * step / schedule["warmup_steps"]
     return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
-
-
-def _checkpoint(path: str) -> dict[str, np.ndarray]:
-    """Reads {key: array} of a weight file; its convolutions lose the numbers in their keys."""
-    with np.load(path) as file:
-        return {f"resnet/{resnetv2.official(key).replace('.', '/')}": file[key] for key in file.files}
-
-
-def _constants(model: nn.Module) -> tuple[Any, Any, Any]:
-    """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
-    them."""
-    if isinstance(model, resnetv2.ResNetV2):
-        constants = model.constants
-        return constants.norm_eps, constants.standardize_eps, resnetv2.GROUPS
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
-    return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
-
-
-def _attribute(modules: list, name: str) -> Any:
-    """Returns the value that all modules have, a list of all values if they differ, or `UNKNOWN` without modules."""
-    values = sorted({getattr(module, name) for module in modules})
-    return values[0] if len(values) == 1 else values or UNKNOWN
 
 
 def _named(

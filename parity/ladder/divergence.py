@@ -73,9 +73,10 @@ def name_operation(ladder: Ladder, result: RungResult, sites: Sequence[str], pre
     """Adds to the result which operation of the sites is wrong by itself. The first site with such a one is reported.
 
     Every operation is fed what the float64 reference computes with, forward and backward; see `sides/operations.py`.
+    If the reference is a record, the candidate's own float64 does as well once it agrees with the record.
     """
-    if "reference" not in ladder.roles:
-        result.findings.append("which operation is wrong is not looked for: the reference is not there to be asked")
+    if "reference" not in ladder.roles and precision == "fp64":
+        result.findings.append("which operation is wrong in float64 is not in the record; compare with the reference")
         return
     lines, wrong = [], {}
     for site in sites:
@@ -127,9 +128,9 @@ def _judge(ladder: Ladder, site: str, precision: str) -> list[Line]:
 
     def look(number: int) -> dict[str, verdict.Look]:
         fed = _fed(ladder, site, number)
-        exact = ladder.ask("reference", "fp64", rung, **fed).arrays
+        exact = ladder.ask(ladder.oracle, "fp64", rung, **fed).arrays
         disturbed = ladder.disturbed(rung, MULTIPLE * ladder.amplitude, number, **fed)
-        reference, candidate = ladder.both(precision, rung, **fed)
+        reference, candidate = _sides(ladder, precision, **fed)
         shared = [name for name in exact.names if name in reference and name in candidate]
         return {
             name: verdict.look([exact[name]], [reference[name]], [candidate[name]], [[a[name]] for a in disturbed])
@@ -147,8 +148,16 @@ def _judge(ladder: Ladder, site: str, precision: str) -> list[Line]:
 def _fed(ladder: Ladder, site: str, number: int) -> dict[str, Any]:
     """Returns the arguments of a fed pass over a site's operations, after the reference has recorded them."""
     arguments = {"mixed": ladder.mixed_pictures(number), "site": site}
-    recording = ladder.ask("reference", "fp64", "operations", **arguments).arrays.path
+    recording = ladder.ask(ladder.oracle, "fp64", "operations", **arguments).arrays.path
     return arguments | {"teacher": recording}
+
+
+def _sides(ladder: Ladder, precision: str, **fed: Any) -> tuple[Arrays, Arrays]:
+    """Returns what both sides make of a fed pass; a recorded reference is taken to make what float64 makes."""
+    if "reference" in ladder.roles:
+        return ladder.both(precision, "operations", **fed)
+    exact = ladder.ask(ladder.oracle, "fp64", "operations", **fed).arrays
+    return exact, ladder.ask("candidate", precision, "operations", **fed).arrays
 
 
 def _wrong(ladder: Ladder, site: str, precision: str, lines: list[Line]) -> dict[str, Line]:
@@ -173,11 +182,10 @@ def _with_part(ladder: Ladder, site: str, precision: str, name: str) -> str:
     fed = _fed(ladder, site, 0)
     op = operations(site, ladder.architecture.layout)[norm]
     x = Arrays(fed["teacher"])[f"{op.inputs['input']}, value"]
-    read = ladder.ask("reference", "fp64", "weights").arrays
+    read = ladder.ask(ladder.oracle, "fp64", "weights").arrays
     gamma, beta = (read[op.parameters[parameter]].astype(np.float64) for parameter in ("gamma", "beta"))
-    part = wrong_part(
-        x, gamma, beta, [side[name].astype(np.float64) for side in ladder.both(precision, "operations", **fed)]
-    )
+    sides = [side[name].astype(np.float64) for side in _sides(ladder, precision, **fed)]
+    part = wrong_part(x, gamma, beta, sides)
     return f"{norm}/{part}, {what}" if part else name
 
 

@@ -14,7 +14,7 @@ from parity.ladder import verdict
 from parity.ladder.accuracy import accuracy
 from parity.ladder.attestation import PRODUCTS
 from parity.ladder.divergence import depth, diverge, name_operation, sites_behind, size
-from parity.ladder.ladder import Ladder, RungResult
+from parity.ladder.ladder import ROLES, Ladder, RungResult
 from parity.ladder.question import LOSS_SCALE, NOT_COMPARED, Question, absent_lines
 from parity.ladder.reference import by_batch
 from parity.ladder.verdict import LIMIT, Line

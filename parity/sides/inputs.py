@@ -179,6 +179,15 @@ def disturbance(name: str, shape: tuple[int, ...], seed: Sequence[int], amplitud
     return 1 + amplitude * rng.uniform(-1, 1, shape)
 
 
+def disturbed_file(path: str, disturb: tuple[Sequence[int], float] | None) -> dict[str, np.ndarray]:
+    """Reads {name: array} of an .npz file and disturbs the arrays; None: they stay as they are."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    if disturb is None:
+        return arrays
+    return {name: array * disturbance(name, array.shape, *disturb) for name, array in arrays.items()}
+
+
 def random_weights(path: Path, architecture: str, num_classes: int, seed: int = 0) -> None:
     """Writes an official `.npz` with `random_arrays` for R<depth>x<width>."""
     np.savez(path, **random_arrays(Architecture.parse(architecture, num_classes), seed))

@@ -96,12 +96,8 @@ class Recording:
     @classmethod
     def load(cls, path: str, disturb: Disturb | None) -> "Recording":
         """Reads what `named` gave names to, and disturbs it."""
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        if disturb is not None:
-            arrays = {name: a * inputs.disturbance(name, a.shape, *disturb) for name, a in arrays.items()}
-        split = ({}, {})
-        for name, array in arrays.items():
+        split: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+        for name, array in inputs.disturbed_file(path, disturb).items():
             value, _, what = name.rpartition(", ")
             split[what == "gradient"][value] = array
         return cls(*split)

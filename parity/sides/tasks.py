@@ -93,6 +93,13 @@ class Tasks(ForwardTasks, Protocol):
         what each operation, and its gradient, makes of the recorded ones; see `operations.py`."""
         ...
 
+    def operation(
+        self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
+    ) -> Result:
+        """Returns what one operation by itself makes of operands, computed by the model's module and, under names that
+        begin with `plain`, by the framework's public functions; writes the module's program into a folder."""
+        ...
+
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
         """Returns parameters and momentum after update number `step` with the given gradients."""
         ...

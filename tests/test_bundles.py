@@ -25,6 +25,8 @@ from parity.ladder.rungs import Rung
 from parity.ladder.selftest import climb, first_bug, inject
 from parity.report import saved
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 LARGE = RNG.standard_normal((40, 500, 10))

@@ -178,7 +178,9 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flipped-gradient", "no-eps", "torch-shifted-gradient", "bfloat16-head"])
+@pytest.mark.parametrize(
+    "name", ["flipped-gradient", "no-eps", "torch-shifted-gradient", "bfloat16-head", "weight-decay", "decay"]
+)
 def test_a_reproducer_shows_the_faulty_side_without_this_project(name, tmp_path):
     fault, folder = faults.FAULTS[name], tmp_path / "reproducer"
     options = dataclasses.replace(selftest.SMALL, precision=fault.precision, fault=name, run=tmp_path / "run")

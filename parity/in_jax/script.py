@@ -57,6 +57,15 @@ def plain(question, arrays):
         padded = jnp.pad(input.astype(narrow), ((0, 0), (1, 1), (1, 1), (0, 0)))
         return lax.reduce_window(padded, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
+    def update(parameter, buffer, gradient):
+        schedule, step = question["schedule"], question["step"]
+        if step < schedule["warmup_steps"]:
+            rate = schedule["base_lr"] * step / schedule["warmup_steps"]
+        else:
+            rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
+        held = question["momentum"] * buffer + gradient
+        return {"value": parameter - rate * held, "momentum": held}
+
     operations = {
         "convolution": convolution,
         "standardization": standardization,
@@ -65,6 +74,9 @@ def plain(question, arrays):
         "pool": pool,
     }
     operands = {name: jnp.asarray(arrays[name], wide) for name in question["operands"]}
+
+    if kind == "update":
+        return update(**operands, gradient=jnp.asarray(arrays["gradient"], wide))
 
     def compute(operands, gradient):
         value, backward = jax.vjp(lambda operands: operations[kind](**operands).astype(wide), operands)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import export
 
 from bit_jax.model import layers, resnetv2
-from bit_jax.training import steps
+from bit_jax.training import optimizer, steps
+from bit_jax.training.hyperrule import Schedule
 from parity.sides.operations import Operation
 
 Arrays = dict[str, Any]
@@ -100,20 +102,38 @@ class Single:
             # initialized kernels would be drawn; these are given, and not used
             return At(self._path, make).apply({"params": params}, images)
 
-    def write(self, compiled: Any, operands: Arrays, gradient: np.ndarray, folder: Path) -> None:
-        """Writes the program of a compiled function (operands, gradient) as StableHLO, in text and to be run, and as
-        the compiler optimized it."""
-        names = list(operands)
 
-        def listed(*given: jax.Array) -> tuple[jax.Array, ...]:
-            results = compiled(dict(zip(names, given[:-1], strict=True)), given[-1])
-            return results["value"], *(results[f"by {name}"] for name in names)
+def update(question: dict[str, Any]) -> Callable[[Arrays, jax.Array], Arrays]:
+    """Returns a function (parameter and momentum, gradient) -> both after the update that the question describes."""
+    fields = question["schedule"] | {"decay_steps": tuple(question["schedule"]["decay_steps"])}
+    sgd = optimizer.sgd(Schedule(**fields), question["momentum"])
 
-        function, given = jax.jit(listed), (*operands.values(), gradient)
-        exported = export.export(function)(*given)
-        (folder / "jax_program.bin").write_bytes(exported.serialize())
-        (folder / "jax_program.mlir").write_text(exported.mlir_module())
-        (folder / "jax_program.hlo").write_text(function.lower(*given).compile().as_text() or "")
+    def compute(operands: Arrays, gradient: jax.Array) -> Arrays:
+        params = {"parameter": operands["parameter"]}
+        state, count = steps.init_state(params, sgd), jnp.asarray(question["step"], jnp.int32)
+        trace = {"parameter": operands["buffer"]}
+        opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=count)
+        state = steps.update(state.replace(step=count, opt_state=opt_state), {"parameter": gradient}, sgd)
+        held = optax.tree_utils.tree_get(state.opt_state, "trace")
+        return {"value": state.params["parameter"], "momentum": held["parameter"]}
+
+    return compute
+
+
+def write(compute: Callable, results: Sequence[str], operands: Arrays, gradient: np.ndarray, folder: Path) -> None:
+    """Writes the program of a function (operands, gradient) -> {name: result} as StableHLO, in text and to be run, and
+    as the compiler optimized it."""
+    names = list(operands)
+
+    def listed(*given: jax.Array) -> tuple[jax.Array, ...]:
+        computed = compute(dict(zip(names, given[:-1], strict=True)), given[-1])
+        return tuple(computed[name] for name in results)
+
+    function, given = jax.jit(listed), (*operands.values(), gradient)
+    exported = export.export(function)(*given)
+    (folder / "jax_program.bin").write_bytes(exported.serialize())
+    (folder / "jax_program.mlir").write_text(exported.mlir_module())
+    (folder / "jax_program.hlo").write_text(function.lower(*given).compile().as_text() or "")
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

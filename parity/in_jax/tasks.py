@@ -251,17 +251,20 @@ class JaxSide:
             disturb: disturbance of the operands.
             programs: folder that receives the program, or None.
         """
-        model, params = self.model()
-        op = operations_of(question["site"], weights.flatten(params))[question["name"]]
-        images = jax.ShapeDtypeStruct((2, 32, 32, 3), self.dtype)
-        alone = single.Single(model, params, images, op, question["kind"])
+        if question["kind"] == "update":
+            function = single.update(question)
+        else:
+            model, params = self.model()
+            op = operations_of(question["site"], weights.flatten(params))[question["name"]]
+            images = jax.ShapeDtypeStruct((2, 32, 32, 3), self.dtype)
+            function = single.Single(model, params, images, op, question["kind"]).compute
         arrays = inputs.disturbed_file(operands, disturb)
         given = {name: arrays[name].astype(self.dtype) for name in question["operands"]}
         gradient = arrays["gradient"].astype(self.dtype)
-        compute = self._jit(alone.compute)
+        compute = self._jit(function)
         results = compute(given, gradient)
         if programs is not None:
-            alone.write(compute, given, gradient, Path(programs))
+            single.write(compute, question["results"], given, gradient, Path(programs))
         plain = {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
         return None, {name: np.asarray(array) for name, array in (results | plain).items()}
 

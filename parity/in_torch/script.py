@@ -52,6 +52,15 @@ def plain(question, arrays):
         padded = F.pad(input.permute(0, 3, 1, 2).to(narrow), (1, 1, 1, 1))
         return F.max_pool2d(padded, 3, 2).permute(0, 2, 3, 1)
 
+    def update(parameter, buffer, gradient):
+        schedule, step = question["schedule"], question["step"]
+        if step < schedule["warmup_steps"]:
+            rate = schedule["base_lr"] * step / schedule["warmup_steps"]
+        else:
+            rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
+        held = question["momentum"] * buffer + gradient
+        return {"value": parameter - rate * held, "momentum": held}
+
     operations = {
         "convolution": convolution,
         "standardization": standardization,
@@ -59,9 +68,12 @@ def plain(question, arrays):
         "head": head,
         "pool": pool,
     }
-    operands = {name: torch.from_numpy(arrays[name]).to(wide).requires_grad_() for name in question["operands"]}
-    value = operations[kind](**operands).to(wide)
+    operands = {name: torch.from_numpy(arrays[name]).to(wide) for name in question["operands"]}
     gradient = torch.from_numpy(arrays["gradient"]).to(wide)
+    if kind == "update":
+        return {name: array.numpy() for name, array in update(**operands, gradient=gradient).items()}
+    operands = {name: tensor.requires_grad_() for name, tensor in operands.items()}
+    value = operations[kind](**operands).to(wide)
     by = torch.autograd.grad(value, list(operands.values()), gradient)
     named = {"value": value} | {f"by {name}": array for name, array in zip(operands, by, strict=True)}
     return {name: array.detach().numpy() for name, array in named.items()}

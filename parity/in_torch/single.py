@@ -1,6 +1,7 @@
 """Computes one operation by itself, by the very module of the model that computes it, and writes its program."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,70 +12,34 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from parity.in_torch import operations, units
 from parity.in_torch.arrays import to_numpy
 from parity.in_torch.precision import Precision
-from parity.sides.operations import STANDARDIZATION, Operation, Pass
+from parity.in_torch.schedule import learning_rate
+from parity.sides.operations import STANDARDIZATION, Pass
+from parity.sides.operations import operations as operations_of
 
 
-class Single(nn.Module):
-    """One operation of a model, computed by the model's module; None is returned of one that is no module's.
+class Program(nn.Module):
+    """A module that computes the results of one operation from its operands and a gradient.
+
+    Attributes:
+        operands, results: their names, in order.
 
     Args:
-        model: a BiT.
-        keys: {parameter name: key in the checkpoint}.
-        site, ops: the site of the operation, and the site's operations.
-        op: the operation; a norm includes its ReLU.
-        kind: its kind, see `script.py`.
+        question: the content of operation.json.
         precision: the precision to compute in.
         device: the device to compute on.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        keys: dict[str, str],
-        site: str,
-        ops: dict[str, Operation],
-        op: Operation,
-        kind: str,
-        precision: Precision,
-        device: torch.device,
-    ):
+    def __init__(self, question: dict[str, Any], precision: Precision, device: torch.device):
         super().__init__()
-        held = operations.modules(model, keys, ops) | units.units(model, keys)
-        self._place = op.name.removesuffix(f"/{STANDARDIZATION}").removesuffix("/pool")
-        self.module = held[self._place]
-        self._conv = held.get("root_block/standardized_conv2d")
-        name = next(name for name, module in model.named_modules() if module is self.module)
-        self._local = {  # {name of the operand: parameter of the module}
-            key.rpartition("/")[2]: parameter.removeprefix(f"{name}.")
-            for parameter, key in keys.items()
-            if parameter.startswith(f"{name}.")
-        }
-        self._shapes = {operand: self.module.get_parameter(local).ndim for operand, local in self._local.items()}
-        self._site, self._ops, self._op, self._kind = site, ops, op, kind
-        self._precision, self._device = precision, device
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Returns the value and the gradient by each operand.
-
-        Args:
-            given: the operands in the order of `operands`, NHWC and HWIO, and the gradient by the result.
-        """
-        *operands, gradient = (tensor.detach() for tensor in given)
-        named = {name: tensor.requires_grad_() for name, tensor in zip(self.operands, operands, strict=True)}
-        value = self._value(named).to(gradient.dtype)
-        return value.detach(), *torch.autograd.grad(value, list(named.values()), gradient)
-
-    operands: tuple[str, ...] = ()
+        self.operands: list[str] = question["operands"]
+        self.results: list[str] = question["results"]
+        self._kind, self._precision, self._device = question["kind"], precision, device
 
     def compute(self, operands: dict[str, np.ndarray], gradient: np.ndarray) -> dict[str, np.ndarray]:
         """Returns {`value`, `by NAME` of each operand: array}."""
         given = self._given(operands, gradient)
         results = self(*given)
         return {name: to_numpy(result) for name, result in zip(self.results, results, strict=True)}
-
-    @property
-    def results(self) -> list[str]:
-        return ["value", *(f"by {name}" for name in self.operands)]
 
     def write(self, operands: dict[str, np.ndarray], gradient: np.ndarray, folder: Path) -> None:
         """Writes the program, its gradient included, as `torch.export` saves it."""
@@ -89,9 +54,72 @@ class Single(nn.Module):
         (folder / "torch_program.txt").write_text(str(program))
 
     def _given(self, operands: dict[str, np.ndarray], gradient: np.ndarray) -> tuple[Tensor, ...]:
-        self.operands = tuple(operands)
         dtype = self._precision.param_dtype
         return tuple(torch.from_numpy(array).to(self._device, dtype) for array in (*operands.values(), gradient))
+
+
+class Update(Program):
+    """An update by SGD with momentum, of one parameter."""
+
+    def __init__(self, question: dict[str, Any], precision: Precision, device: torch.device):
+        super().__init__(question, precision, device)
+        self._rate = learning_rate(question["schedule"], question["step"])
+        self._momentum = question["momentum"]
+
+    def forward(self, parameter: Tensor, buffer: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the parameter and the momentum after the update."""
+        updated = parameter.clone()  # without a gradient of its own, so that the update can be exported
+        sgd = torch.optim.SGD([updated], lr=self._rate, momentum=self._momentum)
+        sgd.state[updated]["momentum_buffer"] = buffer.clone()
+        updated.grad = gradient.clone()
+        sgd.step()
+        return updated.detach(), sgd.state[updated]["momentum_buffer"]
+
+
+class Single(Program):
+    """One operation of a model, computed by the model's module.
+
+    Args:
+        model: a BiT.
+        keys: {parameter name: key in the checkpoint}.
+        question: the content of operation.json; a norm includes its ReLU.
+        precision: the precision to compute in.
+        device: the device to compute on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keys: dict[str, str],
+        question: dict[str, Any],
+        precision: Precision,
+        device: torch.device,
+    ):
+        super().__init__(question, precision, device)
+        ops = operations_of(question["site"], keys.values())
+        held = operations.modules(model, keys, ops) | units.units(model, keys)
+        self._place = question["name"].removesuffix(f"/{STANDARDIZATION}").removesuffix("/pool")
+        self.module = held[self._place]
+        self._conv = held.get("root_block/standardized_conv2d")
+        name = next(name for name, module in model.named_modules() if module is self.module)
+        self._local = {  # {name of the operand: parameter of the module}
+            key.rpartition("/")[2]: parameter.removeprefix(f"{name}.")
+            for parameter, key in keys.items()
+            if parameter.startswith(f"{name}.")
+        }
+        self._shapes = {operand: self.module.get_parameter(local).ndim for operand, local in self._local.items()}
+        self._site, self._ops = question["site"], ops
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Returns the value and the gradient by each operand.
+
+        Args:
+            given: the operands in the order of `operands`, NHWC and HWIO, and the gradient by the result.
+        """
+        *operands, gradient = (tensor.detach() for tensor in given)
+        named = {name: tensor.requires_grad_() for name, tensor in zip(self.operands, operands, strict=True)}
+        value = self._value(named).to(gradient.dtype)
+        return value.detach(), *torch.autograd.grad(value, list(named.values()), gradient)
 
     def _value(self, operands: dict[str, Tensor]) -> Tensor:
         """Returns the result, NHWC or HWIO."""

@@ -17,6 +17,7 @@ from parity import faults
 from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
+from parity.in_torch.schedule import learning_rate
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -223,14 +224,14 @@ class TorchSide:
         self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
     ) -> Result:
         """Returns what one operation by itself makes of operands, as `JaxSide.operation` does."""
-        _, keys = self.model()
-        ops = operations_of(question["site"], keys.values())
-        place = question["site"], ops, ops[question["name"]], question["kind"]
-        alone = single.Single(self._eager(None), keys, *place, self.precision, self.device)
+        if question["kind"] == "update":
+            alone: single.Program = single.Update(question, self.precision, self.device)
+        else:
+            alone = single.Single(self._eager(None), self.model()[1], question, self.precision, self.device)
         arrays = inputs.disturbed_file(operands, disturb)
         given, gradient = {name: arrays[name] for name in question["operands"]}, arrays["gradient"]
         results = alone.compute(given, gradient)
-        if programs is not None:
+        if programs is not None and self.devices.rank == 0:
             alone.write(given, gradient, Path(programs))
         return None, results | {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
 
@@ -395,14 +396,6 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
         return tensor
     factor = torch.from_numpy(inputs.disturbance(name, tuple(tensor.shape), *disturb))
     return tensor * factor.to(tensor.device, tensor.dtype)
-
-
-def learning_rate(schedule: dict, step: int) -> float:
-    """Returns the learning rate of update number `step`: it rises linearly from 0 during warm-up, and is divided by 10
-    for each decay step below `step`."""
-    if step < schedule["warmup_steps"]:
-        return schedule["base_lr"] * step / schedule["warmup_steps"]
-    return schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
 
 
 def _named(

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from input_pipeline.errors import RequestError, RunFailed
 from parity.ladder import verdict
 from parity.ladder.kept import relative_difference
 from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
+from parity.ladder.rungs import SCHEDULE_STEP
 from parity.ladder.verdict import MULTIPLE, Line
 from parity.sides.operations import NORM, Recording, operations
 
@@ -30,6 +32,7 @@ LAYOUTS = {
     "norm and ReLU": {"input": "nhwi", "gamma": "i", "beta": "i", "gradient": "nhwi"},
     "head": {"input": "ni", "kernel": "..io", "bias": "o", "gradient": "no"},
     "pool": {"input": "nhwi", "gradient": "nyxi"},
+    "update": {"parameter": "o", "buffer": "o", "gradient": "o"},  # the values of a parameter in a row
 }
 GROWTH = 10.0  # factor by which rounding may grow where arrays shrink
 GROUPS = 32  # a norm's channels stay a multiple of these
@@ -38,7 +41,7 @@ Arrays = dict[str, np.ndarray]
 README = """\
 # {question.operation}, {question.what}, in {question.precision}
 
-A {question.kind} of {architecture}.
+Kind: {question.kind}, of {architecture}.
 In the table are the largest differences from the float64 result, relative to its root mean square. Public functions
 computed that result.
 
@@ -76,6 +79,7 @@ class Question:
         site, name, kind: its site, the operation whose module computes it, and its kind in `LAYOUTS`.
         precision: precision in which it is wrong.
         stride: stride of a convolution.
+        schedule, momentum, step: of an update, fields of a `Schedule` and the number of the step.
     """
 
     operation: str
@@ -84,12 +88,15 @@ class Question:
     name: str
     kind: str
     precision: str
-    stride: int
+    stride: int = 1
+    schedule: dict[str, Any] | None = None
+    momentum: float = 0.0
+    step: int = 0
 
     def content(self) -> dict[str, Any]:
         """Returns the content of operation.json."""
         operands = [name for name in LAYOUTS[self.kind] if name != "gradient"]
-        results = ["value", *(f"by {name}" for name in operands)]
+        results = ["value", "momentum"] if self.kind == "update" else ["value", *(f"by {name}" for name in operands)]
         return dataclasses.asdict(self) | {"operands": operands, "results": results}
 
 
@@ -104,26 +111,55 @@ def refuse_unusable(folder: Path) -> None:
 
 
 def leave(ladder: Ladder, result: RungResult, folder: Path, attestation: dict[str, Any]) -> None:
-    """Writes the folder for the operation that a failed rung names, and adds a sentence on it to the rung's result."""
-    found = result.details.get("operations", {"wrong": []})
-    question = _question(found["wrong"][0], found["precision"]) if found["wrong"] else None
-    if question is None:
-        named = found["wrong"][0] if found["wrong"] else "no operation by itself"
-        result.findings.append(f"no reproducer is left: this rung blames {named}, which has no program of its own")
+    """Writes the folder for what a failed rung blames, an operation or an update, and adds a sentence on it to the
+    rung's result."""
+    if not ladder.asks_reference:
+        result.findings.append("no reproducer is left: the reference is not there to be asked")
         return
     try:
-        whole = _seen(ladder, question, _operands(ladder, question))
-        if whole.line.verdict != "bug":
-            reason = "outside of the model the operation agrees with float64"
-            result.findings.append(f"no reproducer of {question.operation} is left: {reason}")
+        whole = _first_at_fault(ladder, result)
+        if whole is None:
+            result.findings.append("no reproducer is left: nothing that this rung blames errs outside of the model")
             return
-        small = _shrunk(ladder, question, whole)
-        _write(ladder, question, whole, small, folder, attestation)
+        small = _shrunk(ladder, whole)
+        _write(ladder, whole, small, folder, attestation)
     except RunFailed as error:
-        result.findings.append(f"no reproducer of {question.operation} is left: {error}")
+        result.findings.append(f"no reproducer is left: {error}")
         return
-    sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in small.arrays.items())
+    question, sizes = whole.question, ", ".join(f"{name} {list(array.shape)}" for name, array in small.arrays.items())
     result.findings.append(f"{folder} reproduces {question.operation}, {question.what}, with {sizes}")
+
+
+def _first_at_fault(ladder: Ladder, result: RungResult) -> "Seen | None":
+    """Returns the operation or the update that a rung blames, if it errs by itself."""
+    if result.name in ("optimizer", "curve"):
+        attempts = _updates(ladder, result)
+    else:
+        found = result.details.get("operations", {"wrong": [], "precision": ""})
+        questions = [_question(wrong, found["precision"]) for wrong in found["wrong"][:1]]
+        attempts = ((question, _operands(ladder, question)) for question in questions if question is not None)
+    seen = (_seen(ladder, question, arrays) for question, arrays in attempts)
+    return next((attempt for attempt in seen if attempt.line.verdict == "bug"), None)
+
+
+def _updates(ladder: Ladder, result: RungResult) -> Iterator[tuple[Question, Arrays]]:
+    """Yields every update that may be at fault, of the first parameter that a failed rung names: the step of the
+    optimizer rung, or each step of the curve."""
+    options = ladder.options
+    line = next(line for line in result.lines if line.verdict == "bug")
+    named = [line.name.partition("/") for line in result.lines if line.verdict == "bug" and "/" in line.name]
+    kind, _, key = named[0] if named else ("params", "", next(iter(ladder.architecture.layout)))
+    gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=options.batches)
+    parameter = ladder.ask("reference", "fp64", "weights").arrays[key].astype(np.float64).ravel()
+    gradient = gradients.arrays[f"0/{key}"].ravel()
+    arrays = {"parameter": parameter, "buffer": 0.1 * parameter, "gradient": gradient}
+    what = "momentum" if kind == "momentum" else "value"
+    schedule, steps = options.schedule, range(options.steps)
+    if result.name == "optimizer":
+        schedule, steps = schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)}, [SCHEDULE_STEP]
+    for step in steps:
+        settings = {"schedule": schedule, "momentum": options.momentum, "step": step}
+        yield Question(f"update {step} of {key}", what, "", "", "update", line.precision, **settings), arrays
 
 
 def _question(wrong: str, precision: str) -> Question | None:
@@ -165,11 +201,13 @@ class Seen:
     """One attempt: its arrays, the answer of public functions in float64, and how the sides differ from it.
 
     Attributes:
+        question: what was asked.
         line: the verdict on the two sides.
         apart: {role: (difference from the answer of the model's module, and of public functions)}, the largest
             difference relative to the answer's RMS.
     """
 
+    question: Question
     arrays: Arrays
     answer: np.ndarray
     line: Line
@@ -207,7 +245,7 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
         role: (relative_difference(answer, result), relative_difference(answer, public))
         for role, result, public in zip(ladder.sides, results, plain, strict=True)
     }
-    return Seen(arrays, answer, line, apart)
+    return Seen(question, arrays, answer, line, apart)
 
 
 def _save(path: Path, arrays: Arrays) -> None:
@@ -215,10 +253,10 @@ def _save(path: Path, arrays: Arrays) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _shrunk(ladder: Ladder, question: Question, whole: Seen) -> Seen:
+def _shrunk(ladder: Ladder, whole: Seen) -> Seen:
     """Returns the smallest attempt with the fault: every axis is halved as long as the fault persists, and rounding
     does not grow, as it does where a norm has two nearly equal values left."""
-    seen, layout = whole, LAYOUTS[question.kind]
+    question, seen, layout = whole.question, whole, LAYOUTS[whole.question.kind]
     most = GROWTH * max(whole.rounding, ULP[question.precision])
     sizes = {
         axis: size for name, axes in layout.items() for axis, size in zip(axes, whole.arrays[name].shape, strict=True)
@@ -250,11 +288,9 @@ def _sliced(question: Question, arrays: Arrays, sizes: dict[str, int]) -> Arrays
     }
 
 
-def _write(
-    ladder: Ladder, question: Question, whole: Seen, small: Seen, folder: Path, attestation: dict[str, Any]
-) -> None:
+def _write(ladder: Ladder, whole: Seen, small: Seen, folder: Path, attestation: dict[str, Any]) -> None:
     """Writes the folder; nothing is there before all of it is."""
-    made = ladder.folder / "reproducer"
+    question, made = whole.question, ladder.folder / "reproducer"
     made.mkdir()
     _seen(ladder, question, small.arrays, made)
     device = attestation["sides"][question.precision]
@@ -265,12 +301,13 @@ def _write(
     for framework in devices:
         source, name = SCRIPTS[framework]
         (made / name).write_text(resources.files(source).joinpath("script.py").read_text())
-    (made / "README.md").write_text(_readme(ladder, question, whole, small, attestation))
+    (made / "README.md").write_text(_readme(ladder, whole, small, attestation))
     shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
-def _readme(ladder: Ladder, question: Question, whole: Seen, small: Seen, attestation: dict[str, Any]) -> str:
+def _readme(ladder: Ladder, whole: Seen, small: Seen, attestation: dict[str, Any]) -> str:
     """Returns what was seen, by which versions, and how to see it again."""
+    question = whole.question
     entries = attestation["sides"][question.precision]
     seen = [
         f"| {role}: {ladder.sides[role]} | {attempt.apart[role][0]:.3e} | {attempt.apart[role][1]:.3e} | {size} |"

@@ -63,7 +63,8 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
             if not detected:
                 where += f"; it should be {fault.rung}: {fault.line}... in {fault.precision}"
-            console.print(Text.assemble("  ", _mark(detected), f"  {fault.description:<53} {printable(where)}"))
+                where += f", and {fault.operation}" if fault.operation else ""
+            console.print(Text.assemble("  ", _mark(detected), f"  {fault.description:<66} {printable(where)}"))
     if clean:
         passed = untouched(console) and passed
     console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")

@@ -113,7 +113,7 @@ def refuse_unusable(folder: Path) -> None:
 def leave(ladder: Ladder, result: RungResult, folder: Path, attestation: dict[str, Any]) -> None:
     """Writes the folder for what a failed rung blames, an operation or an update, and adds a sentence on it to the
     rung's result."""
-    if not ladder.asks_reference:
+    if "reference" not in ladder.roles:
         result.findings.append("no reproducer is left: the reference is not there to be asked")
         return
     try:

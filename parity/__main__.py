@@ -4,9 +4,10 @@ Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, ac
 and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
 """
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,10 +20,10 @@ from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
-from parity.ladder import determinism, rungs
+from parity.ladder import determinism, rungs, step
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
-from parity.ladder.ladder import Ladder, timed, working_folder
+from parity.ladder.ladder import Ladder, RungResult, timed, working_folder
 from parity.ladder.selftest import selftest
 from parity.options import Options
 from parity.report import junit, saved, terminal
@@ -47,6 +48,7 @@ def main() -> int:
         "convolutions": run_convolutions,
         "input": run_input,
         "determinism": run_determinism,
+        "step": run_step,
         "show": show,
         "diff": diff,
     }
@@ -76,15 +78,24 @@ def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
 
 def compare(options: Options, names: Sequence[str]) -> bool:
     """Runs rungs, prints and saves the report; returns whether all of them hold."""
+    with _folder_for(options) as folder:
+        report, results = _compared(options, names)
+        return _kept(report, results, folder, options)
+
+
+@contextlib.contextmanager
+def _folder_for(options: Options | step.Step) -> Iterator[Path]:
+    """Makes and owns the folder of a report, once every file that the flags ask for can be written."""
     for path in (options.json, options.html, options.junit):
         if path is not None:
             saved.writable(path)
     with saved.owned(options.run) as folder:
-        return _compare(options, names, folder)
+        yield folder
 
 
-def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
-    output, progress = console(), console(stderr=True)
+def _compared(options: Options, names: Sequence[str]) -> tuple[saved.Report, list[RungResult]]:
+    """Climbs the rungs up to the first that fails; returns the report and the rungs' results."""
+    progress = console(stderr=True)
     results = []
     with working_folder() as files, Ladder(options, files) as ladder:
         attestation = attest(ladder, rungs=names)
@@ -98,13 +109,22 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
             progress.print(f"{name}: {result.verdict}, {result.seconds:.1f} s")
             if result.verdict == "bug":
                 break
-        report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
+        return saved.build(ladder, attestation, results, _command()), results
+
+
+def _kept(report: saved.Report, results: list[RungResult], folder: Path, options: Options | step.Step) -> bool:
+    """Saves a report, shows it, and returns whether it holds."""
+    output = console()
     saved.save(report, results, folder)
     report = saved.load(folder)
     _write_forms(report, folder, options)
     terminal.show(report, output)
     output.print(f"{printable(folder)}: report.json, report.html")
     return report["holds"]
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "parity", *sys.argv[1:]])
 
 
 def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
@@ -153,6 +173,19 @@ def run_determinism(request: determinism.Flags) -> bool:
     if request.json is not None:
         saved.writable(request.json)
     return determinism.run(request, console())
+
+
+def run_step(request: step.Flags) -> bool:
+    """Judges a step of a real run of train.py, on its own checkpoint and its own batch: why does the loss drift apart?
+
+    Does the code at hand compute the step right, in both frameworks and float64? And does what the run recorded, its
+    losses and its next checkpoint, follow from the checkpoint before? Exit code 0: both hold; 1: one of them does not.
+    """
+    with _folder_for(request) as folder:
+        found = step.examine(request, console(stderr=True))
+        report = saved.build(found.ladder, found.attestation, found.results, _command())
+        report |= {"answers": found.answers, "conclusion": found.conclusion}
+        return _kept(report, found.results, folder, request)
 
 
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:
@@ -210,7 +243,7 @@ def _logits(run: Path) -> dict[str, np.ndarray] | None:
     return saved.load_logits(run) if (run / "logits.npz").exists() else None
 
 
-def _write_forms(report: saved.Report, folder: Path, options: Options) -> None:
+def _write_forms(report: saved.Report, folder: Path, options: Options | step.Step) -> None:
     """Writes the page into the run's folder, and the files that the flags ask for."""
     from parity.report import page
 

@@ -139,7 +139,7 @@ def optimizer(ladder: Ladder) -> RungResult:
         "step": SCHEDULE_STEP,
     }
     result = Question(ladder, "optimizer", "optimizer", lambda look: arguments, disturb=False).judge()
-    _count_differing(result)
+    count_differing(result)
     return result
 
 
@@ -162,7 +162,7 @@ def curve(ladder: Ladder) -> RungResult:
         result.findings.append(
             f"the losses part at step {step} of {options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
         )
-    _count_differing(result)
+    count_differing(result)
     return result
 
 
@@ -222,7 +222,7 @@ def _diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
     }
 
 
-def _count_differing(result: RungResult) -> None:
+def count_differing(result: RungResult) -> None:
     """Adds to the result how many lines differ, and which of them most."""
     failed = [line for line in result.lines if line.verdict == "bug"]
     if failed:

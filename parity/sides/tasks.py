@@ -19,8 +19,8 @@ Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs
 class Tasks(Protocol):
     """One side, in a process that has imported its framework. Arguments that name files are paths.
 
-    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `seconds` is how long
-    something is timed.
+    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `start` is a file of a state,
+    with arrays `params/KEY` and `momentum/KEY`; `seconds` is how long something is timed.
     """
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
@@ -45,7 +45,8 @@ class Tasks(Protocol):
         ...
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Returns every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
+        """Returns every unit's output for the first batch of a file of pictures or a mixed one; with a `teacher` file,
+        of units that are each given the teacher's input."""
         ...
 
     def mix(self, batches: str) -> Result:
@@ -60,8 +61,9 @@ class Tasks(Protocol):
         """Returns the gradient of each batch's mean loss by every parameter; in float16 the loss is scaled."""
         ...
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
-        """Returns parameters and momentum after update number `step` with the given gradients."""
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
+        """Returns parameters and momentum after update number `step` with the given gradients, from the momentum in
+        `start` or else from one that is not zero."""
         ...
 
     def curve(
@@ -72,8 +74,11 @@ class Tasks(Protocol):
         momentum: float,
         disturb: Disturb | None = None,
         scale: float = ...,
+        start: str | None = None,
+        step: int = 0,
     ) -> Result:
-        """Returns the loss of each of `count` training steps, and the parameters after them."""
+        """Returns the loss of each of `count` training steps, and the parameters after them; from the state `start`
+        after `step` steps, the momentum too."""
         ...
 
     def accuracy(

@@ -468,7 +468,8 @@ def record_units(
 
 def _advanced(state: steps.TrainState, trace: Any, count: jax.Array) -> steps.TrainState:
     """Returns the state with that momentum, after that many steps."""
-    opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=count)
+    # the optimizer's count is a copy, because a step that uses up its state cannot use up one array twice
+    opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=jnp.array(count))
     return state.replace(step=count, opt_state=opt_state)
 
 

@@ -212,8 +212,8 @@ class Replay:
             return f"{self._steps()}: nothing is recorded of them"
         of_losses = [line.used or 0.0 for line in lines if line.name.startswith("losses")]
         of_state = [line.used or 0.0 for line in lines if not line.name.startswith("losses")]
-        parts = [f"losses take at most {max(of_losses):.0%} of what rounding explains"] if of_losses else []
-        parts += [f"the state after step {self.window.stop} at most {max(of_state):.0%}"] if of_state else []
+        parts = [f"losses take at most {max(of_losses):.1%} of what rounding explains"] if of_losses else []
+        parts += [f"the state after step {self.window.stop} at most {max(of_state):.1%}"] if of_state else []
         return f"{self._steps()} follow from the state before them: {', '.join(parts)}"
 
     def _left(

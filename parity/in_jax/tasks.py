@@ -236,7 +236,7 @@ class JaxSide:
 
         With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
         steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
-        of the state.
+        of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
         """
         if start is None:
             training = self.training(schedule, momentum, disturb=disturb)
@@ -249,7 +249,7 @@ class JaxSide:
         for number in range(count):
             batch = self._mixed(mixed, number, disturb)
             if start is not None and disturb is not None:
-                batch = *batch, self._disturbed_params(training.state.params, disturb, f"{number}/")
+                batch = *batch, self._disturbed_params(training.state.params, disturb)
             training(*batch)
             losses.append(np.asarray(training.metrics["loss"]))
             self.progress(number + 1, count)
@@ -381,11 +381,11 @@ class JaxSide:
             return array
         return array * jax.device_put(inputs.disturbance(name, array.shape, *disturb), array.sharding)
 
-    def _disturbed_params(self, params: Any, disturb: Disturb | None, prefix: str = "") -> Any:
+    def _disturbed_params(self, params: Any, disturb: Disturb | None) -> Any:
         if disturb is None:
             return params
         flat = weights.flatten(params)
-        return weights.unflatten({key: self._disturbed(array, prefix + key, disturb) for key, array in flat.items()})
+        return weights.unflatten({key: self._disturbed(array, key, disturb) for key, array in flat.items()})
 
     def _views(self, view: str, source: Files, batch: input_pipeline.Batch) -> dict[str, np.ndarray]:
         images = np.asarray(steps.normalize(jnp.asarray(batch["image"]), self.dtype))

@@ -241,7 +241,7 @@ class TorchSide:
 
         With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
         steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
-        of the state.
+        of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
         """
         _, keys = self.model()
         model = self._replica(disturb if start is None else None)
@@ -254,7 +254,7 @@ class TorchSide:
             sgd.param_groups[0]["lr"] = learning_rate(schedule, step + number)
             before = scaler.get_scale()
             sgd.zero_grad()
-            with _at_disturbed(model, keys, f"{number}/", disturb if start is not None else None):
+            with _at_disturbed(model, keys, disturb if start is not None else None):
                 loss = self._loss(model, *self._mixed(mixed, number, disturb))
                 scaler.scale(loss).backward()
             _apply(sgd, scaler)
@@ -382,7 +382,7 @@ def _start_from(start: str, model: nn.Module, keys: dict[str, str], sgd: torch.o
 
 
 @contextlib.contextmanager
-def _at_disturbed(model: nn.Module, keys: dict[str, str], prefix: str, disturb: Disturb | None) -> Iterator[None]:
+def _at_disturbed(model: nn.Module, keys: dict[str, str], disturb: Disturb | None) -> Iterator[None]:
     """Has disturbed parameters in the model while the `with` block runs."""
     if disturb is None:
         yield
@@ -391,7 +391,7 @@ def _at_disturbed(model: nn.Module, keys: dict[str, str], prefix: str, disturb: 
     kept = [parameter.detach().clone() for _, parameter in named]
     with torch.no_grad():
         for name, parameter in named:
-            parameter.copy_(_disturbed(parameter, prefix + keys[name], disturb))
+            parameter.copy_(_disturbed(parameter, keys[name], disturb))
     yield
     with torch.no_grad():
         for (_, parameter), values in zip(named, kept, strict=True):

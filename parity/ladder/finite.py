@@ -1,6 +1,7 @@
 """Where does a step stop being finite? For the step at which a run ended with a loss of NaN or infinity."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ RUNG = "finite"
 
 
 def require(state: State, name: str) -> None:
-    """Refuses a state with which no step can be finite.
+    """Refuses a state from which no step can be finite.
 
     Raises:
         RequestError: the state holds NaN or infinity; the message names the arrays.
@@ -27,19 +28,24 @@ def require(state: State, name: str) -> None:
         )
 
 
-def finite(ladder: Ladder) -> RungResult:
-    """Compares which of both sides' losses and gradients are finite, in float64 and in the precision asked for. If
-    some are not, says which unit is the first, and leaves the rungs after it to float64 alone."""
+def finite(ladder: Ladder, update: dict[str, Any]) -> RungResult:
+    """Compares which of both sides' losses, gradients and updates are finite, in float64 and in the precision asked
+    for. If some are not, says where that begins, and leaves the rungs after it to float64 alone.
+
+    Args:
+        update: arguments of the task `optimizer` for the step's update.
+    """
     result, precision = RungResult(RUNG, []), ladder.options.precision
     for judged in dict.fromkeys(("fp64", precision)):
-        places = {role: _first(ladder, role, judged) for role in ROLES}
+        places = {role: _first(ladder, role, judged, update) for role in ROLES}
         same = len({place is None for place in places.values()}) == 1
         note = "; ".join(
             f"{ladder.sides[role]} is {'finite' if place is None else f'not finite from {place} on'}"
             for role, place in places.items()
         )
         verdict = "equal" if same else "bug"
-        result.lines.append(Line(RUNG, "loss and gradients", judged, verdict, 0.0 if same else np.inf, 0.0, note=note))
+        name = "loss, gradients and update"
+        result.lines.append(Line(RUNG, name, judged, verdict, 0.0 if same else np.inf, 0.0, note=note))
         if any(place is not None for place in places.values()):
             result.findings.append(f"in {judged}, {note}")
             result.details.setdefault("not finite", []).append(judged)
@@ -60,20 +66,23 @@ def ends(result: RungResult) -> bool:
     return result.name == RUNG and "fp64" in result.details.get("not finite", [])
 
 
-def _first(ladder: Ladder, role: str, precision: str) -> str | None:
-    """Returns the first that is not finite of a side's units, its loss and its gradients, on the way forward and back;
+def _first(ladder: Ladder, role: str, precision: str, update: dict[str, Any]) -> str | None:
+    """Returns the first that is not finite of a side's units, its loss, its gradients on the way back, and its update;
     None if all are."""
     mixed = ladder.mixed_pictures()
     losses = ladder.ask(role, precision, "loss", mixed=mixed).arrays
     if not _all_finite(losses, losses.names):
         units = ladder.ask(role, precision, "forward", images=mixed).arrays
         return next((site for site in units.names if not _all_finite(units, [site])), "the loss")
-    if precision == "fp16":  # its gradients are those of a scaled loss, and training lowers the scale until they are
-        return None
-    gradients = ladder.ask(role, precision, "gradients", mixed=mixed, count=1).arrays
-    names = sorted(gradients.names, key=lambda name: depth(name.removeprefix("0/")), reverse=True)
-    broken = next((name for name in names if not _all_finite(gradients, [name])), None)
-    return None if broken is None else f"the gradient of {broken.removeprefix('0/')}"
+    if precision != "fp16":  # its gradients are those of a scaled loss, and training lowers the scale until they are
+        gradients = ladder.ask(role, precision, "gradients", mixed=mixed, count=1).arrays
+        names = sorted(gradients.names, key=lambda name: depth(name.removeprefix("0/")), reverse=True)
+        broken = next((name for name in names if not _all_finite(gradients, [name])), None)
+        if broken is not None:
+            return f"the gradient of {broken.removeprefix('0/')}"
+    updated = ladder.ask(role, precision, "optimizer", **update).arrays
+    broken = next((name for name in updated.names if not _all_finite(updated, [name])), None)
+    return None if broken is None else f"the update of {broken}"
 
 
 def _all_finite(arrays: Arrays, names: list[str]) -> bool:

@@ -1,9 +1,10 @@
 """Does what a run recorded follow from its checkpoint?
 
 Float64 repeats the steps after a checkpoint, on the run's real batches, and what the run recorded of them is held
-against that: the losses in metrics.jsonl, and the parameters and momentum of the next checkpoint. How far a right run
-may be away is measured: float64 repeats the steps again while the parameters that each step's gradients are taken at,
-and its images, are disturbed as the run's precision disturbs them. This finds a fault that was there only while the run
+against that: the losses in metrics.jsonl, each by itself because differences grow from step to step, and the parameters
+and momentum of the next checkpoint. How far a right run may be away is measured: float64 repeats the steps again while
+the parameters that each step's gradients are taken at, and its images, are disturbed as the run's precision disturbs
+them. This finds a fault that was there only while the run
 ran, such as a device, a driver or an older version of the code.
 """
 
@@ -17,10 +18,11 @@ import numpy as np
 import input_pipeline
 from parity.ladder import verdict
 from parity.ladder.ladder import ULP, Ladder
-from parity.ladder.verdict import LEAST_DRAWS, LOOKS, MULTIPLE, SLACK, Line
+from parity.ladder.verdict import LEAST_DRAWS, LOOKS, MULTIPLE, Line
 from parity.sides.recorded import RecordedRun, State
 
 RUNG = "record"  # name of the lines' rung
+LOSS = "loss of step "  # beginning of the name of a loss's line
 # Ulps of a precision under which float64's forward pass errs as much as that precision does, see `Ladder.amplitude`: a
 # little more than was seen of R14x0.5 and R26x1. It is not measured anew, because the run's device may not be here.
 RUN_ULPS = {"fp32": 3.0, "tf32": 0.6, "bf16": 0.6, "fp16": 0.6, "fp64": 3.0}
@@ -70,7 +72,7 @@ class Judged:
         window: the window.
         lines: verdicts on its losses and arrays.
         sentence: what they say.
-        losses: [steps, recorded losses, float64's], for the report.
+        losses: [step, recorded loss, float64's] of each, for the report.
     """
 
     window: Window
@@ -132,65 +134,76 @@ class Replay:
         Args:
             ended: the recorded state after the window, or None.
         """
-        numbers = sorted(self.window.losses)
-        record: dict[str, np.ndarray] = {"losses": np.array([self.window.losses[number] for number in numbers])}
-        record |= {} if ended is None else ended.named
-        lines, exact, draws = self._lines(record, numbers)
-        sentence = self._left(lines, numbers, exact, draws) if any(line.verdict == "bug" for line in lines) else ""
-        places = [number - self.window.start - 1 for number in numbers]
-        losses = [numbers, record["losses"].tolist(), exact["losses"][places].tolist()]
-        return Judged(self.window, lines, sentence or self._followed(lines), losses)
+        losses, state = self.window.losses, {} if ended is None else ended.named
+        lines = self._lines(losses, state)
+        sentence = self._left(lines) if any(line.verdict == "bug" for line in lines) else self._followed(lines)
+        exact = self.exact()["losses"]
+        return Judged(
+            self.window, lines, sentence, [[step, loss, self._of(step, exact)] for step, loss in losses.items()]
+        )
 
     def repeated_by(self, role: str) -> str:
         """Has a side repeat the window in the run's precision, and says whether it leaves float64 as well."""
         scale = {} if self.state.scale is None else {"scale": self.state.scale}
         arrays = self.ladder.ask(role, self.run.precision, "curve", **self.arguments, **scale).arrays
-        numbers = list(range(self.window.start + 1, self.window.stop + 1))
-        lines, _, _ = self._lines({name: arrays[name] for name in arrays.names}, numbers)
+        losses = dict(enumerate(arrays["losses"].tolist(), start=self.window.start + 1))
+        lines = self._lines(losses, {name: arrays[name] for name in arrays.names if name != "losses"})
         side = f"{self.ladder.sides[role]} in {self.run.precision}, the code at hand"
         if all(line.verdict != "bug" for line in lines):
             return f"{side}, repeats these steps as float64 does: it does not reproduce what the run recorded"
-        given = dict(zip(numbers, arrays["losses"].tolist(), strict=True))
-        same = all(given[number] == loss for number, loss in self.window.losses.items())
-        exactly = ", with the recorded losses bit for bit" if same and self.window.losses else ""
-        most = max(lines, key=lambda line: line.used or 0.0)
-        return f"{side}, does not follow float64 in these steps either{exactly}: {most.name}, {most.note}"
+        same = self.window.losses and all(losses[step] == loss for step, loss in self.window.losses.items())
+        exactly = ", with the recorded losses bit for bit" if same else ""
+        first = next(line for line in lines if line.verdict == "bug")
+        return f"{side}, does not follow float64 in these steps either{exactly}: {first.name}: {first.note}"
 
-    def _lines(
-        self, record: dict[str, np.ndarray], numbers: Sequence[int]
-    ) -> tuple[list[Line], dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-        """Returns the verdicts, float64's arrays, and those under each disturbance.
+    def _lines(self, losses: dict[int, float], state: dict[str, np.ndarray]) -> list[Line]:
+        """Returns the verdicts on each loss and on each array of the state after the window.
 
-        Arrays in doubt are judged again under further disturbances, and their limit is the largest of all.
+        What is in doubt is judged again under further disturbances, and its limit is the largest of all.
         """
-        places = [number - self.window.start - 1 for number in numbers]
         exact, draws = self.exact(), self._disturbed(0)
-
-        def judge(name: str) -> Line:
-            chosen = (lambda arrays: arrays["losses"][places]) if name == "losses" else (lambda arrays: arrays[name])
-            eps = ULP["fp64" if self.run.precision == "fp64" else "fp32"]
-            # a step rounds the parameters once, and roundings in any direction add up as the root of their number
-            stored = eps if name == "losses" else eps * math.sqrt(self.window.count)
-            disturbed = [chosen(arrays) for arrays in draws]
-            return verdict.recorded(
-                RUNG,
-                self._shown(name),
-                self.run.precision,
-                chosen(exact),
-                record[name],
-                disturbed,
-                stored=stored,
-            )
-
-        lines = {name: judge(name) for name in record if record[name].size}
+        names = [*losses, *state]
+        lines = {name: self._line(name, losses, state, exact, draws) for name in names}
         for look in range(1, LOOKS):
-            doubtful = [name for name, line in lines.items() if line.verdict == "bug" and (line.used or 0) < CERTAIN]
+            # at least once, because under a single disturbance a loss may be right by chance
+            doubtful = [
+                name
+                for name, line in lines.items()
+                if line.verdict == "bug" and (look == 1 or line.used is None or line.used < CERTAIN)
+            ]
             if not doubtful:
                 break
-            self.ladder.say(f"beyond its limit, by chance perhaps: {doubtful[0]}; float64 is disturbed again")
+            self.ladder.say(f"beyond its limit, by chance perhaps: {lines[doubtful[0]].name}; disturbing float64 again")
             draws += self._disturbed(look)
-            lines |= {name: judge(name) for name in doubtful}
-        return list(lines.values()), exact, draws
+            lines |= {name: self._line(name, losses, state, exact, draws) for name in doubtful}
+        return list(lines.values())
+
+    def _line(
+        self,
+        name: int | str,
+        losses: dict[int, float],
+        state: dict[str, np.ndarray],
+        exact: dict[str, np.ndarray],
+        draws: list[dict[str, np.ndarray]],
+    ) -> Line:
+        """Judges the loss of a step, which is given by its number, or an array of the state after the window."""
+        precision = self.run.precision
+        stored = ULP["fp64" if precision == "fp64" else "fp32"]
+        if isinstance(name, str):
+            # each step rounds the parameters, and roundings in any direction add up as the root of their number
+            stored *= math.sqrt(self.window.count)
+            explained = verdict.explained_by(exact[name], [arrays[name] for arrays in draws])
+            shown = f"after step {self.window.stop}: {name}"
+            return verdict.recorded(RUNG, shown, precision, exact[name], state[name], explained, stored=stored)
+        # disturbances grow from step to step, and one that is small in a step by chance was larger before it
+        until = slice(name - self.window.start)
+        right = exact["losses"][until]
+        grown = max(float(np.abs(arrays["losses"][until] / right - 1).max()) for arrays in draws)
+        loss, explained = np.array([losses[name]]), np.full(2, grown)
+        return verdict.recorded(RUNG, f"{LOSS}{name}", precision, right[-1:], loss, explained, stored=stored)
+
+    def _of(self, step: int, losses: np.ndarray) -> float:
+        return float(losses[step - self.window.start - 1])
 
     def _disturbed(self, look: int) -> list[dict[str, np.ndarray]]:
         """Returns float64's arrays under disturbances: one at first, because each of them repeats all steps, and
@@ -203,46 +216,36 @@ class Replay:
             draws.append({name: arrays[name] for name in arrays.names})
         return draws
 
-    def _shown(self, name: str) -> str:
-        first, last = self.window.start + 1, self.window.stop
-        return f"losses of steps {first} to {last}" if name == "losses" else f"after step {last}: {name}"
-
     def _followed(self, lines: Sequence[Line]) -> str:
         if not lines:
             return f"{self._steps()}: nothing is recorded of them"
-        of_losses = [line.used or 0.0 for line in lines if line.name.startswith("losses")]
-        of_state = [line.used or 0.0 for line in lines if not line.name.startswith("losses")]
+        of_losses = [line.used or 0.0 for line in lines if line.name.startswith(LOSS)]
+        of_state = [line.used or 0.0 for line in lines if not line.name.startswith(LOSS)]
         parts = [f"losses take at most {max(of_losses):.1%} of what rounding explains"] if of_losses else []
         parts += [f"the state after step {self.window.stop} at most {max(of_state):.1%}"] if of_state else []
         return f"{self._steps()} follow from the state before them: {', '.join(parts)}"
 
-    def _left(
-        self, lines: list[Line], numbers: Sequence[int], exact: dict[str, Any], draws: list[dict[str, Any]]
-    ) -> str:
-        """Returns the sentences on a window that does not follow."""
-        sentences = [f"{self._steps()} do NOT follow from the state before them"]
-        eps = MULTIPLE * ULP["fp64" if self.run.precision == "fp64" else "fp32"]
-        for number in numbers:
-            place = number - self.window.start - 1
-            right, loss = float(exact["losses"][place]), self.window.losses[number]
-            explained = max(abs(float(arrays["losses"][place]) - right) for arrays in draws)
-            allowed = max(SLACK * explained, eps * abs(right))
-            if not abs(loss - right) <= allowed:
-                sentences.append(
-                    f"the first loss beyond its limit is that of step {number}: recorded {loss:.9g}, float64 says "
-                    f"{right:.9g}, {abs(loss - right):.1e} apart where {allowed:.1e} is allowed"
-                )
-                break
-        else:
-            sentences += ["no recorded loss shows it"] if numbers else []
-        states = [line for line in lines if not line.name.startswith("losses")]
-        if failed := [line for line in states if line.verdict == "bug"]:
+    def _left(self, lines: Sequence[Line]) -> str:
+        """Returns the clauses on a window that does not follow."""
+        clauses = [f"{self._steps()} do NOT follow from the state before them"]
+        losses = [line for line in lines if line.name.startswith(LOSS)]
+        if first := next((line for line in losses if line.verdict == "bug"), None):
+            step = int(first.name.removeprefix(LOSS))
+            clauses.append(
+                f"the first loss beyond its limit is that of step {step}: recorded {self.window.losses[step]:.9g}, "
+                f"float64 says {self._of(step, self.exact()['losses']):.9g}, a relative difference of "
+                f"{first.difference:.1e} where {first.limit:.1e} is allowed"
+            )
+        elif losses:
+            clauses.append("no recorded loss shows it")
+        arrays = [line for line in lines if not line.name.startswith(LOSS)]
+        if failed := [line for line in arrays if line.verdict == "bug"]:
             most = max(failed, key=lambda line: line.used or 0.0)
-            sentences.append(
-                f"{len(failed)} of {len(states)} arrays of the state after step {self.window.stop} are beyond theirs, "
+            clauses.append(
+                f"{len(failed)} of {len(arrays)} arrays of the state after step {self.window.stop} are beyond theirs, "
                 f"the most {most.name.split(': ')[1]}: {most.note}"
             )
-        return "; ".join(sentences)
+        return "; ".join(clauses)
 
     def _steps(self) -> str:
         return f"steps {self.window.start + 1} to {self.window.stop}"

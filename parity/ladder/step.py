@@ -130,6 +130,7 @@ class Examiner:
         request, run, console: what is asked, of which run, and where progress is shown.
         record: verdicts on what the run recorded.
         answers: sentences so far.
+        batch_differs: whether the batch that the run left of a failed step is not the dataset's.
     """
 
     request: Step
@@ -137,6 +138,7 @@ class Examiner:
     console: Console
     record: RungResult = dataclasses.field(default_factory=lambda: RungResult(RUNG, []))
     answers: list[str] = dataclasses.field(default_factory=list)
+    batch_differs: bool = False
 
     def search(self) -> Examination:
         """Judges the steps after each checkpoint, the oldest first, up to the first that do not follow from it."""
@@ -148,6 +150,9 @@ class Examiner:
         source = run.source()
         with self.ladder(run.state(telling[0].start), source) as ladder:
             judged = self.follow(ladder, source, telling)
+        newest = self.starts()[-1]
+        if newest and (not judged or judged[-1].follows) and run.state(newest).not_finite:
+            return self.at(newest + 1)
         if not judged:
             raise RequestError(f"{run.workdir}: {self.answers[-1]}, so nothing of its record can be judged")
         if judged[-1].follows:
@@ -161,12 +166,17 @@ class Examiner:
     def at(self, step: int) -> Examination:
         """Judges a step by its number."""
         run, checkpoint = self.run, self._state_before(step)
-        failed = run.failed_batch(step)
-        state, source = run.state(checkpoint), self._source(needed=failed is None or checkpoint < step - 1)
+        state, failed = run.state(checkpoint), run.failed_batch(step)
+        if broken := state.not_finite:
+            self.say(
+                f"the state after step {checkpoint} holds NaN or infinity in {len(broken)} of its {len(state.named)} "
+                f"arrays, the first {broken[0]}; so step {checkpoint}, which made it, is judged in place of step {step}"
+            )
+            return self.at(checkpoint)
+        source = self._source(needed=failed is None or checkpoint < step - 1)
         if failed is not None and source is not None:
             self._compare_batches(source, step, failed)
         ahead = window(run, checkpoint, max(self.request.steps, step - checkpoint))
-        finite.require(state, f"checkpoint {checkpoint} of {run.workdir}")
         if source is not None and (ahead.says_anything or checkpoint < step - 1):
             with self.ladder(state, source) as ladder:
                 if ahead.says_anything:
@@ -205,6 +215,8 @@ class Examiner:
         for each in windows:
             state = run.state(each.start)
             ended = run.state(each.stop) if each.ends else None
+            if ended is not None and ended.not_finite:
+                ended = None  # not a number is no error that could be measured; `at` finds the step that made it
             if run.precision == "fp16" and (ended is None or ended.skipped != state.skipped):
                 self.say(
                     f"steps {each.start + 1} to {each.stop} are not judged: float16 skips steps whose gradients "
@@ -242,15 +254,15 @@ class Examiner:
         self, state: State, source: input_pipeline.Source | None, failed: Batches | None = None
     ) -> Examination:
         """Judges the step after a state by the ladder's rungs, in both frameworks and float64."""
-        finite.require(state, f"checkpoint {state.step} of {self.run.workdir}")
         step, results = state.step + 1, [self.record] if self.record.lines else []
         with self.ladder(state, source, failed) as ladder:
             start = state.save(ladder.folder / "state.npz")
             attestation = attest(ladder, rungs=())
+            update = _update(ladder, self.run, step, str(start))
             rung: dict[str, Callable[[Ladder], RungResult]] = {
-                "finite": finite.finite,
+                "finite": lambda ladder: finite.finite(ladder, update),
                 **{name: rungs.RUNGS[name] for name in ("forward", "loss", "gradients")},
-                "optimizer": lambda ladder: _optimizer(ladder, self.run, step, str(start)),
+                "optimizer": lambda ladder: _optimizer(ladder, update),
             }
             code: list[RungResult] = []
             for name, climb in rung.items():
@@ -264,21 +276,27 @@ class Examiner:
         sides = " and ".join(str(side) for side in ladder.sides.values())
         judged = f"{', '.join(result.name for result in code)}; {sides}, {ladder.options.precision}"
         self.say(f"the code at hand computes step {step} {'right' if right else 'WRONG'} ({judged})")
-        return Examination(ladder, attestation, results + code, self.answers, self._conclusion(step, right))
+        broken = ", ".join(code[0].details.get("not finite", []))
+        conclusion = self._conclusion(step, right, f"; in {broken} it is not finite on either side" if broken else "")
+        return Examination(ladder, attestation, results + code, self.answers, conclusion)
 
-    def _conclusion(self, step: int, right: bool) -> str:
+    def _conclusion(self, step: int, right: bool, finite: str) -> str:
         follows = self.record.verdict != "bug"
         if right and follows:
-            told = " and what the run recorded follows from its checkpoint" if self.record.lines else ""
-            return f"HOLDS: the code at hand computes step {step} right,{told}".rstrip(",")
+            told = ", and what the run recorded follows from its checkpoint" if self.record.lines else ""
+            return f"HOLDS: the code at hand computes step {step} right{told}{finite}"
+        if right and self.batch_differs:
+            return (
+                f"FAILS: the code at hand computes step {step} right, but the run had another batch than the dataset's"
+            )
         if right:
             return (
                 f"FAILS: what the run recorded does not follow from checkpoint {step - 1}, and the code at hand "
                 f"computes step {step} right: look for what was different when the run ran, such as the device, the "
                 "driver, the versions, or the code"
             )
-        told = "the record shows a fault, too" if not follows else "the record shows no fault"
-        return f"FAILS: the code at hand computes step {step} wrong; {told if self.record.lines else 'see above'}"
+        told = "" if follows else ", and what the run recorded does not follow from its checkpoint either"
+        return f"FAILS: the code at hand computes step {step} wrong{told}"
 
     def _state_before(self, step: int) -> int:
         run = self.run
@@ -318,6 +336,7 @@ class Examiner:
             if rows
             else f"the batch that the run left of step {step} is the dataset's, bit for bit"
         )
+        self.batch_differs = bool(rows)
         if rows:
             note = f"{len(rows)} of {self.run.global_batch} rows are not the dataset's"
             self.record.lines.append(Line(RUNG, f"batch of step {step}", "uint8", "bug", np.inf, 0.0, note=note))
@@ -342,18 +361,25 @@ class Examiner:
         )
 
 
-def _optimizer(ladder: Ladder, run: RecordedRun, step: int, start: str) -> RungResult:
-    """Compares parameters and momentum after the step, from the run's momentum and at its learning rate, with the
-    reference's gradients."""
+def _update(ladder: Ladder, run: RecordedRun, step: int, start: str) -> dict[str, Any]:
+    """Returns the task `optimizer`'s arguments for the step's update, with the reference's gradients.
+
+    Args:
+        start: file of the state before the step.
+    """
     gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=1)
-    arguments = {
+    return {
         "gradients": gradients.arrays.path,
         "schedule": run.schedule,
         "momentum": run.momentum,
         "step": step - 1,
         "start": start,
     }
-    result = Question(ladder, "optimizer", "optimizer", lambda look: arguments, disturb=False).judge()
+
+
+def _optimizer(ladder: Ladder, update: dict[str, Any]) -> RungResult:
+    """Compares parameters and momentum after the step, from the run's momentum and at its learning rate."""
+    result = Question(ladder, "optimizer", "optimizer", lambda look: update, disturb=False).judge()
     rungs.count_differing(result)
     return result
 

@@ -206,13 +206,18 @@ def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> L
     )
 
 
+def explained_by(exact: np.ndarray, disturbed: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns [RMSE, `HIGH` quantile] of the error of the disturbed results, the largest over these."""
+    return np.max([_error([exact], [result]) for result in disturbed], axis=0)
+
+
 def recorded(
     rung: str,
     name: str,
     precision: str,
     exact: np.ndarray,
     record: np.ndarray,
-    disturbed: Sequence[np.ndarray],
+    explained: np.ndarray,
     *,
     stored: float,
 ) -> Line:
@@ -224,13 +229,12 @@ def recorded(
     Args:
         exact: the float64 result.
         record: what the run recorded.
-        disturbed: the float64 result under each disturbance.
+        explained: [RMSE, `HIGH` quantile] of the error under disturbances, see `explained_by`.
         stored: relative error that comes from storing the array, once or in every step.
     """
     if shapes := _shapes(exact, record):
         return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
     error = _error([exact], [record])
-    explained = np.max([_error([exact], [result]) for result in disturbed], axis=0)
     limit = np.maximum(SLACK * explained, MULTIPLE * stored)
     shares = np.nan_to_num(error / limit, nan=np.inf)
     which = int(shares.argmax())

@@ -26,7 +26,7 @@ LOSS = "loss of step "  # beginning of the name of a loss's line
 # Ulps of a precision under which float64's forward pass errs as much as that precision does, see `Ladder.amplitude`: a
 # little more than was seen of R14x0.5 and R26x1. It is not measured anew, because the run's device may not be here.
 RUN_ULPS = {"fp32": 3.0, "tf32": 0.6, "bf16": 0.6, "fp16": 0.6, "fp64": 3.0}
-CERTAIN = 100.0  # multiple of its limit from which an array is no longer looked at again: no luck reaches it
+CERTAIN = 10.0  # multiple of a limit that luck does not reach, once there are several disturbances
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,11 @@ Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, ac
 and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
 """
 
+import contextlib
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -23,10 +24,10 @@ from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
 from parity.bundles import against, record
 from parity.ci import baseline
-from parity.ladder import determinism, forward_only, reproducer, rungs
+from parity.ladder import determinism, forward_only, reproducer, rungs, step
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
-from parity.ladder.ladder import Ladder, timed, working_folder
+from parity.ladder.ladder import Ladder, RungResult, timed, working_folder
 from parity.ladder.rungs import Rung
 from parity.ladder.selftest import selftest
 from parity.options import Options
@@ -53,6 +54,7 @@ def main() -> int:
         "convolutions": run_convolutions,
         "input": run_input,
         "determinism": run_determinism,
+        "step": run_step,
         "show": show,
         "diff": diff,
         "trend": run_trend,
@@ -103,21 +105,36 @@ def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, P
     Args:
         ladder: function (options, folder of the processes' files) -> the comparison.
     """
-    for path in (options.json, options.html, options.junit, options.baseline):
-        if path is not None:
-            saved.writable(path)
+    if options.baseline is not None:
+        saved.writable(options.baseline)
     if options.reproducer is not None:
         reproducer.refuse_unusable(options.reproducer)
         saved.writable(options.reproducer / "README.md")
+    runs = [] if options.baseline is None else baseline.opened(options.baseline)
+    with _folder_for(options) as folder:
+        report, results = _compared(options, names, ladder)
+        if options.baseline is not None:
+            report["baseline"] = baseline.compared(report, runs)
+            baseline.added(options.baseline, report, runs)
+        return _kept(report, results, folder, options)
+
+
+@contextlib.contextmanager
+def _folder_for(options: Options | step.Step) -> Iterator[Path]:
+    """Makes and owns the folder of a report, once every file that the flags ask for can be written."""
+    for path in (options.json, options.html, options.junit):
+        if path is not None:
+            saved.writable(path)
     with saved.owned(options.run) as folder:
-        return _compare(options, names, folder, ladder)
+        yield folder
 
 
-def _compare(
-    options: Options, names: Sequence[str], folder: Path, comparison: Callable[[Options, Path], Ladder]
-) -> bool:
-    output, progress = console(), console(stderr=True)
-    results, runs = [], [] if options.baseline is None else baseline.opened(options.baseline)
+def _compared(
+    options: Options, names: Sequence[str], comparison: Callable[[Options, Path], Ladder]
+) -> tuple[saved.Report, list[RungResult]]:
+    """Climbs the rungs up to the first that fails; returns the report and the rungs' results."""
+    progress = console(stderr=True)
+    results = []
     with working_folder() as files, comparison(options, files) as ladder:
         names = forward_only.possible(ladder, names)
         attestation = attest(ladder, rungs=names)
@@ -135,16 +152,22 @@ def _compare(
                 if options.reproducer is not None:
                     reproducer.leave(ladder, result, options.reproducer, attestation)
                 break
-        report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
-    if options.baseline is not None:
-        report["baseline"] = baseline.compared(report, runs)
-        baseline.added(options.baseline, report, runs)
+        return saved.build(ladder, attestation, results, _command()), results
+
+
+def _kept(report: saved.Report, results: list[RungResult], folder: Path, options: Options | step.Step) -> bool:
+    """Saves a report, shows it, and returns whether it holds."""
+    output = console()
     saved.save(report, results, folder)
     report = saved.load(folder)
     _write_forms(report, folder, options)
     terminal.show(report, output)
     output.print(f"{printable(folder)}: report.json, report.html")
     return report["holds"]
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "parity", *sys.argv[1:]])
 
 
 def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
@@ -193,6 +216,19 @@ def run_determinism(request: determinism.Flags) -> bool:
     if request.json is not None:
         saved.writable(request.json)
     return determinism.run(request, console())
+
+
+def run_step(request: step.Flags) -> bool:
+    """Judges a step of a real run of train.py, on its own checkpoint and its own batch: why does the loss drift apart?
+
+    Does the code at hand compute the step right, in both frameworks and float64? And does what the run recorded, its
+    losses and its next checkpoint, follow from the checkpoint before? Exit code 0: both hold; 1: one of them does not.
+    """
+    with _folder_for(request) as folder:
+        found = step.examine(request, console(stderr=True))
+        report = saved.build(found.ladder, found.attestation, found.results, _command())
+        report |= {"answers": found.answers, "conclusion": found.conclusion}
+        return _kept(report, found.results, folder, request)
 
 
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:
@@ -269,7 +305,7 @@ def _logits(run: Path) -> dict[str, np.ndarray] | None:
     return saved.load_logits(run) if (run / "logits.npz").exists() else None
 
 
-def _write_forms(report: saved.Report, folder: Path, options: Options) -> None:
+def _write_forms(report: saved.Report, folder: Path, options: Options | step.Step) -> None:
     """Writes the page into the run's folder, and the files that the flags ask for."""
     from parity.report import page
 

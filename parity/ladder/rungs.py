@@ -132,7 +132,7 @@ def gradients(ladder: Ladder) -> RungResult:
 def optimizer(ladder: Ladder) -> RungResult:
     """Compares parameters and momentum after one step, inside the warm-up, with the reference's gradients."""
     result = of_update(ladder).judge()
-    _count_differing(result)
+    count_differing(result)
     return result
 
 
@@ -146,7 +146,7 @@ def curve(ladder: Ladder) -> RungResult:
         result.findings.append(
             f"the losses part at step {step} of {ladder.options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
         )
-    _count_differing(result)
+    count_differing(result)
     return result
 
 
@@ -236,7 +236,7 @@ RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
 }
 
 
-def _count_differing(result: RungResult) -> None:
+def count_differing(result: RungResult) -> None:
     """Adds to the result how many lines differ, and which of them most."""
     failed = [line for line in result.lines if line.verdict == "bug"]
     if failed:

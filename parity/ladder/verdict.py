@@ -245,6 +245,55 @@ def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> L
     )
 
 
+def explained_by(exact: np.ndarray, disturbed: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns [RMSE, `HIGH` quantile] of the error of the disturbed results, the largest over these."""
+    return np.max([_error([Whole(exact)], [result]) for result in disturbed], axis=0)
+
+
+def recorded(
+    rung: str,
+    name: str,
+    precision: str,
+    exact: np.ndarray,
+    record: np.ndarray,
+    explained: np.ndarray,
+    *,
+    stored: float,
+) -> Line:
+    """Judges an array that a run recorded against float64's, where there is no other side to compare its error with.
+
+    It may err SLACK times as much as float64 itself under disturbances that are MULTIPLE times as large as rounding,
+    or as much as storing the array can, whichever is larger.
+
+    Args:
+        exact: the float64 result.
+        record: what the run recorded.
+        explained: [RMSE, `HIGH` quantile] of the error under disturbances, see `explained_by`.
+        stored: relative error that comes from storing the array, once or in every step.
+    """
+    known = Whole(exact)
+    if shapes := _shapes(known, record):
+        return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
+    error = _error([known], [record])
+    limit = np.maximum(SLACK * explained, MULTIPLE * stored)
+    shares = np.nan_to_num(error / limit, nan=np.inf)
+    which = int(shares.argmax())
+    used = float(shares[which])
+    kind = ("RMSE", f"{HIGH:.1%} error")[which]
+    return Line(
+        rung,
+        name,
+        precision,
+        "bug" if used > 1 else "rounding" if error.any() else "equal",
+        known.difference(record),
+        float(limit[which]),
+        candidate_error=float(error[which]),
+        disturbed_error=float(explained[which]),
+        used=used,
+        note=f"its {kind} against float64, {error[which]:.1e}, is {used:.3g} times what is allowed" if used > 1 else "",
+    )
+
+
 def by_chance(line: Line) -> bool:
     """Whether an error may exceed its limit by bad luck, so that a further look has to decide.
 

@@ -44,6 +44,8 @@ def show(report: Report, console: Console) -> None:
     _show_operations(report, console)
     _show_accuracy(report, console)
     _show_baseline(report, console)
+    for sentence in report.get("answers", []):
+        console.print(_plain(sentence))
     console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
 
 
@@ -82,7 +84,7 @@ def _precision_cell(rung: dict, precision: str) -> str:
     if not lines:
         return ""
     line = max(lines, key=lambda line: float(line["used"]))
-    errors = (number(line[f"{who}_error"]) for who in ROLES)
+    errors = (number(line[f"{who}_error"]) for who in ROLES if line[f"{who}_error"] is not None)
     return f"{' / '.join(errors)} ({number(line['limit'])})  {short(line['name'])}"
 
 
@@ -139,6 +141,8 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
 
 def conclusion(report: Report) -> str:
     """Returns one sentence on whether the comparison holds, and if not, where it fails."""
+    if "conclusion" in report:  # of a run's step, see `step.Examination`
+        return report["conclusion"]
     reference, candidate = (report["sides"][role] for role in ROLES)
     if not report["rungs"]:
         return "nothing was compared"

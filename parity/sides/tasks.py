@@ -59,8 +59,8 @@ class ForwardTasks(Protocol):
 class Tasks(ForwardTasks, Protocol):
     """One side, in a process that has imported its framework.
 
-    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `seconds` is how long
-    something is timed.
+    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `start` is a file of a state,
+    with arrays `params/KEY` and `momentum/KEY`; `seconds` is how long something is timed.
     """
 
     def weights(self) -> Result:
@@ -73,7 +73,8 @@ class Tasks(ForwardTasks, Protocol):
         ...
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Returns every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
+        """Returns every unit's output for the first batch of a file of pictures or a mixed one; with a `teacher` file,
+        of units that are each given the teacher's input."""
         ...
 
     def mix(self, batches: str) -> Result:
@@ -100,8 +101,9 @@ class Tasks(ForwardTasks, Protocol):
         begin with `plain`, by the framework's public functions; writes the module's program into a folder."""
         ...
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
-        """Returns parameters and momentum after update number `step` with the given gradients."""
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
+        """Returns parameters and momentum after update number `step` with the given gradients, from the momentum in
+        `start` or else from one that is not zero."""
         ...
 
     def curve(
@@ -112,8 +114,11 @@ class Tasks(ForwardTasks, Protocol):
         momentum: float,
         disturb: Disturb | None = None,
         scale: float = ...,
+        start: str | None = None,
+        step: int = 0,
     ) -> Result:
-        """Returns the loss of each of `count` training steps, and the parameters after them."""
+        """Returns the loss of each of `count` training steps, and the parameters after them; from the state `start`
+        after `step` steps, the momentum too."""
         ...
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:

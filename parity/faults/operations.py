@@ -107,7 +107,7 @@ def no_eps() -> Any:
 
 
 @fault(
-    "one norm adds beta twice", "forward", "block2/unit01", operation="block1/unit01/b/group_norm/normalization, value"
+    "one norm adds beta twice", "forward", "block2/unit01", operation="block2/unit01/c/group_norm/normalization, value"
 )
 def beta_twice() -> Any:
     return _at("block2/unit01/c/group_norm", NORM, lambda norm: lambda x, gamma, beta, *_: norm(x, gamma, 2 * beta))

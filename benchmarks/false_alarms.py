@@ -1,7 +1,8 @@
 """Measures how often the comparison would call two correct sides different.
 
 `python benchmarks/false_alarms.py simulate` draws the errors of two correct sides. `... real` compares real pairs: JAX
-with PyTorch, and each with itself. `... show` prints the tables of docs/parity.md from the JSON file of the results.
+with PyTorch, and each with itself. `... show` prints the tables of docs/parity_verdict.md from the
+JSON file of the results.
 """
 
 import dataclasses

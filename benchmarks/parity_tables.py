@@ -1,4 +1,4 @@
-"""Measures how far JAX and PyTorch differ, by architecture, for the table of docs/parity.md.
+"""Measures how far JAX and PyTorch differ, by architecture, for the table of docs/parity_verdict.md.
 
 It runs `python -m parity all --until RUNG` for each case and keeps a summary of each saved report.
 """

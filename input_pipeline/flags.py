@@ -21,6 +21,18 @@ UserPath = Annotated[
 ]
 """A path as a person types it: `~` is the home directory, and a URL is refused; see `files.user_path`."""
 
+Switch = Annotated[
+    bool,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=0,
+        metavar="",
+        instance_from_str=lambda _: True,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda _: [],
+    ),
+]
+"""A flag that is given without a value and is False otherwise, in commands whose other flags take True or False."""
+
 
 def require_positive(flags: Mapping[str, float | None]) -> None:
     """Refuses a number that has to be greater than 0; None is a flag that was not given.

@@ -4,25 +4,31 @@ Rungs, in order: weights, pixels, forward, loss, gradients, optimizer, curve, ac
 and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a run failed; 2: the request was wrong.
 """
 
+import contextlib
+import functools
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import numpy as np
 import tyro
 from rich.text import Text
 
 from input_pipeline.bench import ARMS, Arm, Bench
+from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import replacing, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
-from parity.ladder import determinism, reproducer, rungs
+from parity.bundles import against, record
+from parity.ci import baseline
+from parity.ladder import determinism, forward_only, reproducer, rungs, step
 from parity.ladder.accuracy import compare_logits
 from parity.ladder.attestation import attest
-from parity.ladder.ladder import Ladder, timed, working_folder
+from parity.ladder.ladder import Ladder, RungResult, timed, working_folder
+from parity.ladder.rungs import Rung
 from parity.ladder.selftest import selftest
 from parity.options import Options
 from parity.report import junit, saved, terminal
@@ -30,7 +36,6 @@ from parity.report.difference import difference
 from parity.throughput import convolutions, measure
 from parity.throughput.request import Throughput
 
-Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 Flags = Annotated[Options, tyro.conf.OmitArgPrefixes]
 PYTORCH_INPUT = Arm("torch DataLoader, Pillow, float32, as BiT's PyTorch code", "torch", "parity.in_torch.loader")
 Measurement = Annotated[Throughput, tyro.conf.OmitArgPrefixes]
@@ -42,13 +47,17 @@ def main() -> int:
     commands = {
         "all": run_all,
         **commands,
+        "record": run_record,
+        "against": run_against,
         "selftest": run_selftest,
         "throughput": run_throughput,
         "convolutions": run_convolutions,
         "input": run_input,
         "determinism": run_determinism,
+        "step": run_step,
         "show": show,
         "diff": diff,
+        "trend": run_trend,
     }
     holds = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m parity", description=__doc__, config=(tyro.conf.FlagConversionOff,)
@@ -62,7 +71,7 @@ def run_all(comparison: Flags, until: Rung = "accuracy") -> bool:
     Args:
         until: last rung to run.
     """
-    names = list(rungs.RUNGS)
+    names = list(get_args(Rung))
     return compare(comparison, names[: names.index(until) + 1])
 
 
@@ -74,23 +83,63 @@ def _rung_command(name: str, rung: Callable) -> Callable[..., bool]:
     return command
 
 
-def compare(options: Options, names: Sequence[str]) -> bool:
-    """Runs rungs, prints and saves the report; returns whether all of them hold."""
-    for path in (options.json, options.html, options.junit):
-        if path is not None:
-            saved.writable(path)
+def run_record(comparison: Flags, request: record.Flags) -> bool:
+    """Records the reference of every rung in one file, against which other machines judge their candidates.
+
+    The file holds the inputs, the float64 oracle, the reference's own errors, what rounding explains, and what the
+    reference's machine is. `against` needs nothing of that machine, nor of the reference's framework.
+    """
+    saved.writable(request.bundle)
+    return record.record(comparison, request, console())
+
+
+def run_against(request: against.Flags) -> bool:
+    """Judges a candidate by a reference that was recorded elsewhere, as if both were compared here."""
+    bundle, options, names = request.opened()
+    return compare(options, names, functools.partial(against.RecordedLadder, bundle))
+
+
+def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, Path], Ladder] = Ladder) -> bool:
+    """Runs rungs, prints and saves the report; returns whether all of them hold.
+
+    Args:
+        ladder: function (options, folder of the processes' files) -> the comparison.
+    """
+    if options.baseline is not None:
+        saved.writable(options.baseline)
     if options.reproducer is not None:
         reproducer.refuse_unusable(options.reproducer)
         saved.writable(options.reproducer / "README.md")
+    runs = [] if options.baseline is None else baseline.opened(options.baseline)
+    with _folder_for(options) as folder:
+        report, results = _compared(options, names, ladder)
+        if options.baseline is not None:
+            report["baseline"] = baseline.compared(report, runs)
+            baseline.added(options.baseline, report, runs)
+        return _kept(report, results, folder, options)
+
+
+@contextlib.contextmanager
+def _folder_for(options: Options | step.Step) -> Iterator[Path]:
+    """Makes and owns the folder of a report, once every file that the flags ask for can be written."""
+    for path in (options.json, options.html, options.junit):
+        if path is not None:
+            saved.writable(path)
     with saved.owned(options.run) as folder:
-        return _compare(options, names, folder)
+        yield folder
 
 
-def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
-    output, progress = console(), console(stderr=True)
+def _compared(
+    options: Options, names: Sequence[str], comparison: Callable[[Options, Path], Ladder]
+) -> tuple[saved.Report, list[RungResult]]:
+    """Climbs the rungs up to the first that fails; returns the report and the rungs' results."""
+    progress = console(stderr=True)
     results = []
-    with working_folder() as files, Ladder(options, files) as ladder:
+    with working_folder() as files, comparison(options, files) as ladder:
+        names = forward_only.possible(ladder, names)
         attestation = attest(ladder, rungs=names)
+        for sentence in attestation["notes"]:
+            progress.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
         for sentence in attestation["mismatches"]:
             progress.print(Text.assemble(("mismatch", "bold red"), "  ", printable(sentence)))
         for split, matching in attestation["classes"].items():
@@ -103,13 +152,22 @@ def _compare(options: Options, names: Sequence[str], folder: Path) -> bool:
                 if options.reproducer is not None:
                     reproducer.leave(ladder, result, options.reproducer, attestation)
                 break
-        report = saved.build(ladder, attestation, results, shlex.join(["python", "-m", "parity", *sys.argv[1:]]))
+        return saved.build(ladder, attestation, results, _command()), results
+
+
+def _kept(report: saved.Report, results: list[RungResult], folder: Path, options: Options | step.Step) -> bool:
+    """Saves a report, shows it, and returns whether it holds."""
+    output = console()
     saved.save(report, results, folder)
     report = saved.load(folder)
     _write_forms(report, folder, options)
     terminal.show(report, output)
     output.print(f"{printable(folder)}: report.json, report.html")
     return report["holds"]
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "parity", *sys.argv[1:]])
 
 
 def run_selftest(faults: tuple[str, ...] = (), clean: bool = True) -> bool:
@@ -160,6 +218,19 @@ def run_determinism(request: determinism.Flags) -> bool:
     return determinism.run(request, console())
 
 
+def run_step(request: step.Flags) -> bool:
+    """Judges a step of a real run of train.py, on its own checkpoint and its own batch: why does the loss drift apart?
+
+    Does the code at hand compute the step right, in both frameworks and float64? And does what the run recorded, its
+    losses and its next checkpoint, follow from the checkpoint before? Exit code 0: both hold; 1: one of them does not.
+    """
+    with _folder_for(request) as folder:
+        found = step.examine(request, console(stderr=True))
+        report = saved.build(found.ladder, found.attestation, found.results, _command())
+        report |= {"answers": found.answers, "conclusion": found.conclusion}
+        return _kept(report, found.results, folder, request)
+
+
 def show(run: tyro.conf.Positional[UserPath], html: UserPath | None = None, margin: float | None = None) -> bool:
     """Shows a saved run again.
 
@@ -202,6 +273,25 @@ def diff(before: tyro.conf.Positional[UserPath], after: tyro.conf.Positional[Use
     return better and judged.verdict != "bug"
 
 
+def run_trend(runs: tyro.conf.Positional[tuple[UserPath, ...]], html: UserPath = Path("trend.html")) -> bool:
+    """Shows many saved runs on one page: what each used of its limits, its times, and what it computed with.
+
+    Exit code 0: the latest run holds; 1: it does not.
+
+    Args:
+        runs: folders of saved runs.
+        html: file to write the page to.
+    """
+    from parity.ci import trend
+
+    if not runs:
+        raise RequestError("trend needs the folders of saved runs, such as runs/parity/*")
+    saved.writable(html)
+    reports = trend.write(runs, html)
+    console().print(f"{printable(html)}: {len(reports)} runs, {reports[0]['created']} to {reports[-1]['created']}")
+    return reports[-1]["holds"]
+
+
 def _rejudged(report: saved.Report, logits: dict[str, np.ndarray], margin: float) -> saved.Report:
     """Returns the report with the accuracy rung's verdicts at another margin."""
     judged = compare_logits(
@@ -215,7 +305,7 @@ def _logits(run: Path) -> dict[str, np.ndarray] | None:
     return saved.load_logits(run) if (run / "logits.npz").exists() else None
 
 
-def _write_forms(report: saved.Report, folder: Path, options: Options) -> None:
+def _write_forms(report: saved.Report, folder: Path, options: Options | step.Step) -> None:
     """Writes the page into the run's folder, and the files that the flags ask for."""
     from parity.report import page
 

@@ -11,6 +11,7 @@ import tyro
 
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath, require_positive, typed
+from parity.sides.side import ACCEPTABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Options:
     reference: str = "torch"
     """Reference side: torch[:devices=N,compile,channels_last,deterministic,hugepages]
     or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,deterministic,hugepages,flags=NAME=VALUE+...],
-    where flags are XLA's."""
+    where flags are XLA's; or an exported model, onnx:FILE or stablehlo:FILE, which takes forward, loss and accuracy."""
     candidate: str = "jax"
     """Candidate side, written like --reference. On a CPU, JAX's devices are virtual."""
     torch_model: str | None = None
@@ -34,6 +35,9 @@ class Options:
     The factory is called with the .npz path and returns an nn.Module that maps NCHW images to logits."""
     torch_weights: UserPath | None = None
     """File with a state dict to load into the PyTorch model. None: the model keeps the parameters that it has."""
+    accept: tuple[str, ...] = ()
+    """Differences of the attestation to accept: 'standardization eps', 'group norm eps', or both.
+    This project's own side then computes with the other side's value, and every page says so."""
 
     size: str = "64"
     """Side in pixels of the square images that the model is given, or 97x131 for height x width."""
@@ -84,6 +88,10 @@ class Options:
     """File to write the report to as a web page, too. None: only the run's folder has it."""
     junit: UserPath | None = None
     """File to write JUnit XML to, with one test case per array. None: no JUnit XML is written."""
+    baseline: UserPath | None = None
+    """File that keeps what runs used of their limits, and their times; it is made if there is none.
+    The report then says of each rung whether it became better, worse or stayed the same.
+    The exit code does not depend on it."""
     reproducer: UserPath | None = None
     """Folder to leave a reproducer of the first operation at fault in: scripts, inputs and programs,
     which need nothing of this project. It must not exist, or be empty. None: none is left."""
@@ -103,6 +111,9 @@ class Options:
                 raise RequestError(f"{flag} {value} must be at least 1")
         if self.rows % 2:
             raise RequestError(f"--rows {self.rows} must be even: mixup pairs neighbours")
+        if unknown := [entry for entry in self.accept if entry not in ACCEPTABLE]:
+            known = " and ".join(repr(entry) for entry in ACCEPTABLE)
+            raise RequestError(f"--accept {unknown[0]!r} cannot be put into this project's side; {known} can")
         require_positive(typed(self, "margin", "base_lr"))
         if self.torch_weights is not None and not self.torch_weights.exists():
             raise RequestError(f"--torch-weights {self.torch_weights} does not exist")

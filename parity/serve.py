@@ -20,7 +20,7 @@ import psutil
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError
 from parity.sides.side import Side
-from parity.sides.tasks import Tasks
+from parity.sides.tasks import ForwardTasks
 from parity.sides.worker import Progress
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), name="requests", daemon=True).start()
     # imports before the first request, so that several processes do it at once; an error is the answer to the request
-    future: concurrent.futures.Future[Tasks] = concurrent.futures.Future()
+    future: concurrent.futures.Future[ForwardTasks] = concurrent.futures.Future()
     try:
         future.set_result(_tasks(progress, **job))
     except Exception as error:
@@ -77,12 +77,16 @@ def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> Tasks:
+def _tasks(progress: Progress, *, side: dict, precision: str, weights: str, meeting: str, rank: int) -> ForwardTasks:
     """Imports the side's framework and returns its tasks."""
     if side["framework"] == "jax":
         from parity.in_jax.timing import TimedJax
 
         return TimedJax(Side(**side), precision, weights, progress)
+    if side["framework"] != "torch":
+        from parity.exported.tasks import ExportedSide
+
+        return ExportedSide(Side(**side), precision, progress)
     from parity.in_torch.timing import TimedTorch
 
     return TimedTorch(Side(**side), precision, weights, progress, rank=rank, meeting=Path(meeting))

@@ -81,6 +81,14 @@ def small_npz(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Has the processes that a module's tests start take programs that others of them have compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        yield
+
+
 @pytest.fixture
 def x64():
     """Turns 64-bit mode on for one test, and off again even if the test turns it on for its whole process, as

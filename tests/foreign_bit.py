@@ -99,6 +99,19 @@ def load_with_timms_eps(path):
     return model
 
 
+def load_with_timms_eps_and_a_pool_of_its_own(path):
+    """Besides the epsilon, the pool is padded with -inf, as PyTorch pads by itself."""
+    model = load_with_timms_eps(path)
+    model.begin[1], model.begin[2] = nn.Identity(), nn.MaxPool2d(3, 2, padding=1)
+    return model
+
+
+def load_with_several_eps(path):
+    model = load(path)
+    model.begin[0].eps = 1e-8
+    return model
+
+
 def load_something_else(path):
     return nn.Linear(3, 3)
 

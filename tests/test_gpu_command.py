@@ -10,6 +10,8 @@ from rich.console import Console
 
 from input_pipeline.errors import RequestError, RunFailed
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def gpu():

@@ -48,6 +48,7 @@ COMMANDS = {
             "convolutions",
             "input",
             "determinism",
+            "step",
             "show",
             "diff",
         )

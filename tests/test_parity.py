@@ -32,14 +32,7 @@ from parity.sides.inputs import random_arrays
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "2", "--disturbances", "3", "--steps", "6", "--warmup-steps", "2"]
 QUICK += ["--decay-steps", "4", "--limit", "50"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The comparisons below compile the same programs."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
-    yield
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from parity.in_torch import precision as torch_precision
 from parity.in_torch.tasks import TorchSide
 from parity.ladder import ladder, question, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
+from parity.ladder.reference import Live
 from parity.ladder.statistics import Paired
 from parity.options import Options
 from parity.report import saved
@@ -308,6 +309,7 @@ def test_in_float16_a_side_that_multiplies_in_another_format_fails_by_name(monke
     options = Options(precision="fp16")
     answers: Any = SimpleNamespace(options=options, pictures=lambda look=0: None, amplitude_in_ulp=1.0)
     answers.ask = lambda role, precision, task: SimpleNamespace(info=products[role])
+    answers.reference = Live(answers)
     result = rungs.forward(answers)
     assert [(line.name, line.verdict) for line in result.lines] == [("convolution products", "bug")]
     assert "the candidate multiplies in bfloat16" in result.findings[0]
@@ -337,7 +339,9 @@ def test_gradients_that_overflow_on_one_side_alone_are_told(reference, candidate
         return SimpleNamespace(info=info, discard=lambda: discarded.append((role, scale)))
 
     answers: Any = SimpleNamespace(options=Options(precision="fp16"), ask=ask)
-    found = question.loss_scales(answers, "gradients", {})
+    answers.reference = Live(answers)
+    asked = question.Question(answers, "gradients", "gradients", lambda look: {}, differentiates=True)
+    found = asked.loss_scales(0)
     assert tuple(found.values()) == scales
     assert all(scale > found[role] for role, scale in discarded)
     line = question.scale_line("gradients", "fp16", found)
@@ -673,7 +677,14 @@ def test_names_are_shown_as_they_are_and_control_characters_escaped():
     line = dataclasses.asdict(verdict.Line("pixels", "evaluation: x[/red]\x1b[2J.jpg", "fp64", "bug", 1.0, 1e-9))
     rung = {"name": "pixels", "verdict": "bug", "arrays": 1, "seconds": 0.0, "details": {}, "lines": [line]}
     sides = {"reference": "torch (m[bold]:f)", "candidate": "jax"}
-    report = {"sides": sides, "precision": "fp32", "architecture": "R14x0.5", "holds": False, "failed": "pixels"}
+    report = {
+        "sides": sides,
+        "precision": "fp32",
+        "architecture": "R14x0.5",
+        "command": "python -m parity all",
+        "holds": False,
+        "failed": "pixels",
+    }
     report |= {"attestation": {"mismatches": ["a[/]b"]}, "rungs": [rung | {"findings": ["of [/red]"]}]}
     written = io.StringIO()
     console = terminal.console()

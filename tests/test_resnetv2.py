@@ -93,7 +93,7 @@ def test_r50x1_gradients(x64, r50x1):
         np.testing.assert_allclose(gradient.sum(), total, rtol=0, atol=TOLERANCE * max(norm, 1), err_msg=name)
 
 
-def sample_variance(kernel):
+def sample_variance(kernel, eps=None):
     centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
     count = int(np.prod(kernel.shape[:3]))
     return centred / jnp.sqrt((centred**2).sum(axis=(0, 1, 2), keepdims=True) / (count - 1) + 1e-10)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("bit_jax", "input_pipeline", "parity")
 ROOMS = sorted(path.parent for package in ("bit_jax", "parity") for path in (ROOT / package).glob("*/__init__.py"))
 # what the third package alone may import, and what none may: TensorFlow prepares datasets in a process of its own
-FRAMEWORKS = {"torch": "parity.in_torch"}
+FRAMEWORKS = {"torch": "parity.in_torch", "onnxruntime": "parity.exported"}
 
 
 def name_of(path: Path) -> str:

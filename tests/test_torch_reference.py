@@ -15,10 +15,10 @@ TOLERANCE = 1e-9  # float64 rounding is seen at 1e-13; a wrong epsilon moves a l
 LABELS = torch.tensor([3, 141, 592, 653])
 
 
-def load(directory, depth, classes, seed):
+def load(directory, depth, classes, seed, **constants):
     path = directory / "golden.npz"
     np.savez(path, **golden_inputs.weights(depth, 1, classes, seed))
-    return resnetv2.load(str(path)).double()
+    return resnetv2.load(str(path), **constants).double()
 
 
 def logits_of(model, images):
@@ -72,10 +72,12 @@ def original_name(name):
     return f"body.{parts[0]}.{parts[1]}.{layer}.{kind}"
 
 
-@pytest.mark.parametrize(("fault", "wrong"), [("NORM_EPS", 1e-6), ("STANDARDIZE_EPS", 1e-8), ("GROUPS", 16)])
-def test_golden_logits_notice_a_wrong_constant(r50x1, monkeypatch, fault, wrong):
-    monkeypatch.setattr(resnetv2, fault, wrong)
-    difference = np.abs(logits_of(r50x1, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
+@pytest.mark.parametrize(("fault", "wrong"), [("norm_eps", 1e-6), ("standardize_eps", 1e-8), ("GROUPS", 16)])
+def test_golden_logits_notice_a_wrong_constant(tmp_path, monkeypatch, fault, wrong):
+    given = {fault: wrong} if fault != "GROUPS" else {}
+    monkeypatch.setattr(resnetv2, "GROUPS", 16 if fault == "GROUPS" else resnetv2.GROUPS)
+    model = load(tmp_path, 50, 1000, 11, **given)
+    difference = np.abs(logits_of(model, golden_inputs.images(11)[1]) - GOLDEN["R50x1-1000-97x131"]).max()
     assert difference > 100 * TOLERANCE
 
 

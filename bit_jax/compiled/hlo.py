@@ -6,6 +6,7 @@ loop counts as often as the loop runs.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import re
@@ -340,3 +341,13 @@ def _written(fused: list[Instruction]) -> int:
     return sum(
         by_name[line.operands[1]].bytes if line.opcode == "dynamic-update-slice" else line.bytes for line in results
     )
+
+
+def fingerprint(text: str) -> str:
+    """Returns the SHA-256 of an optimized HLO module without what tells nothing of the work: the names of the source's
+    files and lines, and attributes that hold XLA's own fingerprints."""
+    body = re.sub(r",? ?(metadata|frontend_attributes)=\{[^{}]*(\{[^{}]*\}[^{}]*)*\}", "", text)
+    # newer versions list the names of source files, and the frames of stacks, in sections before the computations
+    tables = r"FileNames|FunctionNames|FileLocations|StackFrames"
+    kept = [section for section in body.split("\n\n") if not re.match(tables, section)]
+    return hashlib.sha256("\n\n".join(kept).encode()).hexdigest()

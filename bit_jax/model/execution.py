@@ -1,6 +1,6 @@
 """How the architecture is executed: in which numbers, what the backward pass keeps, and in which order it goes.
 
-None of it changes what is computed, but for rounding.
+None of it changes what is computed, but for rounding and for the two constants of `Numerics`.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,8 @@ class Numerics(NamedTuple):
         paced: the backward pass goes on to the next unit only with this one's kernel gradients; see `in_step`.
         products: 1x1 convolutions, and those of fewer places than channels, are written as matrix products.
         standardized: kernels are given standardized already.
+        norm_eps, standardize_eps: what is added to the variances of GroupNorm and of kernels; None: what BiT adds.
+            These two change what is computed: a model that was trained with another value needs that value.
     """
 
     dtype: jnp.dtype
@@ -42,6 +44,8 @@ class Numerics(NamedTuple):
     paced: bool
     products: bool
     standardized: bool
+    norm_eps: float | None = None
+    standardize_eps: float | None = None
 
     def whole(self, kernel: Array) -> Array:
         return kernel if self.gather is None else checkpoint_name(self.gather(kernel), GATHERED)

@@ -18,9 +18,13 @@ def param_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def standardize(kernel: Float[Array, "kh kw cin cout"]) -> Float[Array, "kh kw cin cout"]:
-    """The kernel with mean 0 and (population) variance 1 over everything that feeds one output channel."""
-    return ops.standardize(kernel, STANDARDIZE_EPS)
+def standardize(kernel: Float[Array, "kh kw cin cout"], eps: float | None = None) -> Float[Array, "kh kw cin cout"]:
+    """The kernel with mean 0 and (population) variance 1 over everything that feeds one output channel.
+
+    Args:
+        eps: what is added to the variance; None: `STANDARDIZE_EPS`.
+    """
+    return ops.standardize(kernel, STANDARDIZE_EPS if eps is None else eps)
 
 
 def group_norm_relu(
@@ -28,6 +32,7 @@ def group_norm_relu(
     gamma: Float[Array, " channels"],
     beta: Float[Array, " channels"],
     recompute: bool = False,
+    eps: float | None = None,
 ) -> Float[Array, "batch height width channels"]:
     """max(0, GroupNorm(x)) over 32 groups of neighbouring channels, in x's dtype, computed in the parameters'.
 
@@ -35,8 +40,9 @@ def group_norm_relu(
         x: a convolution's output, or a sum of such.
         gamma, beta: scale and shift of each channel.
         recompute: the result will be computed again in the backward pass (within `jax.checkpoint`).
+        eps: what is added to the variance; None: `NORM_EPS`.
     """
-    return ops.group_norm_relu(x, gamma, beta, GROUPS, NORM_EPS, recompute)
+    return ops.group_norm_relu(x, gamma, beta, GROUPS, NORM_EPS if eps is None else eps, recompute)
 
 
 class StdConv(nn.Module):
@@ -52,7 +58,7 @@ class StdConv(nn.Module):
         numerics, dtype = self.numerics, self.numerics.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param_dtype(dtype))
-        standard = kernel if numerics.standardized else standardize(kernel)
+        standard = kernel if numerics.standardized else standardize(kernel, numerics.standardize_eps)
         whole = numerics.whole(standard.astype(dtype))
         convolved = ops.convolve(x, whole, self.stride, numerics.precision, products=numerics.products)
         return checkpoint_name(convolved, CONVOLVED)
@@ -63,7 +69,8 @@ class GroupNormRelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
-        dtype = param_dtype(self.numerics.dtype)
+        numerics = self.numerics
+        dtype = param_dtype(numerics.dtype)
         gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), dtype)
         beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],), dtype)
-        return group_norm_relu(x, gamma, beta, self.numerics.recompute)
+        return group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)

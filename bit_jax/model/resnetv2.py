@@ -150,7 +150,7 @@ class ResNetV2(nn.Module):
             TF32.
         remat: what the backward pass computes again instead of keeping it: nothing; `norm`, GroupNorm and ReLU, from
             convolutions' outputs; `unit`, whole bottleneck units, from their inputs.
-        gather, paced, products, standardized: see `Numerics`.
+        gather, paced, products, standardized, norm_eps, standardize_eps: see `Numerics`.
     """
 
     units: tuple[int, ...]
@@ -163,6 +163,8 @@ class ResNetV2(nn.Module):
     paced: bool = False
     products: bool = False
     standardized: bool = False
+    norm_eps: float | None = None
+    standardize_eps: float | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
@@ -175,6 +177,8 @@ class ResNetV2(nn.Module):
             self.paced,
             self.products,
             self.standardized,
+            self.norm_eps,
+            self.standardize_eps,
         )
         channels = round(64 * self.width)
         x = RootBlock(channels, numerics, name="root_block")(images.astype(self.dtype))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as orbax
 
 from bit_jax.scale import hosts, sharding
@@ -33,6 +34,33 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 class CheckpointError(RequestError):
     """A checkpoint cannot be written or read, or its files have changed since they were written."""
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a run's directory of checkpoints, the newest first."""
+    names = (path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def read(directory: Path, step: int) -> dict[str, Any]:
+    """Returns the state of a step as numpy arrays, whatever devices and hosts wrote it: a tree of dicts and lists that
+    has `TrainState`'s attributes as keys. Nothing is moved or removed, so that a run may be writing beside it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, cannot be read, or is of another step.
+    """
+    path = directory.absolute() / str(step)
+    try:
+        damage = _damage(path)
+        if damage is None:
+            shapes = orbax.metadata(str(path)).metadata
+            state = orbax.load(str(path), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+            damage = None if int(state["step"]) == step else f"it is of step {int(state['step'])}"
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}; choose another step") from None
+    if damage is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; choose another step")
+    return state
 
 
 class Checkpoints:
@@ -124,14 +152,9 @@ class Checkpoints:
         if foreign:
             log.warning("%s: left alone, as not this run's: %s", self._directory, printable(", ".join(foreign)))
 
-    def _steps(self) -> list[int]:
-        """Returns the steps of the complete checkpoints, the newest first."""
-        names = (path.parent.name for path in self._directory.glob(f"*/{MANIFEST}"))
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
     def _find(self) -> int:
         """Returns the step of the newest undamaged checkpoint, or 0 if there is none, and sets newer ones aside."""
-        for step in self._steps():
+        for step in complete_steps(self._directory):
             path = self._directory / str(step)
             with self._reading(path):
                 damage = _damage(path)
@@ -150,7 +173,7 @@ class Checkpoints:
         path = self._directory / str(step)
         if self._first:
             write_json(path / MANIFEST, _digests(path))
-            for old in self._steps()[self._keep :]:
+            for old in complete_steps(self._directory)[self._keep :]:
                 leaving = self._directory / f"{old}{LEAVING}"
                 (self._directory / str(old)).rename(leaving)  # now a kill leaves nothing that looks complete
                 shutil.rmtree(leaving)

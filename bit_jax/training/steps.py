@@ -276,18 +276,23 @@ def make_train_step(
     return train_step
 
 
-def standardized(params: Any) -> Any:
-    """Returns the parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches."""
+def standardized(params: Any, eps: float | None = None) -> Any:
+    """Returns the parameters that `make_eval_step` wants: convolutions' kernels standardized, once for all batches.
+
+    Args:
+        eps: the model's `standardize_eps`.
+    """
 
     def of_leaf(path: tuple, leaf: Array) -> Array:
-        return standardize(leaf) if STANDARDIZED in jax.tree_util.keystr(path, simple=True, separator="/") else leaf
+        whole = jax.tree_util.keystr(path, simple=True, separator="/")
+        return standardize(leaf, eps) if STANDARDIZED in whole else leaf
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
-    """Makes an evaluation step: (parameters after `standardized`, batch) -> `evaluation_sums`, and the largest "signal"
-    of the batch, if it has any."""
+    """Makes an evaluation step: (parameters after `standardized` with the model's eps, batch) -> `evaluation_sums`, and
+    the largest "signal" of the batch, if it has any."""
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:

@@ -128,7 +128,7 @@ def leaky_relu() -> Any:
 )
 def standardized_by_places() -> Any:
     def change(_):
-        return lambda k: (k - k.mean((0, 1), keepdims=True)) / (k.var((0, 1, 2), keepdims=True) + 1e-10) ** 0.5
+        return lambda k, *_: (k - k.mean((0, 1), keepdims=True)) / (k.var((0, 1, 2), keepdims=True) + 1e-10) ** 0.5
 
     return _at("block4/unit01/b/standardized_conv2d", STANDARDIZE, change)
 
@@ -252,7 +252,7 @@ def detached_mean() -> Any:
     import jax
 
     def change(_):
-        def standardize(kernel):
+        def standardize(kernel, *_):
             centred = kernel - jax.lax.stop_gradient(kernel.mean((0, 1, 2), keepdims=True))
             return centred / (kernel.var((0, 1, 2), keepdims=True) + 1e-10) ** 0.5
 
@@ -265,8 +265,8 @@ def _in_torch(place: str, change: Callable) -> Any:
     """Replaces the forward pass of one module of the PyTorch reference by change(module, forward, x)."""
     load = pkgutil.resolve_name("parity.in_torch.resnetv2.load")
 
-    def changed(path):
-        model = load(path)
+    def changed(path, **constants):
+        model = load(path, **constants)
         module = model.get_submodule(place)
         kind = type(module)
         forward = {"forward": lambda self, x: change(self, lambda x: kind.forward(self, x), x)}

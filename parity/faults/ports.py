@@ -35,9 +35,9 @@ def sample_variance() -> Any:
 
     from bit_jax.model.layers import STANDARDIZE_EPS
 
-    def standardize(kernel):
+    def standardize(kernel, eps=None):
         centred = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
-        return centred / jnp.sqrt(kernel.var(axis=(0, 1, 2), keepdims=True, ddof=1) + STANDARDIZE_EPS)
+        return centred / jnp.sqrt(kernel.var(axis=(0, 1, 2), keepdims=True, ddof=1) + (eps or STANDARDIZE_EPS))
 
     return mock.patch("bit_jax.model.layers.standardize", standardize)
 
@@ -246,10 +246,10 @@ def detached() -> Any:
 
     from bit_jax.model.layers import STANDARDIZE_EPS
 
-    def standardize(kernel):
+    def standardize(kernel, eps=None):
         fixed = jax.lax.stop_gradient(kernel)
         centred = kernel - fixed.mean(axis=(0, 1, 2), keepdims=True)
-        return centred / jnp.sqrt(fixed.var(axis=(0, 1, 2), keepdims=True) + STANDARDIZE_EPS)
+        return centred / jnp.sqrt(fixed.var(axis=(0, 1, 2), keepdims=True) + (eps or STANDARDIZE_EPS))
 
     return mock.patch("bit_jax.model.layers.standardize", standardize)
 

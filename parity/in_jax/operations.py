@@ -119,8 +119,8 @@ class Observed:
             convolution = ""
             return observed.leave(name, y, active=isinstance(module, layers.GroupNormRelu))
 
-        def observe_standardization(kernel: jax.Array) -> jax.Array:
-            standard, name = standardize(kernel), f"{convolution}/{STANDARDIZATION}"
+        def observe_standardization(kernel: jax.Array, *eps: float | None) -> jax.Array:
+            standard, name = standardize(kernel, *eps), f"{convolution}/{STANDARDIZATION}"
             return observed.leave(name, standard) if name in self._ops else standard
 
         with mock.patch.object(layers, "standardize", observe_standardization), nn.intercept_methods(observe):

@@ -77,9 +77,9 @@ class Single:
             x = x.astype(self._dtype)
         standardize, standard = layers.standardize, []
 
-        def observed(kernel: jax.Array) -> jax.Array:
+        def observed(kernel: jax.Array, *eps: float | None) -> jax.Array:
             # the kernel that a convolution is given here is standardized already
-            standard.append(kernel if self._kind == "convolution" else standardize(kernel))
+            standard.append(kernel if self._kind == "convolution" else standardize(kernel, *eps))
             return standard[-1]
 
         make = functools.partial(type(self._module), **(_settings(self._module) | settings))

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import input_pipeline
+from bit_jax.compiled import hlo
 from bit_jax.model import layers, resnetv2, weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
@@ -36,6 +37,7 @@ from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
+FORWARD_PROGRAM = "forward program sha256"  # entry of the attestation
 MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
 
 
@@ -65,6 +67,7 @@ class JaxSide:
         self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None
+        self._units: dict[tuple, jax.stages.Compiled] = {}
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
         """Has the fault of that name while the `with` block runs; None: no fault."""
@@ -77,14 +80,19 @@ class JaxSide:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
             model = self.target.model(architecture)
+            model = model.clone(norm_eps=self.side.norm_eps, standardize_eps=self.side.standardize_eps)
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
     def _jit(self, function: Callable) -> Callable:
         return jax.jit(function, compiler_options=self.target.compiler_options)
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
-        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data."""
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
+        """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
+
+        Args:
+            program: whether to compile the forward pass, and to give the hash of the optimized program.
+        """
         model, params = self.model()
         architecture = Architecture(model.units, model.width, model.num_classes)
         matrix, convolution = products(self.precision)
@@ -97,8 +105,8 @@ class JaxSide:
             "precision": self.precision.name,
             "matrix products": matrix,
             "convolution products": convolution,
-            "group norm eps": layers.NORM_EPS,
-            "standardization eps": layers.STANDARDIZE_EPS,
+            "group norm eps": layers.NORM_EPS if model.norm_eps is None else model.norm_eps,
+            "standardization eps": layers.STANDARDIZE_EPS if model.standardize_eps is None else model.standardize_eps,
             "groups": layers.GROUPS,
             "layout": "activations NHWC, kernels HWIO",
             "settings": {
@@ -109,6 +117,7 @@ class JaxSide:
             "architecture": f"{architecture.name}, {architecture.num_classes:,} classes",
             "weights sha256": fingerprint(self._named(params)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
+            **({FORWARD_PROGRAM: self._program(params, self._images(images))} if program else {}),
         } | inputs.described(dataset), None
 
     def products(self) -> Result:
@@ -141,31 +150,48 @@ class JaxSide:
         return None, saved
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Returns every unit's output and the logits; with a `teacher`, a file that another side returned, each unit
-        computes on what the unit before it returned there."""
-        model, params = self.model()
+        """Returns every unit's output and the logits, for the first batch of a file of pictures or of a mixed one.
+
+        With a `teacher`, a file that another side returned, each unit computes on what the unit before it returned
+        there.
+        """
+        _, params = self.model()
         teacher_outputs = None
         if teacher is not None:
             with np.load(teacher) as file:
                 teacher_outputs = {site: self._rows(file[site]) for site in file.files}
-        # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
-        plain = model.clone(remat="none")
-        apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
-        batch = self._disturbed(self._images(np.load(images)["image"][0]), "images", disturb)
-        outputs = apply(self._disturbed_params(params, disturb), batch, teacher_outputs)
+        batch = self._disturbed(self._images(images), "images", disturb)
+        params = self._disturbed_params(params, disturb)
+        outputs = self._forward(params, batch, teacher_outputs)(params, batch, teacher_outputs)
         # an .npz cannot hold bfloat16
         return None, {site: np.asarray(output, self.dtype) for site, output in outputs.items()}
 
+    def _forward(self, params: Any, images: jax.Array, teacher: dict[str, jax.Array] | None) -> jax.stages.Compiled:
+        """Returns the compiled forward pass that records every unit; it is compiled once for each fault and shape."""
+        model, _ = self.model()
+        key = self._fault, images.shape, teacher is None
+        if key not in self._units:
+            # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
+            plain = model.clone(remat="none")
+            apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
+            self._units = {key: apply.lower(params, images, teacher).compile()}
+        return self._units[key]
+
+    def _program(self, params: Any, images: jax.Array) -> str:
+        """Returns the hash of the forward pass's optimized HLO, by which a compiler that changed nothing is known."""
+        return hlo.fingerprint(self._forward(params, images, None).as_text() or "")
+
     def mix(self, batches: str) -> Result:
-        """Returns every batch after normalization and mixup, with the weights in the file."""
+        """Returns every batch after normalization and mixup with the weights in the file; without any, as it is."""
         model, _ = self.model()
         mix = jax.jit(lambda batch, weight: steps.prepare(batch, model.num_classes, self.dtype, weight))
         saved = {}
         with np.load(batches) as file:
-            image, label, weight = file["image"], file["label"], file["weight"]
+            image, label = file["image"], file["label"]
+            weight = file.get("weight")
         for number in range(len(label)):
             batch = sharding.shard_batch({"image": image[number], "label": label[number]}, self.mesh)
-            images, targets = mix(batch, jnp.asarray(weight[number], self.dtype))
+            images, targets = mix(batch, None if weight is None else jnp.asarray(weight[number], self.dtype))
             saved |= {f"images/{number}": np.asarray(images), f"targets/{number}": np.asarray(targets)}
         return None, saved
 
@@ -246,24 +272,20 @@ class JaxSide:
         options = self.target.compiler_options
         return {"compiler_options": options}, {name: np.asarray(a) for name, a in (results | plain).items()}
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
-        before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
+        before it is that of the file `start`, or `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
         _, params = self.model()
         sgd = optimizer.sgd(_schedule(schedule), momentum)
 
-        def update(params: Any, gradients: Any) -> steps.TrainState:
-            state = steps.init_state(params, sgd)
-            trace = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
-            count = jnp.asarray(step, jnp.int32)
-            opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=count)
-            return steps.update(state.replace(step=count, opt_state=opt_state), gradients, sgd)
+        def update(params: Any, trace: Any, gradients: Any) -> steps.TrainState:
+            state = _advanced(steps.init_state(params, sgd), trace, jnp.asarray(step, jnp.int32))
+            return steps.update(state, gradients, sgd)
 
-        with np.load(gradients) as file:
-            grads = weights.unflatten({key: self._param(file[f"0/{key}"]) for key in weights.flatten(params)})
-        state = jax.jit(update)(params, grads)
-        trace = optax.tree_utils.tree_get(state.opt_state, "trace")
-        return None, self._named(state.params, "params/") | self._named(trace, "momentum/")
+        trace = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
+        trace = trace if start is None else self._read(start, "momentum/")
+        state = jax.jit(update)(params, trace, self._read(gradients, "0/"))
+        return None, self._named(state.params, "params/") | self._named(_momentum(state), "momentum/")
 
     def curve(
         self,
@@ -273,21 +295,36 @@ class JaxSide:
         momentum: float,
         disturb: Disturb | None = None,
         scale: float = steps.FIRST_SCALE,
+        start: str | None = None,
+        step: int = 0,
     ) -> Result:
         """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
-        {"overflows": number of skipped steps}. In float16 a `LossScale` scales the loss, by `scale` at first."""
-        training = self.training(schedule, momentum, disturb=disturb)
+        {"overflows": number of skipped steps}. In float16 a `LossScale` scales the loss, by `scale` at first.
+
+        With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
+        steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
+        of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
+        """
+        if start is None:
+            training = self.training(schedule, momentum, disturb=disturb)
+        else:
+            training = self._training_from(start, step, schedule, momentum, disturbed=disturb is not None)
         loss_scale = training.state.loss_scale
         if loss_scale is not None:
             training.state = training.state.replace(loss_scale=loss_scale.replace(scale=jnp.float32(scale)))
         losses = []
         for number in range(count):
-            training(*self._mixed(mixed, number, disturb))
+            batch = self._mixed(mixed, number, disturb)
+            if start is not None and disturb is not None:
+                batch = *batch, self._disturbed_params(training.state.params, disturb)
+            training(*batch)
             losses.append(np.asarray(training.metrics["loss"]))
             self.progress(number + 1, count)
         state = training.state
         overflows = 0 if state.loss_scale is None else int(state.loss_scale.skipped)
-        return {"overflows": overflows}, {"losses": np.stack(losses)} | self._named(state.params, "params/")
+        ended = self._named(state.params, "params/")
+        ended |= {} if start is None else self._named(_momentum(state), "momentum/")
+        return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
 
     def training(
         self, schedule: dict[str, Any], momentum: float, *, mixup: float | None = None, disturb: Disturb | None = None
@@ -310,10 +347,33 @@ class JaxSide:
             step = steps.make_update_step(model, sgd, microbatches=microbatches)
         else:
             step = steps.make_train_step(model, sgd, mixup=mixup, seed=0, microbatches=microbatches)
+        return Training(step, self._initial_state(model, params, sgd), self.target)
+
+    def _training_from(
+        self, start: str, step: int, schedule: dict[str, Any], momentum: float, *, disturbed: bool
+    ) -> "Training":
+        """Prepares training from the file of the state after `step` steps.
+
+        Args:
+            disturbed: whether a step takes the parameters that its gradients are taken at after images and targets.
+        """
+        model, _ = self.model()
+        sgd, microbatches = optimizer.sgd(_schedule(schedule), momentum), self.side.microbatches
+
+        def elsewhere(state: steps.TrainState, images: Any, targets: Any, params: Any) -> tuple[steps.TrainState, dict]:
+            loss, gradients = steps.loss_and_gradients(model, params, images, targets, microbatches)
+            return steps.update_if_finite(state, loss, gradients, sgd), {"loss": loss}
+
+        update_step = elsewhere if disturbed else steps.make_update_step(model, sgd, microbatches=microbatches)
+        state = self._initial_state(model, self._read(start, "params/"), sgd)
+        count = jax.device_put(jnp.asarray(step, jnp.int32), sharding.replicated(self.mesh))
+        return Training(update_step, _advanced(state, self._read(start, "momentum/"), count), self.target)
+
+    def _initial_state(self, model: resnetv2.ResNetV2, params: Any, sgd: Any) -> steps.TrainState:
         architecture = Architecture(model.units, model.width, model.num_classes)
         scales_loss = self.precision.scales_loss
         like = program.abstract_state(architecture, self.dtype, sgd, self.mesh, scales_loss=scales_loss)
-        return Training(step, program.initial_state(params, sgd, like), self.target)
+        return program.initial_state(params, sgd, like)
 
     def accuracy(
         self,
@@ -363,8 +423,18 @@ class JaxSide:
     def _rows(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(array, self.precision.dtype), sharding.batch_sharding(self.mesh))
 
-    def _images(self, image: np.ndarray) -> jax.Array:
-        return steps.normalize(sharding.shard_batch(image, self.mesh), self.dtype)
+    def _images(self, path: str) -> jax.Array:
+        """Reads the first batch of a file of pictures or of mixed images; returns the images that the model gets."""
+        with np.load(path) as file:
+            if "image" in file:
+                return steps.normalize(sharding.shard_batch(file["image"][0], self.mesh), self.dtype)
+            return jax.device_put(file["images/0"].astype(self.dtype), sharding.batch_sharding(self.mesh))
+
+    def _read(self, path: str, prefix: str) -> Any:
+        """Reads the parameters, or what else there is one of for each, whose names begin with the prefix."""
+        with np.load(path) as file:
+            named = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+        return weights.unflatten({key: self._param(array) for key, array in named.items()})
 
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[jax.Array, ...]:
         """Reads batch `number` of a file and disturbs its images; returns images and targets on the mesh."""
@@ -394,6 +464,17 @@ class JaxSide:
 
     def _named(self, params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         return {prefix + key: np.asarray(array) for key, array in weights.flatten(params).items()}
+
+
+def _advanced(state: steps.TrainState, trace: Any, count: jax.Array) -> steps.TrainState:
+    """Returns the state with that momentum, after that many steps."""
+    # the optimizer's count is a copy, because a step that uses up its state cannot use up one array twice
+    opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=jnp.array(count))
+    return state.replace(step=count, opt_state=opt_state)
+
+
+def _momentum(state: steps.TrainState) -> Any:
+    return optax.tree_utils.tree_get(state.opt_state, "trace")
 
 
 def _schedule(fields: dict[str, Any]) -> Schedule:

@@ -35,7 +35,8 @@ class TimedJax(JaxSide):
         batches = [self._mixed(mixed, number, None) for number in range(count)]
         losses: list[float] = []
         if self.side.tuned:  # train.py's evaluation standardizes kernels once, too
-            model, params = model.clone(standardized=True), self._jit(bit_steps.standardized)(params)
+            standardized = self._jit(lambda params: bit_steps.standardized(params, model.standardize_eps))
+            model, params = model.clone(standardized=True), standardized(params)
         apply = self._jit(lambda params, images: bit_steps.apply_model(model, params, images))
 
         def call(number: int) -> None:
@@ -125,7 +126,7 @@ class TimedJax(JaxSide):
         model, _ = self.model()
         training = self.training(clock.SCHEDULE, clock.MOMENTUM, mixup=clock.MIXUP)
         eval_step = self._jit(bit_steps.make_eval_step(model))
-        standardized = self._jit(bit_steps.standardized)
+        standardized = self._jit(lambda params: bit_steps.standardized(params, model.standardize_eps))
         source = input_pipeline.open_source(folder, "train")
 
         def loader_of(source: input_pipeline.Source, views: input_pipeline.Views) -> input_pipeline.Loader:

@@ -16,6 +16,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 from parity.in_torch import resnetv2
 from parity.sides.side import Side
+from parity.sides.tasks import UNKNOWN
 
 LISTED = 4  # names that a message spells out
 DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched through
@@ -31,7 +32,7 @@ def build(side: Side, weight_file: str) -> nn.Module:
         RequestError: there is no such factory, it fails, or the state dict is not the model's.
     """
     if side.model is None:
-        model: nn.Module = resnetv2.load(weight_file)
+        model: nn.Module = resnetv2.load(weight_file, norm_eps=side.norm_eps, standardize_eps=side.standardize_eps)
     else:
         model = _made(side.model, weight_file)
         model.register_forward_hook(lambda module, args, output: logits_of(output))
@@ -128,16 +129,16 @@ def constants(model: nn.Module) -> tuple[Any, Any, Any]:
     """Returns eps of GroupNorm, eps of weight standardization and the number of groups, as the model's modules have
     them."""
     if isinstance(model, resnetv2.ResNetV2):
-        return resnetv2.NORM_EPS, resnetv2.STANDARDIZE_EPS, resnetv2.GROUPS
+        return model.constants.norm_eps, model.constants.standardize_eps, resnetv2.GROUPS
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and hasattr(module, "eps")]
     return _attribute(norms, "eps"), _attribute(convolutions, "eps"), _attribute(norms, "num_groups")
 
 
 def _attribute(modules: list, name: str) -> Any:
-    """Returns the value that all modules have, a list of all values if they differ, or "unknown" without modules."""
+    """Returns the value that all modules have, a list of all values if they differ, or `UNKNOWN` without modules."""
     values = sorted({getattr(module, name) for module in modules})
-    return values[0] if len(values) == 1 else values or "unknown"
+    return values[0] if len(values) == 1 else values or UNKNOWN
 
 
 def _made(name: str, weight_file: str) -> nn.Module:

@@ -5,6 +5,7 @@ tree is the checkpoint: a parameter's name, with "/" for ".", is its key in the 
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,38 +17,46 @@ NORM_EPS = 1e-5
 STANDARDIZE_EPS = 1e-10
 
 
+class Constants(NamedTuple):
+    """What is added to the variances of GroupNorm and of kernels."""
+
+    norm_eps: float
+    standardize_eps: float
+
+
 class StdConv(nn.Module):
     """Convolution without bias, whose kernel, OIHW, is standardized for each output channel on every use."""
 
-    def __init__(self, cin: int, cout: int, size: int, stride: int = 1):
+    def __init__(self, cin: int, cout: int, size: int, eps: float, stride: int = 1):
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(cout, cin, size, size))
-        self.stride = stride
+        self.eps, self.stride = eps, stride
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(self.kernel, dim=(1, 2, 3), keepdim=True, correction=0)
-        standardized = (self.kernel - mean) / torch.sqrt(variance + STANDARDIZE_EPS)
+        standardized = (self.kernel - mean) / torch.sqrt(variance + self.eps)
         return F.conv2d(x, standardized, stride=self.stride, padding=self.kernel.shape[-1] // 2)
 
 
 class GroupNorm(nn.Module):
     """GroupNorm that casts its input to the dtype of its parameters, for its statistics and its result."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, eps: float):
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(channels))
         self.beta = nn.Parameter(torch.empty(channels))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.to(self.gamma.dtype), GROUPS, self.gamma, self.beta, NORM_EPS)
+        return F.group_norm(x.to(self.gamma.dtype), GROUPS, self.gamma, self.beta, self.eps)
 
 
 class Projection(nn.Module):
     """The 1x1 convolution of a projected shortcut."""
 
-    def __init__(self, cin: int, cout: int, stride: int):
+    def __init__(self, cin: int, cout: int, stride: int, constants: Constants):
         super().__init__()
-        self.standardized_conv2d = StdConv(cin, cout, 1, stride)
+        self.standardized_conv2d = StdConv(cin, cout, 1, constants.standardize_eps, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.standardized_conv2d(x)
@@ -57,10 +66,12 @@ class PreActivation(nn.Module):
     """GroupNorm, ReLU and convolution. As in the checkpoint it also holds the unit's projection, which `Unit` applies
     to what `activate` returns."""
 
-    def __init__(self, cin: int, cout: int, size: int, stride: int = 1, proj: nn.Module | None = None):
+    def __init__(
+        self, cin: int, cout: int, size: int, constants: Constants, stride: int = 1, proj: nn.Module | None = None
+    ):
         super().__init__()
-        self.group_norm = GroupNorm(cin)
-        self.standardized_conv2d = StdConv(cin, cout, size, stride)
+        self.group_norm = GroupNorm(cin, constants.norm_eps)
+        self.standardized_conv2d = StdConv(cin, cout, size, constants.standardize_eps, stride)
         self.proj = proj
 
     def activate(self, x: Tensor) -> Tensor:
@@ -74,11 +85,12 @@ class Unit(nn.Module):
     """Pre-activation bottleneck of three convolutions: 1x1, 3x3 with the stride, 1x1. A stage's first unit projects its
     shortcut."""
 
-    def __init__(self, cin: int, mid: int, stride: int, project: bool):
+    def __init__(self, cin: int, mid: int, stride: int, constants: Constants, *, project: bool):
         super().__init__()
-        self.a = PreActivation(cin, mid, 1, proj=Projection(cin, 4 * mid, stride) if project else None)
-        self.b = PreActivation(mid, mid, 3, stride)
-        self.c = PreActivation(mid, 4 * mid, 1)
+        proj = Projection(cin, 4 * mid, stride, constants) if project else None
+        self.a = PreActivation(cin, mid, 1, constants, proj=proj)
+        self.b = PreActivation(mid, mid, 3, constants, stride)
+        self.c = PreActivation(mid, 4 * mid, 1, constants)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.a.activate(x)
@@ -89,9 +101,9 @@ class Unit(nn.Module):
 class RootBlock(nn.Module):
     """The 7x7 convolution of stride 2 and the max-pool before the first unit."""
 
-    def __init__(self, cout: int):
+    def __init__(self, cout: int, constants: Constants):
         super().__init__()
-        self.standardized_conv2d = StdConv(3, cout, 7, 2)
+        self.standardized_conv2d = StdConv(3, cout, 7, constants.standardize_eps, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         # pad with zeros: max_pool2d itself would pad with -inf, which the checkpoints were not trained with
@@ -113,20 +125,21 @@ class HeadConv(nn.Module):
 class ResNetV2(nn.Module):
     """BiT, which maps images [batch, 3, height, width] in [-1, 1], of any size, to logits [batch, num_classes]."""
 
-    def __init__(self, units: tuple[int, ...], root_channels: int, num_classes: int):
+    def __init__(self, units: tuple[int, ...], root_channels: int, num_classes: int, constants: Constants):
         super().__init__()
-        self.root_block = RootBlock(root_channels)
+        self.constants = constants
+        self.root_block = RootBlock(root_channels, constants)
         cin = root_channels
         for stage, count in enumerate(units):
             mid = root_channels * 2**stage
             block = nn.Sequential()
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block.add_module(f"unit{index + 1:02d}", Unit(cin, mid, stride, project=index == 0))
+                block.add_module(f"unit{index + 1:02d}", Unit(cin, mid, stride, constants, project=index == 0))
                 cin = 4 * mid
             self.add_module(f"block{stage + 1}", block)
         self.blocks = [f"block{stage + 1}" for stage in range(len(units))]
-        self.group_norm = GroupNorm(cin)
+        self.group_norm = GroupNorm(cin, constants.norm_eps)
         self.head = nn.ModuleDict({"conv2d": HeadConv(cin, num_classes)})
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,8 +150,12 @@ class ResNetV2(nn.Module):
         return self.head["conv2d"](features).flatten(1)
 
 
-def load(path: str) -> ResNetV2:
+def load(path: str, *, norm_eps: float | None = None, standardize_eps: float | None = None) -> ResNetV2:
     """Loads the model of an official `.npz`, head included, in the file's dtype.
+
+    Args:
+        path: the file.
+        norm_eps, standardize_eps: see `Constants`; None: BiT's.
 
     Raises:
         RuntimeError: the file's names or shapes are not a BiT's; PyTorch's message lists them.
@@ -150,7 +167,11 @@ def load(path: str) -> ResNetV2:
         for stage in range(1, 5)
     )
     root, head = arrays["root_block.standardized_conv2d.kernel"], arrays["head.conv2d.kernel"]
-    model = ResNetV2(units, root.shape[-1], head.shape[-1])
+    constants = Constants(
+        NORM_EPS if norm_eps is None else norm_eps,
+        STANDARDIZE_EPS if standardize_eps is None else standardize_eps,
+    )
+    model = ResNetV2(units, root.shape[-1], head.shape[-1], constants)
     model.load_state_dict({name: torch.from_numpy(to_torch(array)) for name, array in arrays.items()}, assign=True)
     return model
 

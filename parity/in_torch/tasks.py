@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,11 @@ class TorchSide:
             self._loaded = {self._fault: (model.to(self.device, self.dtype), keys)}
         return self._loaded[self._fault]
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
         """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
+
+        Args:
+            program: not used: PyTorch has no optimized program to hash.
 
         Raises:
             RequestError: the model is not this project's and fails on the images, or its logits are misshapen.
@@ -144,29 +147,38 @@ class TorchSide:
         return None, saved
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Returns every unit's output and the logits; with a `teacher`, a file that another side returned, each unit
-        computes on what the unit before it returned there."""
+        """Returns every unit's output and the logits, for the first batch of a file of pictures or of a mixed one.
+
+        With a `teacher`, a file that another side returned, each unit computes on what the unit before it returned
+        there.
+        """
         _, keys = self.model()
         teacher_outputs = None
         if teacher is not None:
             with np.load(teacher) as file:
                 teacher_outputs = {site: self._unit_input(file[site]) for site in file.files if file[site].ndim == 4}
-        batch = pipeline.to_tensor(np.load(images)["image"][0], self.dtype)
+        with np.load(images) as file:
+            if "image" in file:
+                batch = pipeline.to_tensor(file["image"][0], self.dtype)
+            else:
+                batch = torch.from_numpy(file["images/0"]).to(self.dtype).permute(0, 3, 1, 2).contiguous()
         model, batch = self._disturbed_model(disturb), _disturbed(batch, "images", disturb).to(self.device)
         with torch.no_grad(), self.precision.autocast(self.device):
             outputs = units.record(model, keys, batch, teacher_outputs)
         return None, {site: to_nhwc(output) for site, output in outputs.items()}
 
     def mix(self, batches: str) -> Result:
-        """Returns every batch after normalization and mixup, with the weights in the file."""
+        """Returns every batch after normalization and mixup with the weights in the file; without any, as it is."""
         classes = self._classes()
         saved = {}
         with np.load(batches) as file:
-            image, label, weight = file["image"], file["label"], file["weight"]
+            image, label = file["image"], file["label"]
+            weight = file.get("weight")
         for number in range(len(label)):
             images = pipeline.to_tensor(image[number], self.dtype)
             targets = F.one_hot(torch.from_numpy(label[number]).long(), classes).to(images.dtype)
-            images, targets = (pipeline.mixup(rows, float(weight[number])) for rows in (images, targets))
+            if weight is not None:
+                images, targets = (pipeline.mixup(rows, float(weight[number])) for rows in (images, targets))
             saved |= {f"images/{number}": to_nhwc(images), f"targets/{number}": to_nhwc(targets)}
         return None, saved
 
@@ -234,20 +246,21 @@ class TorchSide:
             f"plain {name}": array for name, array in script.plain(question, arrays).items()
         }
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
-        before it is `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
+        before it is that of the file `start`, or `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
         _, keys = self.model()
         model = self._disturbed_model(None)
         sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
-        with np.load(gradients) as file:
-            for name, parameter in model.named_parameters():
-                sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
-                gradient = torch.from_numpy(resnetv2.to_torch(file[f"0/{keys[name]}"]))
-                parameter.grad = gradient.reshape(parameter.shape).to(parameter)  # a dense head has two axes
+        for parameter in model.parameters():
+            sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
+        if start is not None:
+            for parameter, momentums in _read(start, "momentum/", model, keys):
+                sgd.state[parameter]["momentum_buffer"] = momentums
+        for parameter, gradient in _read(gradients, "0/", model, keys):
+            parameter.grad = gradient
         sgd.step()
-        momentums = _named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"], "momentum/")
-        return None, _named(model, keys, prefix="params/") | momentums
+        return None, _named(model, keys, prefix="params/") | _momentums(model, keys, sgd)
 
     def curve(
         self,
@@ -257,21 +270,36 @@ class TorchSide:
         momentum: float,
         disturb: Disturb | None = None,
         scale: float = FIRST_SCALE,
+        start: str | None = None,
+        step: int = 0,
     ) -> Result:
         """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
-        {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by `scale` at first."""
+        {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by `scale` at first.
+
+        With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
+        steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
+        of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
+        """
         _, keys = self.model()
-        model = self._replica(disturb)
+        model = self._replica(disturb if start is None else None)
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
+        if start is not None:
+            _start_from(start, model, keys, sgd)
         scaler = self._scaler(scale)
         losses, overflows = [], 0
         for number in range(count):
-            sgd.param_groups[0]["lr"] = learning_rate(schedule, number)
+            sgd.param_groups[0]["lr"] = learning_rate(schedule, step + number)
             before = scaler.get_scale()
-            losses.append(self._step(model, sgd, scaler, *self._mixed(mixed, number, disturb)))
+            sgd.zero_grad()
+            with _at_disturbed(model, keys, disturb if start is not None else None):
+                loss = self._loss(model, *self._mixed(mixed, number, disturb))
+                scaler.scale(loss).backward()
+            _apply(sgd, scaler)
+            losses.append(to_numpy(self.devices.mean(loss)))
             overflows += scaler.get_scale() < before
             self.progress(number + 1, count)
-        return {"overflows": overflows}, {"losses": np.stack(losses)} | _named(model, keys, prefix="params/")
+        ended = _named(model, keys, prefix="params/") | ({} if start is None else _momentums(model, keys, sgd))
+        return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
 
     def accuracy(
         self,
@@ -313,20 +341,6 @@ class TorchSide:
         with self.precision.autocast(self.device):
             logits = model(images)
         return F.cross_entropy(logits.to(targets.dtype), targets)
-
-    def _step(
-        self,
-        model: nn.Module,
-        sgd: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        images: Tensor,
-        targets: Tensor,
-    ) -> np.ndarray:
-        """Makes one update; returns the mean loss of the whole batch before it."""
-        sgd.zero_grad()
-        loss = self._loss(model, images, targets)
-        update(sgd, scaler, loss)
-        return to_numpy(self.devices.mean(loss))
 
     def _scaler(self, scale: float = FIRST_SCALE) -> torch.amp.GradScaler:
         """Returns the scaler of float16's loss; in other precisions it changes nothing."""
@@ -384,8 +398,46 @@ class TorchSide:
 def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
     """Makes one update by the gradient of the loss, or none if the scaler is enabled and a gradient is not finite."""
     scaler.scale(loss).backward()
+    _apply(sgd, scaler)
+
+
+def _apply(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     scaler.step(sgd)
     scaler.update()
+
+
+def _read(path: str, prefix: str, model: nn.Module, keys: dict[str, str]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields each parameter with the file's array of that prefix and the parameter's key, in the parameter's shape."""
+    with np.load(path) as file:
+        for name, parameter in devices.unwrapped(model).named_parameters():
+            tensor = torch.from_numpy(resnetv2.to_torch(file[prefix + keys[name]]))
+            yield parameter, tensor.reshape(parameter.shape).to(parameter)  # a dense head has two axes
+
+
+def _start_from(start: str, model: nn.Module, keys: dict[str, str], sgd: torch.optim.Optimizer) -> None:
+    """Gives the model and the optimizer the parameters and the momentum of a state's file."""
+    with torch.no_grad():
+        for parameter, values in _read(start, "params/", model, keys):
+            parameter.copy_(values)
+    for parameter, momentums in _read(start, "momentum/", model, keys):
+        sgd.state[parameter]["momentum_buffer"] = momentums
+
+
+@contextlib.contextmanager
+def _at_disturbed(model: nn.Module, keys: dict[str, str], disturb: Disturb | None) -> Iterator[None]:
+    """Has disturbed parameters in the model while the `with` block runs."""
+    if disturb is None:
+        yield
+        return
+    named = list(devices.unwrapped(model).named_parameters())
+    kept = [parameter.detach().clone() for _, parameter in named]
+    with torch.no_grad():
+        for name, parameter in named:
+            parameter.copy_(_disturbed(parameter, keys[name], disturb))
+    yield
+    with torch.no_grad():
+        for (_, parameter), values in zip(named, kept, strict=True):
+            parameter.copy_(values)
 
 
 def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
@@ -395,6 +447,10 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
         return tensor
     factor = torch.from_numpy(inputs.disturbance(name, tuple(tensor.shape), *disturb))
     return tensor * factor.to(tensor.device, tensor.dtype)
+
+
+def _momentums(model: nn.Module, keys: dict[str, str], sgd: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    return _named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"], "momentum/")
 
 
 def _named(

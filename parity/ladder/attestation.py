@@ -6,7 +6,10 @@ A mismatch is shown first, because it may explain every difference that follows.
 from collections.abc import Collection
 from typing import Any
 
+from parity.ladder import forward_only
+from parity.ladder.acceptance import accept
 from parity.ladder.ladder import ROLES, Ladder
+from parity.sides.tasks import UNKNOWN
 
 # entry of the attestation -> what a mismatch in it explains
 EXPLAINS = {
@@ -22,48 +25,81 @@ EXPLAINS = {
 }
 # precision -> the format of products that must be seen; tf32 is absent, because not all hardware has it
 PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
-UNKNOWN = "unknown"
 
 
 def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
-    """Returns {"sides": {precision: {role: entries}}, "mismatches": sentences, "classes": {split: how its labels were
-    matched}}, in JSON's types.
+    """Returns what both sides compute with, in JSON's types.
+
+    The result has the keys "sides" ({precision: {role: entries}}), "mismatches" (sentences), "accepted" (a clause for
+    each difference that --accept allows), "notes" (sentences on these and on what is not compared), and "classes"
+    ({split: how its labels were matched}).
 
     Args:
         rungs: names of the rungs that will be climbed; a dataset that one of them uses is attested too.
 
     Raises:
-        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's; no process was
-            started.
+        RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's, and no process was
+            started; or a difference cannot be accepted, or an exported file does not take the images.
     """
-    options = ladder.options
-    datasets = {
-        "curve": ("training examples", options.train_split),
-        "accuracy": ("evaluation examples", options.eval_split),
-    }
-    splits = [datasets[rung] for rung in datasets if rung in rungs]
-    matchings = {split: ladder.matching(split) for _, split in splits}
-    precisions = dict.fromkeys(("fp64", options.precision))
+    matchings = {split: ladder.matching(split) for _, split in _splits(ladder, rungs)}
+    arguments, precisions = attested(ladder, rungs=rungs), precisions_of(ladder)
+
+    def entries(role: str, precision: str = "fp64") -> dict[str, Any]:
+        if role == "reference":
+            return ladder.reference.attested(precision, arguments)
+        return ladder.ask(role, precision, "attest", **arguments).info
+
+    accepted, same = accept(ladder, entries)
     ladder.start(*precisions)
-    dataset = [
-        (entry, options.dataset, split, options.data_dir, matchings[split].class_names) for entry, split in splits
-    ]
-    arguments: dict[str, Any] = {"images": ladder.pictures()} | ({"dataset": dataset} if dataset else {})
     sides = {
-        precision: {role: ladder.ask(role, precision, "attest", **arguments).info for role in ROLES}
-        for precision in precisions
+        precision: {role: entries(role, precision) for role in ladder.computing(precision)} for precision in precisions
     }
+    if ladder.exported is not None:
+        forward_only.check(ladder, sides[ladder.options.precision][ladder.exported]["takes"], rungs)
+    notes = [f"accepted: {clause}" for clause in accepted] + same + forward_only.notes(ladder)
     mismatches = [sentence for precision, pair in sides.items() for sentence in _mismatches(precision, pair)]
     matched = {split: f"labels are {matching.how}" for split, matching in matchings.items()}
-    return {"sides": sides, "mismatches": list(dict.fromkeys(mismatches)), "classes": matched}
+    return {
+        "sides": sides,
+        "mismatches": list(dict.fromkeys(mismatches)),
+        "accepted": accepted,
+        "notes": notes,
+        "classes": matched,
+    }
+
+
+def attested(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+    """Returns the arguments of the attest task; see `attest` for the errors."""
+    options = ladder.options
+    dataset = [
+        (entry, options.dataset, split, options.data_dir, ladder.matching(split).class_names)
+        for entry, split in _splits(ladder, rungs)
+    ]
+    more: dict[str, Any] = {"dataset": dataset} if dataset else {}
+    return {"images": ladder.pictures(), "program": "forward" in rungs} | more
+
+
+def precisions_of(ladder: Ladder) -> list[str]:
+    """Returns the precisions of a comparison: float64, and the one asked for."""
+    return list(dict.fromkeys(("fp64", ladder.options.precision)))
+
+
+def _splits(ladder: Ladder, rungs: Collection[str]) -> list[tuple[str, str]]:
+    """Returns (entry of the attestation, split) of the datasets that rungs read."""
+    splits = {"curve": ("training examples", "train_split"), "accuracy": ("evaluation examples", "eval_split")}
+    return [
+        (entry, getattr(ladder.options, split))
+        for rung, (entry, split) in splits.items()
+        if rung in rungs and rung in ladder.reads
+    ]
 
 
 def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
     """Returns sentences on the entries that differ between the sides, and on products in another format than asked."""
-    reference, candidate = (pair[role] for role in ROLES)
+    reference, candidate = (pair.get(role, {}) for role in ROLES)
     sentences = []
     for entry, effect in EXPLAINS.items():
-        ours, theirs = reference.get(entry), candidate.get(entry)
+        ours, theirs = (entries.get(entry, UNKNOWN) for entries in (reference, candidate))
         if UNKNOWN not in (ours, theirs) and ours != theirs:
             where = f" in {precision}" if "products" in entry else ""
             sentences.append(
@@ -74,7 +110,7 @@ def _mismatches(precision: str, pair: dict[str, dict[str, Any]]) -> list[str]:
     wanted = PRODUCTS.get(precision)
     for role, entries in pair.items():
         for entry in ("matrix products", "convolution products"):
-            if wanted is not None and entries[entry] != wanted:
+            if wanted is not None and entries[entry] not in (wanted, UNKNOWN):
                 sentences.append(f"{precision} was asked for, but the {role}'s {entry} are {entries[entry]}")
     return sentences
 

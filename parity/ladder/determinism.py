@@ -18,10 +18,11 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.terminal import printable
+from parity.ladder.kept import relative_rmse
 from parity.ladder.ladder import Ladder, working_folder
 from parity.ladder.rungs import depth
-from parity.ladder.verdict import relative_rmse
 from parity.options import Options
+from parity.sides.side import parse_side
 from parity.sides.worker import Answer, Arrays, Worker
 
 
@@ -128,6 +129,7 @@ def run(request: Determinism, console: Console) -> bool:
 
 def repeat(request: Determinism, console: Console) -> list[Repetition]:
     """Does the work in the first process twice and in each of the others once; see `run` for the errors."""
+    parse_side(request.side)  # an exported file, which a comparison takes, is refused
     options, repetitions = request.options, []
     with working_folder() as folder, contextlib.ExitStack() as stack:
         ladder = stack.enter_context(Ladder(options, folder, console))

@@ -10,6 +10,7 @@ import numpy as np
 from bit_jax.model.architecture import GROUPS, Architecture
 from input_pipeline.errors import RunFailed
 from parity.ladder import verdict
+from parity.ladder.kept import Whole, rms
 from parity.ladder.ladder import Ladder, RungResult
 from parity.ladder.verdict import LIMIT, MULTIPLE, Line
 from parity.sides.operations import LAST_SITE, NORM, operations
@@ -25,27 +26,31 @@ def diverge(ladder: Ladder, result: RungResult, failed: list[Line]) -> None:
     Each unit is computed again from the float64 reference's input. A unit that only passed on the difference of its
     input then agrees.
     """
-    precision = failed[0].precision
-    path = ladder.ask("reference", "fp64", "forward", images=ladder.pictures()).arrays.path
-    exact = Arrays(path)
-    arguments = {"images": ladder.pictures(), "teacher": path}
-    forced = [ladder.ask(role, precision, "forward", **arguments).arrays for role in ladder.sides]
+    precision, first = failed[0].precision, failed[0]
+    teacher = ladder.reference.teacher(precision)
+    if teacher is None:
+        result.findings.append(
+            f"first divergence in {precision}: {first.name} ({size(first)}); what it computes with, the output before "
+            "it, agrees. That no other unit is wrong by itself cannot be told from sketches of the reference"
+        )
+        return
+    exact, precise = Arrays(teacher), precision == "fp64"
+    candidate = ladder.ask("candidate", precision, "forward", images=ladder.pictures(), teacher=teacher).arrays
+    fed = {} if precise else ladder.reference.fed()
     guilty, errors = [], {}
     for site in exact.names:
-        if any(site not in side for side in forced):
+        if site not in candidate or not (precise or site in fed):
             continue
-        if precision == "fp64":
-            errors[site] = verdict.relative_difference(exact[site], forced[1][site])
+        known = Whole(exact[site])
+        if precise:
+            errors[site] = known.difference(candidate[site])
             wrong = not errors[site] <= LIMIT
         else:
-            reference, candidate = forced
-            look = verdict.look([exact[site]], [reference[site]], [candidate[site]], [])
-            line = verdict.calibrated("forward", site, precision, [look])
-            errors[site] = verdict.relative_rmse(exact[site], forced[1][site])
-            wrong = line.verdict == "bug"
+            look = verdict.Look(fed[site], known.errors(candidate[site]), None, np.nan)
+            errors[site] = float(look.candidate[0])
+            wrong = verdict.calibrated("forward", site, precision, [look]).verdict == "bug"
         if wrong:
             guilty.append(site)
-    first = failed[0]
     if first.name in guilty:
         cause = f"fed the reference's input it still differs, by {errors[first.name]:.1e}: the fault is in this unit"
     elif guilty:
@@ -69,9 +74,10 @@ def name_operation(ladder: Ladder, result: RungResult, sites: Sequence[str], pre
     """Adds to the result which operation of the sites is wrong by itself. The first site with such a one is reported.
 
     Every operation is fed what the float64 reference computes with, forward and backward; see `sides/operations.py`.
+    If the reference is a record, the candidate's own float64 does as well once it agrees with the record.
     """
-    if not ladder.asks_reference:
-        result.findings.append("which operation is wrong is not looked for: the reference is not there to be asked")
+    if "reference" not in ladder.roles and precision == "fp64":
+        result.findings.append("which operation is wrong in float64 is not in the record; compare with the reference")
         return
     lines, wrong = [], {}
     try:
@@ -127,9 +133,9 @@ def _judge(ladder: Ladder, site: str, precision: str) -> list[Line]:
 
     def look(number: int) -> dict[str, verdict.Look]:
         fed = _fed(ladder, site, number)
-        exact = ladder.ask("reference", "fp64", rung, **fed).arrays
+        exact = ladder.ask(ladder.oracle, "fp64", rung, **fed).arrays
         disturbed = ladder.disturbed(rung, MULTIPLE * ladder.amplitude, number, **fed)
-        reference, candidate = ladder.both(precision, rung, **fed)
+        reference, candidate = _sides(ladder, precision, **fed)
         shared = [name for name in exact.names if name in reference and name in candidate]
         return {
             name: verdict.look([exact[name]], [reference[name]], [candidate[name]], [[a[name]] for a in disturbed])
@@ -147,8 +153,16 @@ def _judge(ladder: Ladder, site: str, precision: str) -> list[Line]:
 def _fed(ladder: Ladder, site: str, number: int) -> dict[str, Any]:
     """Returns the arguments of a fed pass over a site's operations, after the reference has recorded them."""
     arguments = {"mixed": ladder.mixed_pictures(number), "site": site}
-    recording = ladder.ask("reference", "fp64", "operations", **arguments).arrays.path
+    recording = ladder.ask(ladder.oracle, "fp64", "operations", **arguments).arrays.path
     return arguments | {"teacher": recording}
+
+
+def _sides(ladder: Ladder, precision: str, **fed: Any) -> tuple[Arrays, Arrays]:
+    """Returns what both sides make of a fed pass; a recorded reference is taken to make what float64 makes."""
+    if "reference" in ladder.roles:
+        return ladder.both(precision, "operations", **fed)
+    exact = ladder.ask(ladder.oracle, "fp64", "operations", **fed).arrays
+    return exact, ladder.ask("candidate", precision, "operations", **fed).arrays
 
 
 def _wrong(ladder: Ladder, site: str, precision: str, lines: list[Line]) -> dict[str, Line]:
@@ -173,11 +187,10 @@ def _with_part(ladder: Ladder, site: str, precision: str, name: str) -> str:
     fed = _fed(ladder, site, 0)
     op = operations(site, ladder.architecture.layout)[norm]
     x = Arrays(fed["teacher"])[f"{op.inputs['input']}, value"]
-    read = ladder.ask("reference", "fp64", "weights").arrays
+    read = ladder.ask(ladder.oracle, "fp64", "weights").arrays
     gamma, beta = (read[op.parameters[parameter]].astype(np.float64) for parameter in ("gamma", "beta"))
-    part = wrong_part(
-        x, gamma, beta, [side[name].astype(np.float64) for side in ladder.both(precision, "operations", **fed)]
-    )
+    sides = [side[name].astype(np.float64) for side in _sides(ladder, precision, **fed)]
+    part = wrong_part(x, gamma, beta, sides)
     return f"{norm}/{part}, {what}" if part else name
 
 
@@ -206,10 +219,10 @@ def wrong_part(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, results: Sequ
         return ""
     design = np.stack([grouped(gamma * x) * on, grouped(gamma) * on], axis=-1)
     targets = [(grouped(result) - grouped(beta)) * on for result in results]
-    error = verdict.rms(targets[1] - targets[0])
+    error = rms(targets[1] - targets[0])
     for target in targets:
         fitted = (design @ (np.linalg.pinv(design) @ target[..., None]))[..., 0]
-        if verdict.rms(target - fitted) > FITS * error:
+        if rms(target - fitted) > FITS * error:
             return "normalization"
     return "statistics"
 

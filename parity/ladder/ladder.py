@@ -24,7 +24,9 @@ from input_pipeline.image_file import read_image_file
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 from parity.faults import FAULTS
-from parity.ladder.verdict import LEAST_DRAWS, Line, Verdict, relative_rmse, worst
+from parity.ladder.kept import relative_rmse
+from parity.ladder.reference import Live, Reference
+from parity.ladder.verdict import LEAST_DRAWS, ULP, Line, Verdict, worst
 from parity.options import Options
 from parity.sides import classes, inputs
 from parity.sides.side import parse_side
@@ -33,9 +35,6 @@ from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
 RANDOM_CLASSES = 100  # classes of a random model's head
-
-# The spacing of floating-point numbers at 1. TF32 and float16 keep 10 bits after the point, bfloat16 keeps 7.
-ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
 
 
 @dataclasses.dataclass
@@ -67,22 +66,32 @@ class Ladder:
 
     Attributes:
         options: options of the comparison.
-        sides: {role: side}.
+        roles: roles of the sides that have processes here: both, unless one side's answers are recorded.
+        sides: {role: side} of these roles.
+        exported: role of the side that is an exported file, or None.
+        reference: the reference's answers to questions.
+        reads: names of the rungs that read a dataset here.
         folder: folder with the files that the processes exchange.
         weight_file, architecture: the model's weights and its architecture.
         fault: name of the fault that is injected into one side, see `faults.py`, or None.
-        asks_reference: whether the reference can be asked anything, because its process is there.
     """
 
-    asks_reference = True
+    roles: tuple[str, ...] = ROLES
+    reads: tuple[str, ...] = ("curve", "accuracy")
 
     def __init__(self, options: Options, folder: Path, console: Console | None = None):
         self.options, self.folder = options, folder
+        self.reference: Reference = Live(self)
         torch = {"model": options.torch_model, "state_dict": options.torch_weights and str(options.torch_weights)}
-        self.sides = {
-            "reference": parse_side(options.reference, **torch),
-            "candidate": parse_side(options.candidate, **torch),
-        }
+        named = {"reference": options.reference, "candidate": options.candidate}
+        self.sides = {role: parse_side(named[role], **torch, exported=True) for role in self.roles}
+        files = [role for role, side in self.sides.items() if side.file is not None]
+        if len(files) > 1:
+            raise RequestError(
+                f"{options.reference} and {options.candidate} are both exported files, and nothing would compute in "
+                "float64, which judges them; give torch or jax for one of them"
+            )
+        self.exported: str | None = files[0] if files else None
         for side in self.sides.values():
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
@@ -91,7 +100,7 @@ class Ladder:
                 )
         for path in options.images:
             read_image_file(path)  # one that cannot be read is refused before anything is started
-        self.weight_file = weight_file(options.weights, folder, random_classes=RANDOM_CLASSES, seed=options.seed)
+        self.weight_file = self._weights()
         self.architecture, _ = weights.read(self.weight_file)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
@@ -118,11 +127,26 @@ class Ladder:
         for worker in self._workers.values():
             worker.close()
 
+    @property
+    def names(self) -> dict[str, str]:
+        """{role: the side as reports name it}."""
+        return {role: str(side) for role, side in self.sides.items()}
+
     def start(self, *precisions: str) -> None:
-        """Starts both sides' processes of those precisions, so that they import their frameworks at the same time."""
+        """Starts the sides' processes of those precisions, so that they import their frameworks at the same time."""
         for precision in precisions:
-            for role in ROLES:
+            for role in [role for role in self.roles if role in self.computing(precision)]:
                 self._worker(role, precision)
+
+    def computing(self, precision: str) -> list[str]:
+        """Returns the roles of the sides that compute in a precision. An exported file computes in one, which is the
+        precision asked for, and the other side's float64 judges it."""
+        return [role for role in ROLES if role != self.exported or precision == self.options.precision]
+
+    @property
+    def oracle(self) -> str:
+        """Role of the side whose float64 judges both: the reference, unless it is an exported file."""
+        return self.computing("fp64")[0]
 
     def ask(self, role: str, precision: str, task: str, **arguments: Any) -> Answer:
         """Runs a task on one side and returns its answer; an equal request is answered without running it again."""
@@ -142,20 +166,15 @@ class Ladder:
                 self._progress.remove_task(bar)
         return self._answers[request]
 
-    def both(self, precision: str, task: str, **arguments: Any) -> tuple[Arrays, Arrays]:
-        """Returns the arrays with which the reference and the candidate answer."""
-        reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
-        return reference, candidate
-
     def disturbed(self, task: str, amplitude: float, look: int = 0, **arguments: Any) -> list[Arrays]:
-        """Returns the reference's float64 arrays under each of several disturbances of that relative amplitude.
+        """Returns the oracle's float64 arrays under each of several disturbances of that relative amplitude.
 
         Every look has its own disturbances.
         """
         draws = max(self.options.disturbances, LEAST_DRAWS if look else 1)
         return [
             self.ask(
-                "reference", "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
+                self.oracle, "fp64", task, disturb=((self.options.seed, look, draw), amplitude), **arguments
             ).arrays
             for draw in range(draws)
         ]
@@ -171,9 +190,18 @@ class Ladder:
                 answer.discard()
             self._answers = kept
 
+    def both(self, precision: str, task: str, **arguments: Any) -> tuple[Arrays, Arrays]:
+        """Returns the arrays with which the reference and the candidate answer, if both have processes."""
+        reference, candidate = (self.ask(role, precision, task, **arguments).arrays for role in ROLES)
+        return reference, candidate
+
     def say(self, sentence: str) -> None:
         """Prints a line above the progress bars."""
         self._progress.console.print(printable(sentence))
+
+    def image_files(self) -> list[Path]:
+        """Returns the image files of the pixels rung: --images, or some that are drawn."""
+        return list(self.options.images) or inputs.write_files(self.folder / "files")
 
     def pictures(self, look: int = 0) -> Path:
         """Returns the file of generated pictures in --batches batches; every look has other pictures."""
@@ -197,12 +225,17 @@ class Ladder:
         return path
 
     def mixed_pictures(self, look: int = 0) -> Path:
-        """Returns the file of the picture batches after the reference's mixup, which both sides are given."""
-        return self.ask("reference", "fp64", "mix", batches=self.pictures(look)).arrays.path
+        """Returns the file of the picture batches after the oracle's mixup, which both sides are given."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.pictures(look)).arrays.path
 
     def mixed_batches(self, look: int = 0) -> Path:
-        """Returns the file of the dataset's batches after the reference's mixup, which both sides replay."""
-        return self.ask("reference", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
+        """Returns the file of the dataset's batches after the oracle's mixup, which both sides replay."""
+        return self.ask(self.oracle, "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
+
+    def gradients(self) -> Path:
+        """Returns the file of the picture batches' float64 gradients, which both sides' optimizers are given."""
+        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches}
+        return self.ask("reference", "fp64", "gradients", **arguments).arrays.path
 
     def source(self, split: str) -> Source:
         """Opens a split of the dataset, with labels that are numbers of the head's classes.
@@ -238,35 +271,48 @@ class Ladder:
         return self.options.eval_size or crop or max(self.options.height_width)
 
     @functools.cached_property
-    def amplitude(self) -> float:
-        """Relative size of disturbances under which float64's forward pass errs as much as the better side does.
+    def one_ulp(self) -> dict[str, float]:
+        """{unit: relative RMSE of float64's output if every weight and pixel is disturbed by one ulp of the precision
+        asked for}."""
+        arguments = {"images": self.pictures()}
+        exact = self.ask(self.oracle, "fp64", "forward", **arguments).arrays
+        disturb = (0, 0), ULP[self.options.precision]
+        disturbed = self.ask(self.oracle, "fp64", "forward", disturb=disturb, **arguments).arrays
+        return {site: relative_rmse(exact[site], disturbed[site]) for site in exact.names}
+
+    @functools.cached_property
+    def amplitude_in_ulp(self) -> float:
+        """Relative size of disturbances under which float64's forward pass errs as much as the better side does, in
+        units in the last place of the precision asked for.
 
         It is measured, not assumed, because rounding after every layer errs more than rounding once. Float64 is
         disturbed by one ulp, and that ulp is scaled by the median over the units of a side's error to float64's.
         """
-        precision = self.options.precision
-        arguments = {"images": self.pictures()}
-        oracle = self.ask("reference", "fp64", "forward", **arguments).arrays
-        results = self.both(precision, "forward", **arguments)
-        unit = ULP[precision]
-        disturbed = self.ask("reference", "fp64", "forward", disturb=((0, 0), unit), **arguments).arrays
-        of_one_ulp = {site: relative_rmse(oracle[site], disturbed[site]) for site in oracle.names}
-        ulps = [
-            float(np.median([relative_rmse(oracle[site], result[site]) / error for site, error in of_one_ulp.items()]))
-            for result in results
-        ]
-        return unit * min(ulps)
+        return min(self.ulps(role) for role in self.roles)
+
+    def ulps(self, role: str) -> float:
+        """Returns `amplitude_in_ulp` of one side alone; one that shows no units has logits alone."""
+        pictures = self.pictures()
+        exact = self.ask(self.oracle, "fp64", "forward", images=pictures).arrays
+        side = self.ask(role, self.options.precision, "forward", images=pictures).arrays
+        errors = {site: relative_rmse(exact[site], side[site]) for site in exact.names if site in side}
+        return median_ulps(errors, self.one_ulp)
 
     @property
-    def amplitude_in_ulp(self) -> float:
-        """`amplitude` in units in the last place of the precision asked for."""
-        return self.amplitude / ULP[self.options.precision]
+    def amplitude(self) -> float:
+        """`amplitude_in_ulp` as a relative size."""
+        return self.amplitude_in_ulp * ULP[self.options.precision]
 
     @property
     def _faulty_role(self) -> str:
         """Role of the side that has the fault: the candidate, unless the fault is written for the other framework."""
         framework = FAULTS[self.fault].framework if self.fault else None
-        return next(role for role in reversed(ROLES) if self.sides[role].framework == framework)
+        return next(role for role in reversed(self.roles) if self.sides[role].framework == framework)
+
+    def _weights(self) -> Path:
+        """Returns the path of the weights, as an official `.npz`."""
+        options = self.options
+        return weight_file(options.weights, self.folder, random_classes=RANDOM_CLASSES, seed=options.seed)
 
     def _worker(self, role: str, precision: str) -> Worker:
         """Returns a side's process of that precision, which is started if there is none."""
@@ -275,6 +321,11 @@ class Ladder:
             side = self.sides[role]
             self._workers[key] = Worker(side, precision, self.weight_file, self.folder / f"{role}-{precision}")
         return self._workers[key]
+
+
+def median_ulps(errors: dict[str, float], of_one_ulp: dict[str, float]) -> float:
+    """Returns the median over the units of the ratio of a side's error to that of a disturbance by one ulp."""
+    return float(np.median([error / of_one_ulp[site] for site, error in errors.items()]))
 
 
 @contextlib.contextmanager

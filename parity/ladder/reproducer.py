@@ -19,6 +19,7 @@ import numpy as np
 
 from input_pipeline.errors import RequestError, RunFailed
 from parity.ladder import verdict
+from parity.ladder.kept import relative_difference
 from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
 from parity.ladder.rungs import SCHEDULE_STEP
 from parity.ladder.verdict import MULTIPLE, Line
@@ -112,7 +113,7 @@ def refuse_unusable(folder: Path) -> None:
 def leave(ladder: Ladder, result: RungResult, folder: Path, attestation: dict[str, Any]) -> None:
     """Writes the folder for what a failed rung blames, an operation or an update, and adds a sentence on it to the
     rung's result."""
-    if not ladder.asks_reference:
+    if "reference" not in ladder.roles:
         result.findings.append("no reproducer is left: the reference is not there to be asked")
         return
     try:
@@ -244,7 +245,7 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
             look = verdict.look([answer], [results[0]], [results[1]], explained)
             line = verdict.calibrated("operation", what, precision, [look])
     apart = {
-        role: (verdict.relative_difference(answer, result), verdict.relative_difference(answer, public))
+        role: (relative_difference(answer, result), relative_difference(answer, public))
         for role, result, public in zip(ladder.sides, results, plain, strict=True)
     }
     ran = {ladder.sides[role].framework: side.info for role, side in zip(ROLES, answers, strict=True)}

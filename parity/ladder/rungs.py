@@ -4,6 +4,7 @@ A rung is a function of the ladder that returns the rung's result. `question.Que
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,18 +15,13 @@ from parity.ladder.accuracy import accuracy
 from parity.ladder.attestation import PRODUCTS
 from parity.ladder.divergence import depth, diverge, name_operation, sites_behind, size
 from parity.ladder.ladder import ROLES, Ladder, RungResult
-from parity.ladder.question import (
-    LOSS_SCALE,
-    NOT_COMPARED,
-    Question,
-    absent_lines,
-    by_batch,
-    float64_lines,
-    one_batch,
-)
+from parity.ladder.question import LOSS_SCALE, NOT_COMPARED, Question, absent_lines
+from parity.ladder.reference import by_batch
 from parity.ladder.verdict import LIMIT, Line
 from parity.sides import inputs
+from parity.sides.tasks import UNKNOWN
 
+Rung = Literal["weights", "pixels", "forward", "loss", "gradients", "optimizer", "curve", "accuracy"]
 EPOCHS = 2  # epochs in the pixels rung: augmentation differs between them
 SCHEDULE_STEP = 2  # step of the optimizer rung: inside the warm-up, where the rate changes every step
 NARROW = 64.0  # ulps: two correct sides are seen below 10; products one format narrower are above 500
@@ -34,32 +30,26 @@ OPERANDS = ("matrix products", "convolution products")  # names of the lines of 
 
 def weights(ladder: Ladder) -> RungResult:
     """Compares every array of the weight file as both loaders read it."""
-    reference, candidate = ladder.both("fp64", "weights")
-    lines = [
-        verdict.exact("weights", key, "fp64", reference[key], candidate[key])
-        for key in reference.names
-        if key in candidate
-    ]
-    return RungResult("weights", lines + absent_lines("weights", "fp64", reference, candidate))
+    question = of_weights(ladder)
+    candidate, lines, missing = question.candidate("fp64").arrays, [], []
+    for key, (array,) in ladder.reference.oracle(question, 0):
+        if key in candidate:
+            lines.append(verdict.exact("weights", key, "fp64", array, candidate[key]))
+        else:
+            missing.append(key)
+    known = {line.name for line in lines}
+    unexpected = [key for key in candidate.names if key not in known]
+    return RungResult("weights", lines + absent_lines("weights", "fp64", missing=missing, unexpected=unexpected))
 
 
 def pixels(ladder: Ladder) -> RungResult:
     """Compares what both input pipelines make of the same image files, in evaluation and in training."""
-    options = ladder.options
-    files = list(options.images) or inputs.write_files(ladder.folder / "files")
-    crop = max(options.height_width)
-    full_resize, full_crop = resolution(crop * crop)
-    resize = max(crop, round(crop * full_resize / full_crop))
-    draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
-    shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
-    reference, candidate = ladder.both("fp64", "pixels", epochs=EPOCHS, draws=draws, **shared)
-    lines = float64_lines("pixels", one_batch(reference), one_batch(candidate), fail_fast=options.fail_fast)
-    return RungResult("pixels", lines + absent_lines("pixels", "fp64", reference, candidate))
+    return of_pixels(ladder).judge()
 
 
 def forward(ladder: Ladder) -> RungResult:
     """Compares every unit's output; if one differs, compares again with the reference's input given to each unit."""
-    result = Question(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)}).judge()
+    result = of_forward(ladder).judge()
     if ladder.options.precision == "fp16" and result.verdict != "bug":
         _name_products(ladder, result)
     if ladder.options.precision != "fp64" and result.verdict != "bug":
@@ -71,12 +61,25 @@ def forward(ladder: Ladder) -> RungResult:
             result.lines.append(line)
             result.findings.append(f"{note} than {ladder.options.precision}")
     unseen = [line.name for line in result.lines if line.note.startswith(NOT_COMPARED)]
-    if unseen:
+    if unseen and ladder.exported is not None:
+        result.findings.append(f"not compared, as an exported file shows no units: {', '.join(unseen)}")
+    elif unseen:
         result.findings.append(f"not compared, as a side has no module of its own for them: {', '.join(unseen)}")
     failed = [line for line in result.lines if line.verdict == "bug" and line.name not in ("all units", *OPERANDS)]
-    if failed:
+    if failed and ladder.exported is not None:
+        result.findings.append(f"{failed[0].name}: {size(failed[0])}; {_of_a_file(ladder, failed[0])}")
+    elif failed:
         diverge(ladder, result, failed)
     return result
+
+
+def _of_a_file(ladder: Ladder, line: Line) -> str:
+    """Returns what can be said of logits that fail if one side is an exported file."""
+    other = next(role for role in ROLES if role != ladder.exported)
+    if line.note.startswith(f"the {other}'s"):
+        precision = ladder.options.precision
+        return f"the file errs less than {precision} does: ask for the precision that it was exported in"
+    return "where it begins, an exported file does not show"
 
 
 def _name_products(ladder: Ladder, result: RungResult) -> None:
@@ -86,11 +89,15 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
     differ by, so errors alone would not tell the two formats apart.
     """
     precision = ladder.options.precision
+    multiplies = {
+        "reference": ladder.reference.products(),
+        "candidate": ladder.ask("candidate", precision, "products").info,
+    }
     wrong = [
         (kind, f"{precision} was asked for, but the {role} multiplies in {used}")
-        for role in ROLES
-        for kind, used in zip(OPERANDS, ladder.ask(role, precision, "products").info, strict=True)
-        if used != PRODUCTS[precision]
+        for role, both in multiplies.items()
+        for kind, used in zip(OPERANDS, both, strict=True)
+        if used not in (PRODUCTS[precision], UNKNOWN)
     ]
     lines = [Line("forward", kind, precision, "bug", np.inf, 0.0, note=note) for kind, note in wrong]
     result.lines[:0] = lines
@@ -99,24 +106,17 @@ def _name_products(ladder: Ladder, result: RungResult) -> None:
 
 def loss(ladder: Ladder) -> RungResult:
     """Compares normalization and mixup, which each side does itself, then the loss of the reference's mixed batch."""
-    mixed = Question(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, disturb=False).judge()
+    if ladder.exported is not None:  # a file neither normalizes nor mixes
+        return of_losses(ladder).judge()
+    mixed = of_mixup(ladder).judge()
     if mixed.verdict == "bug":
         return mixed
-    losses = Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)}).judge()
-    return RungResult("loss", mixed.lines + losses.lines)
+    return RungResult("loss", mixed.lines + of_losses(ladder).judge().lines)
 
 
 def gradients(ladder: Ladder) -> RungResult:
     """Compares the gradient of every parameter, under the checkpoint's key."""
-    batches = ladder.options.batches
-    result = Question(
-        ladder,
-        "gradients",
-        "gradients",
-        lambda look: {"mixed": ladder.mixed_pictures(look), "count": batches},
-        by_batch,
-        differentiates=True,
-    ).judge()
+    result = of_gradients(ladder).judge()
     failed = [line for line in result.lines if line.verdict == "bug" and line.name != LOSS_SCALE]
     if failed:
         last = max(failed, key=lambda line: depth(line.name))
@@ -131,42 +131,99 @@ def gradients(ladder: Ladder) -> RungResult:
 
 def optimizer(ladder: Ladder) -> RungResult:
     """Compares parameters and momentum after one step, inside the warm-up, with the reference's gradients."""
-    options = ladder.options
-    gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=options.batches)
-    arguments = {
-        "gradients": gradients.arrays.path,
-        "schedule": options.schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)},
-        "momentum": options.momentum,
-        "step": SCHEDULE_STEP,
-    }
-    result = Question(ladder, "optimizer", "optimizer", lambda look: arguments, disturb=False).judge()
-    _count_differing(result)
+    result = of_update(ladder).judge()
+    count_differing(result)
     return result
 
 
 def curve(ladder: Ladder) -> RungResult:
     """Compares the losses of some steps on identical batches after mixup, and the parameters after them."""
-    options = ladder.options
-    training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
-    result = Question(
-        ladder,
-        "curve",
-        "curve",
-        lambda look: {"mixed": ladder.mixed_batches(look)} | training,
-        chaotic=True,
-        differentiates=True,
-    ).judge()
+    result = of_curve(ladder).judge()
     reference, candidate = result.details["losses"]["fp64"]
     apart = np.abs(np.subtract(reference, candidate)) > LIMIT * np.abs(reference)
     if result.verdict == "bug" and apart.any():
         step = int(np.argmax(apart))
         result.findings.append(
-            f"the losses part at step {step} of {options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
+            f"the losses part at step {step} of {ladder.options.steps}: {reference[step]:.12g}, {candidate[step]:.12g}"
         )
-    _count_differing(result)
+    count_differing(result)
     return result
 
 
+def of_weights(ladder: Ladder) -> Question:
+    """Asks for the arrays of the weight file."""
+    return Question(ladder, "weights", "weights", lambda look: {}, judged=False)
+
+
+def of_pixels(ladder: Ladder) -> Question:
+    """Asks for image files as evaluation and training show them, with the same draws of crop and flip."""
+    options, files = ladder.options, ladder.image_files()
+    crop = max(options.height_width)
+    full_resize, full_crop = resolution(crop * crop)
+    resize = max(crop, round(crop * full_resize / full_crop))
+    draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
+    shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
+    arguments = shared | {"epochs": EPOCHS, "draws": draws}
+    return Question(ladder, "pixels", "pixels", lambda look: arguments, judged=False)
+
+
+def of_forward(ladder: Ladder) -> Question:
+    """Asks for every unit's output."""
+    return Question(ladder, "forward", "forward", lambda look: {"images": ladder.pictures(look)})
+
+
+def of_mixup(ladder: Ladder) -> Question:
+    """Asks for the picture batches after normalization and mixup."""
+    return Question(ladder, "loss", "mix", lambda look: {"batches": ladder.pictures(look)}, disturb=False)
+
+
+def of_losses(ladder: Ladder) -> Question:
+    """Asks for the loss of each row of a batch, and for their mean."""
+    return Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)})
+
+
+def of_gradients(ladder: Ladder) -> Question:
+    """Asks for the gradient of every parameter on each batch."""
+    count = ladder.options.batches
+
+    def arguments(look: int) -> dict[str, Any]:
+        return {"mixed": ladder.mixed_pictures(look), "count": count}
+
+    return Question(ladder, "gradients", "gradients", arguments, by_batch, differentiates=True)
+
+
+def of_update(ladder: Ladder) -> Question:
+    """Asks for parameters and momentum after one step, inside the warm-up."""
+    options = ladder.options
+    schedule = options.schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)}
+    shared = {"schedule": schedule, "momentum": options.momentum, "step": SCHEDULE_STEP}
+
+    def arguments(look: int) -> dict[str, Any]:
+        return {"gradients": ladder.gradients()} | shared
+
+    return Question(ladder, "optimizer", "optimizer", arguments, disturb=False)
+
+
+def of_curve(ladder: Ladder) -> Question:
+    """Asks for the losses of some steps of training, and for the parameters after them."""
+    options = ladder.options
+    training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
+
+    def arguments(look: int) -> dict[str, Any]:
+        return {"mixed": ladder.mixed_batches(look)} | training
+
+    return Question(ladder, "curve", "curve", arguments, chaotic=True, differentiates=True)
+
+
+QUESTIONS: dict[str, tuple[Callable[[Ladder], Question], ...]] = {
+    "weights": (of_weights,),
+    "pixels": (of_pixels,),
+    "forward": (of_forward,),
+    "loss": (of_mixup, of_losses),
+    "gradients": (of_gradients,),
+    "optimizer": (of_update,),
+    "curve": (of_curve,),
+}  # {rung: what it asks}; accuracy counts, and asks nothing that a `Question` judges
 RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
     "weights": weights,
     "pixels": pixels,
@@ -179,7 +236,7 @@ RUNGS: dict[str, Callable[[Ladder], RungResult]] = {
 }
 
 
-def _count_differing(result: RungResult) -> None:
+def count_differing(result: RungResult) -> None:
     """Adds to the result how many lines differ, and which of them most."""
     failed = [line for line in result.lines if line.verdict == "bug"]
     if failed:

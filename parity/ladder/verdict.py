@@ -11,7 +11,12 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from parity.ladder.kept import HIGH, Kept, Whole
+
 Verdict = Literal["equal", "rounding", "bug"]
+
+# The spacing of floating-point numbers at 1. TF32 and float16 keep 10 bits after the point, bfloat16 keeps 7.
+ULP = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10, "fp64": 2.0**-52}
 
 LIMIT = 1e-9
 LIMIT_REASON = (
@@ -24,7 +29,6 @@ MULTIPLE_REASON = (
     "products in TF32 err some 700 times more than in float32"
 )
 SLACK = 2.0  # a flipped ReLU moves both sides by similar but unequal amounts, so allow a factor of 2
-HIGH = 0.999  # quantile that is judged beside the RMSE, in which a few wrong values of a large array would not show
 LOOKS = 4  # the most sets of images that an array is judged on; measured by benchmarks/false_alarms.py
 LOOKS_REASON = (
     "the error of few values, and whether a ReLU flips, is luck, and luck does not come four times; "
@@ -68,24 +72,27 @@ class Line:
     looks: int = 1
 
 
-def exact(rung: str, name: str, precision: str, reference: np.ndarray, candidate: np.ndarray) -> Line:
+def exact(rung: str, name: str, precision: str, reference: Kept | np.ndarray, candidate: np.ndarray) -> Line:
     """Judges an array that is only copied, such as labels: any difference is a bug."""
+    reference = _kept(reference)
     if shapes := _shapes(reference, candidate):
         return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
-    same = np.array_equal(reference, candidate)
-    difference = 0.0 if same else relative_difference(reference, candidate)
+    same = reference.same(candidate)
+    difference = 0.0 if same else reference.difference(candidate)
     return Line(rung, name, precision, "equal" if same else "bug", difference, 0.0)
 
 
 def in_float64(
-    rung: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, limit: float = LIMIT, note: str = ""
+    rung: str, name: str, reference: Kept | np.ndarray, candidate: np.ndarray, *, limit: float = LIMIT, note: str = ""
 ) -> Line:
     """Judges an array in float64, where any difference above the limit is a bug."""
+    reference = _kept(reference)
     if shapes := _shapes(reference, candidate):
         return Line(rung, name, "fp64", "bug", np.inf, limit, note=shapes)
-    difference = relative_difference(reference, candidate)
-    verdict: Verdict = "equal" if np.array_equal(reference, candidate) else "rounding" if difference <= limit else "bug"
-    return Line(rung, name, "fp64", verdict, difference, limit, note=note)
+    if reference.same(candidate):
+        return Line(rung, name, "fp64", "equal", 0.0, limit, note=note)
+    difference = reference.difference(candidate)
+    return Line(rung, name, "fp64", "rounding" if difference <= limit else "bug", difference, limit, note=note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,33 +115,65 @@ class Look:
     shapes: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the reference says of one array, from one set of images: what a candidate's array is held against.
+
+    Attributes:
+        oracle: the float64 result of each batch.
+        results: the reference's own results of each batch in the precision that is judged.
+        errors: [RMSE, `HIGH` quantile] of the reference's error, each the smallest over the batches.
+        explained: the same for float64 under disturbances, the largest over these; None if there were none.
+    """
+
+    oracle: Sequence[Kept]
+    results: Sequence[Kept]
+    errors: np.ndarray
+    explained: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, oracle: Sequence[Kept], results: Sequence[np.ndarray], disturbed: Sequence[Sequence[np.ndarray]]
+    ) -> "Expected":
+        """Measures the reference's error and what disturbances explain.
+
+        Args:
+            oracle: the float64 result of each batch.
+            results: the reference's results of each batch.
+            disturbed: for each disturbance, which is MULTIPLE times as large as rounding, the float64 result of each
+                batch.
+        """
+        explained = np.max([_error(oracle, batches) for batches in disturbed], axis=0) if disturbed else None
+        return cls(oracle, [_kept(result) for result in results], _error(oracle, results), explained)
+
+    def look(self, candidate: Sequence[np.ndarray]) -> Look:
+        """Measures a candidate's error, given its results of each batch.
+
+        The smallest error over the batches counts: if a ReLU's input is within rounding of zero, the ReLU may be on in
+        one framework and off in the other, which changes that batch's gradients by far more than rounding.
+        """
+        if shapes := _shapes(self.results[0], candidate[0]):
+            return Look(np.full(2, np.inf), np.full(2, np.inf), None, np.inf, shapes=shapes)
+        pairs = list(zip(self.results, candidate, strict=True))
+        return Look(
+            self.errors,
+            _error(self.oracle, candidate),
+            self.explained,
+            max(result.difference(theirs) for result, theirs in pairs),
+            all(result.same(theirs) for result, theirs in pairs),
+        )
+
+
 def look(
     oracle: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
     candidate: Sequence[np.ndarray],
     disturbed: Sequence[Sequence[np.ndarray]],
 ) -> Look:
-    """Measures both sides' errors.
-
-    The smallest error over the batches counts: if a ReLU's input is within rounding of zero, the ReLU may be on in one
-    framework and off in the other, which changes that batch's gradients by far more than rounding.
-
-    Args:
-        oracle: the float64 result of each batch.
-        reference, candidate: the two sides' results of each batch.
-        disturbed: for each disturbance, which is MULTIPLE times as large as the better side's rounding, the float64
-            result of each batch.
-    """
-    if shapes := _shapes(reference[0], candidate[0]):
-        return Look(np.full(2, np.inf), np.full(2, np.inf), None, np.inf, shapes=shapes)
-    pairs = list(zip(reference, candidate, strict=True))
-    return Look(
-        _error(oracle, reference),
-        _error(oracle, candidate),
-        np.max([_error(oracle, results) for results in disturbed], axis=0) if disturbed else None,
-        max(relative_difference(*pair) for pair in pairs),
-        all(np.array_equal(*pair) for pair in pairs),
-    )
+    """Measures both sides' errors from arrays of each batch; see `Expected`."""
+    if _shapes(_kept(reference[0]), candidate[0]):
+        return Expected([], [_kept(array) for array in reference], np.zeros(2), None).look(candidate)
+    return Expected.of([_kept(array) for array in oracle], reference, disturbed).look(candidate)
 
 
 def errors_and_limits(
@@ -206,6 +245,55 @@ def calibrated(rung: str, name: str, precision: str, looks: Sequence[Look]) -> L
     )
 
 
+def explained_by(exact: np.ndarray, disturbed: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns [RMSE, `HIGH` quantile] of the error of the disturbed results, the largest over these."""
+    return np.max([_error([Whole(exact)], [result]) for result in disturbed], axis=0)
+
+
+def recorded(
+    rung: str,
+    name: str,
+    precision: str,
+    exact: np.ndarray,
+    record: np.ndarray,
+    explained: np.ndarray,
+    *,
+    stored: float,
+) -> Line:
+    """Judges an array that a run recorded against float64's, where there is no other side to compare its error with.
+
+    It may err SLACK times as much as float64 itself under disturbances that are MULTIPLE times as large as rounding,
+    or as much as storing the array can, whichever is larger.
+
+    Args:
+        exact: the float64 result.
+        record: what the run recorded.
+        explained: [RMSE, `HIGH` quantile] of the error under disturbances, see `explained_by`.
+        stored: relative error that comes from storing the array, once or in every step.
+    """
+    known = Whole(exact)
+    if shapes := _shapes(known, record):
+        return Line(rung, name, precision, "bug", np.inf, 0.0, note=shapes)
+    error = _error([known], [record])
+    limit = np.maximum(SLACK * explained, MULTIPLE * stored)
+    shares = np.nan_to_num(error / limit, nan=np.inf)
+    which = int(shares.argmax())
+    used = float(shares[which])
+    kind = ("RMSE", f"{HIGH:.1%} error")[which]
+    return Line(
+        rung,
+        name,
+        precision,
+        "bug" if used > 1 else "rounding" if error.any() else "equal",
+        known.difference(record),
+        float(limit[which]),
+        candidate_error=float(error[which]),
+        disturbed_error=float(explained[which]),
+        used=used,
+        note=f"its {kind} against float64, {error[which]:.1e}, is {used:.3g} times what is allowed" if used > 1 else "",
+    )
+
+
 def by_chance(line: Line) -> bool:
     """Whether an error may exceed its limit by bad luck, so that a further look has to decide.
 
@@ -247,24 +335,6 @@ def look_again(
     return list(lines.values())
 
 
-def relative_difference(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Returns the largest difference, relative to the reference's RMS; infinite if either side is not finite."""
-    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
-    if not (np.isfinite(reference).all() and np.isfinite(candidate).all()):
-        return np.inf
-    return float(np.abs(reference - candidate).max(initial=0)) / _scale(reference)
-
-
-def relative_rmse(oracle: np.ndarray, result: np.ndarray) -> float:
-    """Returns the RMSE of a result, relative to the RMS of the float64 result."""
-    return rms(result.astype(np.float64) - oracle) / _scale(oracle)
-
-
-def rms(array: np.ndarray) -> float:
-    """Returns the root mean square; 0 of an empty array."""
-    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
-
-
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
     """Returns the gravest of the verdicts; equal if there are none."""
     if "bug" in verdicts:
@@ -272,19 +342,16 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     return "rounding" if "rounding" in verdicts else "equal"
 
 
-def _error(oracle: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> np.ndarray:
+def _error(oracle: Sequence[Kept], results: Sequence[np.ndarray]) -> np.ndarray:
     """Returns [RMSE, `HIGH` quantile] of the error relative to the oracle's RMS, each the smallest over the batches."""
-    errors = []
-    for exact_result, result in zip(oracle, results, strict=True):
-        error = np.abs(result.astype(np.float64) - exact_result)
-        errors.append((rms(error) / _scale(exact_result), np.quantile(error, HIGH) / _scale(exact_result)))
+    errors = np.array([exact.errors(result) for exact, result in zip(oracle, results, strict=True)])
     # one NaN makes the result NaN: the minimum must not hide it
-    return np.where(np.isnan(errors).any(axis=0), np.nan, np.min(errors, axis=0))
+    return np.where(np.isnan(errors).any(axis=0), np.nan, errors.min(axis=0))
 
 
-def _scale(array: np.ndarray) -> float:
-    return rms(array.astype(np.float64)) or 1.0
+def _kept(array: Kept | np.ndarray) -> Kept:
+    return Whole(array) if isinstance(array, np.ndarray) else array
 
 
-def _shapes(reference: np.ndarray, candidate: np.ndarray) -> str:
+def _shapes(reference: Kept, candidate: np.ndarray) -> str:
     return "" if reference.shape == candidate.shape else f"shape {candidate.shape}, the reference's {reference.shape}"

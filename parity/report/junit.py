@@ -7,7 +7,8 @@ from parity.report.saved import Report
 
 
 def to_xml(report: Report) -> bytes:
-    """Returns JUnit XML with a suite for each rung and a test case for each array and precision."""
+    """Returns JUnit XML with a suite for each rung and a test case for each array and precision. A suite's properties
+    name the differences that were accepted."""
     suites = ET.Element(
         "testsuites", name=f"parity: {report['sides']['candidate']} against {report['sides']['reference']}"
     )
@@ -21,6 +22,10 @@ def to_xml(report: Report) -> bytes:
             failures=str(len(failures)),
             time=f"{rung['seconds']:.3f}",
         )
+        if accepted := report["attestation"].get("accepted"):
+            properties = ET.SubElement(suite, "properties")
+            for clause in accepted:
+                ET.SubElement(properties, "property", name="accepted", value=clause)
         for line in rung["lines"]:
             name = f"{line['name']} [{line['precision']}]"
             case = ET.SubElement(suite, "testcase", classname=f"parity.{rung['name']}", name=name)

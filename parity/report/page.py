@@ -19,10 +19,12 @@ from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError, Source
 from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
+from parity.ladder.ladder import ROLES
 from parity.ladder.verdict import LIMIT, MULTIPLE
 from parity.report import operations, terminal
 from parity.report.saved import Report
 from parity.sides.images import decode
+from parity.sides.tasks import UNKNOWN
 
 THUMBNAIL = 96  # side of a flipped image on the page, in pixels
 SHOWN_FLIPS = 60  # the most flipped images that the page shows
@@ -223,14 +225,15 @@ def _attested(report: Report) -> list[dict[str, Any]]:
     """Returns the attestation as [{precision, rows: [(entry, reference, candidate, whether they differ)]}]."""
     tables = []
     for precision, pair in report["attestation"]["sides"].items():
-        reference, candidate = pair["reference"], pair["candidate"]
+        reference, candidate = (pair.get(role, {}) for role in ROLES)  # an exported file has no float64
         entries = dict.fromkeys([*reference, *candidate])
         rows = [
             (
                 entry,
-                _plain(reference.get(entry)),
-                _plain(candidate.get(entry)),
-                reference.get(entry) != candidate.get(entry),
+                plain(reference.get(entry)),
+                plain(candidate.get(entry)),
+                reference.get(entry) != candidate.get(entry)
+                and UNKNOWN not in (reference.get(entry, UNKNOWN), candidate.get(entry, UNKNOWN)),
             )
             for entry in entries
         ]
@@ -238,7 +241,7 @@ def _attested(report: Report) -> list[dict[str, Any]]:
     return tables
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return "" if value is None else str(value)

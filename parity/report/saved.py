@@ -36,7 +36,7 @@ def build(ladder: Ladder, attestation: dict[str, Any], results: list[RungResult]
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "options": json.loads(json.dumps(options, default=str)),
-        "sides": {role: str(side) for role, side in ladder.sides.items()},
+        "sides": ladder.names,
         "architecture": str(ladder.architecture),
         "precision": ladder.options.precision,
         "attestation": attestation,

@@ -17,9 +17,11 @@ COLOURS = {"equal": "green", "rounding": "green", "bug": "red"}
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints mismatches, the table of rungs, the findings, and the conclusion; the console must not read markup."""
+    """Prints notes, mismatches, rungs, findings and the conclusion; the console must not read markup."""
     sides, precision = report["sides"], report["precision"]
     names = [sides[role] for role in ROLES]
+    for sentence in report["attestation"].get("notes", ()):
+        console.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
     for sentence in report["attestation"]["mismatches"]:
         console.print(_marked("mismatch", sentence))
     table = Table(title=_plain(f"{names[1]} against {names[0]}, {report['architecture']}"), title_justify="left")
@@ -41,6 +43,9 @@ def show(report: Report, console: Console) -> None:
             console.print(_marked(rung["name"], finding))
     _show_operations(report, console)
     _show_accuracy(report, console)
+    _show_baseline(report, console)
+    for sentence in report.get("answers", []):
+        console.print(_plain(sentence))
     console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
 
 
@@ -79,7 +84,7 @@ def _precision_cell(rung: dict, precision: str) -> str:
     if not lines:
         return ""
     line = max(lines, key=lambda line: float(line["used"]))
-    errors = (number(line[f"{who}_error"]) for who in ROLES)
+    errors = (number(line[f"{who}_error"]) for who in ROLES if line[f"{who}_error"] is not None)
     return f"{' / '.join(errors)} ({number(line['limit'])})  {short(line['name'])}"
 
 
@@ -104,6 +109,17 @@ def _show_accuracy(report: Report, console: Console) -> None:
         console.print(_plain(sentence))
 
 
+def _show_baseline(report: Report, console: Console) -> None:
+    """Prints what changed against the baseline, and how much did not."""
+    sentences = report.get("baseline", [])
+    same = [sentence for sentence in sentences if ": the same, " in sentence]
+    for sentence in sentences:
+        if sentence not in same or sentence.endswith("would hold"):
+            console.print(_plain(sentence))
+    if same:
+        console.print(_plain(f"baseline: {len(same)} of {len(sentences)} figures are the same as before"))
+
+
 def accuracy_sentences(details: dict[str, Any]) -> list[str]:
     """Returns sentences with the statistics of the accuracy rung."""
     (both, reference_only), (candidate_only, neither) = details["table"]
@@ -125,17 +141,28 @@ def accuracy_sentences(details: dict[str, Any]) -> list[str]:
 
 def conclusion(report: Report) -> str:
     """Returns one sentence on whether the comparison holds, and if not, where it fails."""
+    if "conclusion" in report:  # of a run's step, see `step.Examination`
+        return report["conclusion"]
     reference, candidate = (report["sides"][role] for role in ROLES)
     if not report["rungs"]:
         return "nothing was compared"
+    accepted = "; ".join(report["attestation"].get("accepted", ()))
+    accepted = f", with accepted differences: {accepted}" if accepted else ""
     if report["holds"]:
         rungs = ", ".join(rung["name"] for rung in report["rungs"])
-        return f"HOLDS: {candidate} and {reference} compute the same up to rounding ({rungs})"
+        return f"HOLDS: {candidate} and {reference} compute the same up to rounding ({rungs}){accepted}"
     rung = next(rung for rung in report["rungs"] if rung["name"] == report["failed"])
     first = next(line for line in rung["lines"] if line["verdict"] == "bug")
     return (
         f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']})"
+        f"{accepted}; again by: {again(report)}"
     )
+
+
+def again(report: Report) -> str:
+    """Returns the command that runs the rung at which a comparison failed, alone if it can be."""
+    command = report["command"]
+    return command.replace(" parity all", f" parity {report['failed']}") if "--until" not in command else command
 
 
 def number(value: Any) -> str:

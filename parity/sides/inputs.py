@@ -111,18 +111,19 @@ class Batches:
     Attributes:
         image: images, uint8 [batches, rows, height, width, 3].
         label: labels, int32 [batches, rows].
-        weight: mixup's weight of each image itself, float64 [batches].
+        weight: mixup's weight of each image itself, float64 [batches]; None: images are not mixed.
         ids: id of every row's example.
     """
 
     image: np.ndarray
     label: np.ndarray
-    weight: np.ndarray
+    weight: np.ndarray | None
     ids: list[list[str]]
 
     def save(self, path: Path) -> None:
         """Writes images, labels and weights to an .npz file, from which both sides read them."""
-        np.savez(path, image=self.image, label=self.label, weight=self.weight)
+        weight: dict[str, Any] = {} if self.weight is None else {"weight": self.weight}
+        np.savez(path, image=self.image, label=self.label, **weight)
 
 
 def joined(parts: Sequence[Batches]) -> Batches:

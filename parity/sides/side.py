@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from bit_jax.process import hugepages
@@ -14,6 +15,9 @@ SWITCHES = {
     "torch": ("compile", "channels_last", "deterministic", "hugepages"),
 }
 REMAT = ("remat=norm", "remat=unit")
+EXPORTED = ("onnx", "stablehlo")  # what runs a model that was exported to a file; it has no other setting
+# entry of the attestation whose difference can be accepted -> field of a side that takes the other side's value
+ACCEPTABLE = {"standardization eps": "standardize_eps", "group norm eps": "norm_eps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Side:
     """One side of the comparison.
 
     Attributes:
-        framework: jax or torch.
+        framework: jax, torch, or one of `EXPORTED`.
         devices: number of devices; on a CPU JAX's are virtual, and PyTorch's are processes that share the threads.
         fsdp: JAX: number of devices over which parameters are split.
         microbatches: JAX: number of parts in which a training step's batch is computed, one after the other.
@@ -34,6 +38,8 @@ class Side:
         channels_last: torch: whether images and kernels have the channels_last memory format.
         model: torch: `package.module:factory` of a model in place of the reference.
         state_dict: torch: file that the model's parameters are loaded from.
+        norm_eps, standardize_eps: jax and torch: constants that this project's model computes with; None: BiT's.
+        file: onnx and stablehlo: the exported file.
     """
 
     framework: str
@@ -49,14 +55,24 @@ class Side:
     channels_last: bool = False
     model: str | None = None
     state_dict: str | None = None
+    norm_eps: float | None = None
+    standardize_eps: float | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
+        if self.file is not None:
+            return f"{self.framework}:{self.file}"
         settings = [f"{name}={getattr(self, name)}" for name in COUNTS["jax"] if getattr(self, name) != 1]
         settings += [f"remat={self.remat}"] if self.remat != "none" else []
         settings += [word for word in SWITCHES[self.framework] if getattr(self, word)]
         settings += ["flags=" + "+".join(self.flags)] if self.flags else []
         name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
+
+    @property
+    def ours(self) -> bool:
+        """Whether the model is this project's own, and not another's or an exported file."""
+        return self.model is None and self.file is None
 
     @property
     def processes(self) -> int:
@@ -72,7 +88,7 @@ class Side:
         even if there is a GPU."""
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
         variables |= hugepages.environment() if self.hugepages else {}
-        if self.framework == "jax":
+        if self.framework in ("jax", "stablehlo"):
             # the other framework needs memory of the same GPU
             variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             virtual = f"xla_force_host_platform_device_count={self.devices}"
@@ -84,24 +100,45 @@ class Side:
         return variables
 
 
-def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None) -> Side:
+def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None, exported: bool = False) -> Side:
     """Parses `torch`, `torch:compile,channels_last`, `jax:tuned` or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
 
+    Args:
+        text: the side.
+        model, state_dict: a PyTorch side's model and its parameters.
+        exported: whether `onnx:FILE` and `stablehlo:FILE` are taken, too; they neither train nor can be timed.
+
     Raises:
-        RequestError: the text has another form, or `fsdp` does not divide `devices`.
+        RequestError: the text has another form, `fsdp` does not divide `devices`, or there is no such file.
     """
     framework, _, rest = text.partition(":")
+    if framework in EXPORTED:
+        return _exported(framework, rest, taken=exported)
     settings = rest.split(",") if rest else []
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
             f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,hugepages] "
             "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,deterministic,hugepages,flags=NAME=VALUE+...]"
+            + (", onnx:FILE or stablehlo:FILE" if exported else "")
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
     return dataclasses.replace(side, model=model, state_dict=state_dict) if framework == "torch" else side
+
+
+def _exported(framework: str, file: str, *, taken: bool) -> Side:
+    """Returns the side of an exported file, whose name may hold commas and colons."""
+    if not taken:
+        raise RequestError(
+            f"side {framework}:{file} is an exported file, which can be compared in the rungs forward, loss and "
+            "accuracy alone; give torch or jax"
+        )
+    if not file or not Path(file).is_file():
+        missing = "names no file" if not file else "is not to be had: there is no such file"
+        raise RequestError(f"side {framework}:{file} {missing}; write {framework}:FILE with a model that was exported")
+    return Side(framework, file=file)
 
 
 def _field(framework: str, setting: str) -> tuple[str, Any] | None:

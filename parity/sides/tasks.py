@@ -14,26 +14,54 @@ from parity.sides.clock import Pass
 
 Result = tuple[Any, dict[str, np.ndarray] | None]
 Disturb = tuple[Sequence[int], float]  # (seed, relative amplitude), see `inputs.disturbance`
+UNKNOWN = "unknown"  # an entry of the attestation that a side cannot look up
+ANY = "any"  # a size of its images that an exported file leaves open
 
 
-class Tasks(Protocol):
-    """One side, in a process that has imported its framework. Arguments that name files are paths.
-
-    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `seconds` is how long
-    something is timed.
-    """
+class ForwardTasks(Protocol):
+    """What every side owes, an exported file too. Arguments that name files are paths."""
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
         """Has the fault of that name while the `with` block runs; None: no fault."""
         ...
 
-    def attest(self, images: str, dataset: Sequence[Any] = ()) -> Result:
-        """Says what computes here: versions, device, precision, constants, and what identifies weights and data."""
+    def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
+        """Says what computes here: versions, device, precision, constants, and what identifies weights and data; with
+        `program`, also what identifies the compiled forward pass, if there is one."""
         ...
 
     def products(self) -> Result:
         """Says in which type a matrix product and a convolution really multiply."""
         ...
+
+    def forward(self, images: str) -> Result:
+        """Returns the logits, and the output of every unit that can be observed."""
+        ...
+
+    def loss(self, mixed: str) -> Result:
+        """Returns the loss of each row of the first batch, and their mean."""
+        ...
+
+    def accuracy(
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None,
+        class_names: Sequence[str] | None,
+        size: int,
+        batch: int,
+        limit: int | None,
+    ) -> Result:
+        """Returns logits, label and number of every example that evaluation counts; says evaluation's own sums."""
+        ...
+
+
+class Tasks(ForwardTasks, Protocol):
+    """One side, in a process that has imported its framework.
+
+    `mixed` is a file of batches after normalization and mixup, of which `count` are used; `start` is a file of a state,
+    with arrays `params/KEY` and `momentum/KEY`; `seconds` is how long something is timed.
+    """
 
     def weights(self) -> Result:
         """Returns every array of the weight file, as the model holds it."""
@@ -45,7 +73,8 @@ class Tasks(Protocol):
         ...
 
     def forward(self, images: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
-        """Returns every unit's output; with a `teacher` file, of units that are each given the teacher's input."""
+        """Returns every unit's output for the first batch of a file of pictures or a mixed one; with a `teacher` file,
+        of units that are each given the teacher's input."""
         ...
 
     def mix(self, batches: str) -> Result:
@@ -72,8 +101,9 @@ class Tasks(Protocol):
         begin with `plain`, by the framework's public functions; writes the module's program into a folder."""
         ...
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int) -> Result:
-        """Returns parameters and momentum after update number `step` with the given gradients."""
+    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
+        """Returns parameters and momentum after update number `step` with the given gradients, from the momentum in
+        `start` or else from one that is not zero."""
         ...
 
     def curve(
@@ -84,21 +114,11 @@ class Tasks(Protocol):
         momentum: float,
         disturb: Disturb | None = None,
         scale: float = ...,
+        start: str | None = None,
+        step: int = 0,
     ) -> Result:
-        """Returns the loss of each of `count` training steps, and the parameters after them."""
-        ...
-
-    def accuracy(
-        self,
-        dataset: str,
-        split: str,
-        data_dir: str | None,
-        class_names: Sequence[str] | None,
-        size: int,
-        batch: int,
-        limit: int | None,
-    ) -> Result:
-        """Returns logits, label and number of every example that evaluation counts; says evaluation's own sums."""
+        """Returns the loss of each of `count` training steps, and the parameters after them; from the state `start`
+        after `step` steps, the momentum too."""
         ...
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:

@@ -170,8 +170,6 @@ def test_without_a_reference_to_ask_the_operation_is_not_looked_for():
 
 ALONE = """
 import runpy, sys
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 sys.modules.update(dict.fromkeys(("parity", "bit_jax", "input_pipeline", "flax", "optax")))  # no import finds them
 runpy.run_path(sys.argv[1], run_name="__main__")
 """

@@ -21,8 +21,8 @@ class Observed:
     """A model on one batch, of which one site's operations are observed.
 
     Args:
-        model: the model. What its backward pass would compute again is kept instead, because nothing within such a part
-            can be observed.
+        model: the model. What its backward pass would compute or gather again is kept instead, because nothing within
+            such a part can be observed.
         params: its parameters.
         batch: images and targets.
         site, ops: the site, and its operations.
@@ -38,7 +38,7 @@ class Observed:
         ops: dict[str, Operation],
         jit: Callable[[Callable], Callable],
     ):
-        self._model = model.clone(remat="none", paced=False)
+        self._model = model.clone(remat="none", paced=False, gather=None)
         self._params, (self._images, self._targets) = params, batch
         self._site, self._ops, self._jit = site, ops, jit
         self._dtype = layers.param_dtype(model.dtype)

@@ -120,20 +120,27 @@ def update(question: dict[str, Any]) -> Callable[[Arrays, jax.Array], Arrays]:
     return compute
 
 
-def write(compute: Callable, results: Sequence[str], operands: Arrays, gradient: np.ndarray, folder: Path) -> None:
+def write(
+    compute: Callable,
+    jit: Callable[[Callable], Any],
+    results: Sequence[str],
+    operands: Arrays,
+    gradient: np.ndarray,
+    folder: Path,
+) -> None:
     """Writes the program of a function (operands, gradient) -> {name: result} as StableHLO, in text and to be run, and
-    as the compiler optimized it."""
+    as the compiler optimized it, when `jit` compiles it."""
     names = list(operands)
 
     def listed(*given: jax.Array) -> tuple[jax.Array, ...]:
         computed = compute(dict(zip(names, given[:-1], strict=True)), given[-1])
         return tuple(computed[name] for name in results)
 
-    function, given = jax.jit(listed), (*operands.values(), gradient)
-    exported = export.export(function)(*given)
+    given = (*operands.values(), gradient)
+    exported = export.export(jax.jit(listed))(*given)
     (folder / "jax_program.bin").write_bytes(exported.serialize())
     (folder / "jax_program.mlir").write_text(exported.mlir_module())
-    (folder / "jax_program.hlo").write_text(function.lower(*given).compile().as_text() or "")
+    (folder / "jax_program.hlo").write_text(jit(listed).lower(*given).compile().as_text() or "")
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def _module(model: resnetv2.ResNetV2, params: Any, images: jax.ShapeDtypeStruct,
             found.append(context.module)
         return call(*args, **kwargs)
 
-    plain = model.clone(remat="none", paced=False)
+    plain = model.clone(remat="none", paced=False, gather=None)
     with nn.intercept_methods(find):
         jax.eval_shape(lambda params, images: steps.apply_model(plain, params, images), params, images)
     return found[0]

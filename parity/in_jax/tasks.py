@@ -246,7 +246,8 @@ class JaxSide:
         self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
     ) -> Result:
         """Returns what one operation by itself makes of operands, computed by the model's module and, under names that
-        begin with `plain`, by JAX's public functions; writes the module's program into a folder.
+        begin with `plain`, by JAX's public functions; writes the module's program into a folder. Says the compiler's
+        options.
 
         Args:
             question: the content of a reproducer's operation.json.
@@ -264,12 +265,12 @@ class JaxSide:
         arrays = inputs.disturbed_file(operands, disturb)
         given = {name: arrays[name].astype(self.dtype) for name in question["operands"]}
         gradient = arrays["gradient"].astype(self.dtype)
-        compute = self._jit(function)
-        results = compute(given, gradient)
+        results = self._jit(function)(given, gradient)
         if programs is not None:
-            single.write(compute, question["results"], given, gradient, Path(programs))
+            single.write(function, self._jit, question["results"], given, gradient, Path(programs))
         plain = {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
-        return None, {name: np.asarray(array) for name, array in (results | plain).items()}
+        options = self.target.compiler_options
+        return {"compiler_options": options}, {name: np.asarray(a) for name, a in (results | plain).items()}
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum

@@ -39,11 +39,11 @@ def plain(question, arrays):
 
     def standardization(kernel):
         variance, mean = torch.var_mean(kernel, dim=(0, 1, 2), keepdim=True, correction=0)
-        return (kernel - mean) / torch.sqrt(variance + 1e-10)
+        return (kernel - mean) / torch.sqrt(variance + question["standardize_eps"])
 
     def norm_and_relu(input, gamma, beta):  # noqa: A002
         x = input.permute(0, 3, 1, 2).to(narrow).to(wide)
-        return F.relu(F.group_norm(x, 32, gamma, beta, 1e-5)).permute(0, 2, 3, 1)
+        return F.relu(F.group_norm(x, 32, gamma, beta, question["norm_eps"])).permute(0, 2, 3, 1)
 
     def head(input, kernel, bias):  # noqa: A002
         return F.linear(input.to(narrow), kernel[0, 0].T.to(narrow), bias.to(narrow))
@@ -89,7 +89,7 @@ def main():
     folder = Path(__file__).parent
     question = json.loads((folder / "operation.json").read_text())
     arrays = np.load(folder / "inputs.npz")
-    device = question["torch device"]
+    device = question["torch ran with"]["device"]
     program = torch.export.load(folder / "torch_program.pt2").module()
     wide = torch.float64 if question["precision"] == "fp64" else torch.float32
     given = [torch.from_numpy(arrays[name]).to(device, wide) for name in (*question["operands"], "gradient")]

@@ -232,7 +232,7 @@ class TorchSide:
     def operation(
         self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None
     ) -> Result:
-        """Returns what one operation by itself makes of operands, as `JaxSide.operation` does."""
+        """Returns what one operation by itself makes of operands, as `JaxSide.operation` does; says the device."""
         if question["kind"] == "update":
             alone: single.Program = single.Update(question, self.precision, self.device)
         else:
@@ -242,7 +242,9 @@ class TorchSide:
         results = alone.compute(given, gradient)
         if programs is not None and self.devices.rank == 0:
             alone.write(given, gradient, Path(programs))
-        return None, results | {f"plain {name}": array for name, array in script.plain(question, arrays).items()}
+        return {"device": str(self.device)}, results | {
+            f"plain {name}": array for name, array in script.plain(question, arrays).items()
+        }
 
     def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
         """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum

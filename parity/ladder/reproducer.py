@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from bit_jax.model.layers import NORM_EPS, STANDARDIZE_EPS
 from input_pipeline.errors import RequestError, RunFailed
 from parity.ladder import verdict
 from parity.ladder.kept import relative_difference
 from parity.ladder.ladder import ROLES, ULP, Ladder, RungResult
 from parity.ladder.rungs import SCHEDULE_STEP
 from parity.ladder.verdict import MULTIPLE, Line
-from parity.sides.operations import NORM, Recording, operations
+from parity.sides.operations import LAST_SITE, NORM, Recording, operations
 
 # axes of the arrays of a kind: batch n, height h, width w, channels in i and out o, and places of the result y and x
 LAYOUTS = {
@@ -79,6 +80,7 @@ class Question:
         site, name, kind: its site, the operation whose module computes it, and its kind in `LAYOUTS`.
         precision: precision in which it is wrong.
         stride: stride of a convolution.
+        norm_eps, standardize_eps: what is added to variances: what a side sets, else BiT's.
         schedule, momentum, step: of an update, fields of a `Schedule` and the number of the step.
     """
 
@@ -89,6 +91,8 @@ class Question:
     kind: str
     precision: str
     stride: int = 1
+    norm_eps: float = NORM_EPS
+    standardize_eps: float = STANDARDIZE_EPS
     schedule: dict[str, Any] | None = None
     momentum: float = 0.0
     step: int = 0
@@ -136,7 +140,7 @@ def _first_at_fault(ladder: Ladder, result: RungResult) -> "Seen | None":
         attempts = _updates(ladder, result)
     else:
         found = result.details.get("operations", {"wrong": [], "precision": ""})
-        questions = [_question(wrong, found["precision"]) for wrong in found["wrong"][:1]]
+        questions = [_question(ladder, wrong, found["precision"]) for wrong in found["wrong"][:1]]
         attempts = ((question, _operands(ladder, question)) for question in questions if question is not None)
     seen = (_seen(ladder, question, arrays) for question, arrays in attempts)
     return next((attempt for attempt in seen if attempt.line.verdict == "bug"), None)
@@ -162,7 +166,7 @@ def _updates(ladder: Ladder, result: RungResult) -> Iterator[tuple[Question, Arr
         yield Question(f"update {step} of {key}", what, "", "", "update", line.precision, **settings), arrays
 
 
-def _question(wrong: str, precision: str) -> Question | None:
+def _question(ladder: Ladder, wrong: str, precision: str) -> Question | None:
     """Returns the question of an operation that is named wrong, or None if it has no module of its own."""
     operation, _, what = wrong.partition(", ")
     name = re.sub(rf"({NORM}/.*|relu)$", NORM, operation)
@@ -178,7 +182,14 @@ def _question(wrong: str, precision: str) -> Question | None:
         return None
     match = re.match(r"root_block|block\d/unit\d+", name)
     strided = re.match(r"root_block|block[234]/unit01/(b|a/proj)/", name)
-    return Question(operation, what, match[0] if match else "logits", name, kind, precision, 2 if strided else 1)
+    constants = {
+        field: value
+        for side in ladder.sides.values()
+        for field in ("norm_eps", "standardize_eps")
+        if (value := getattr(side, field)) is not None
+    }
+    site, stride = match[0] if match else LAST_SITE, 2 if strided else 1
+    return Question(operation, what, site, name, kind, precision, stride, **constants)
 
 
 def _operands(ladder: Ladder, question: Question) -> Arrays:
@@ -205,6 +216,7 @@ class Seen:
         line: the verdict on the two sides.
         apart: {role: (difference from the answer of the model's module, and of public functions)}, the largest
             difference relative to the answer's RMS.
+        ran: {framework: how it ran the program}, for its script.
     """
 
     question: Question
@@ -212,6 +224,7 @@ class Seen:
     answer: np.ndarray
     line: Line
     apart: dict[str, tuple[float, float]]
+    ran: dict[str, dict[str, Any]]
 
     @property
     def rounding(self) -> float:
@@ -231,7 +244,8 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
     with ladder.forgetting():
         answer = ladder.ask("reference", "fp64", "operation", **asked("fp64")).arrays[f"plain {what}"]
         written = {} if programs is None else {"programs": programs}
-        sides = [ladder.ask(role, precision, "operation", **asked(precision), **written).arrays for role in ROLES]
+        answers = [ladder.ask(role, precision, "operation", **asked(precision), **written) for role in ROLES]
+        sides = [side.arrays for side in answers]
         results, plain = ([side[name] for side in sides] for name in (what, f"plain {what}"))
         if precision == "fp64":
             lines = [verdict.in_float64("operation", what, answer, result) for result in results]
@@ -245,7 +259,8 @@ def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | N
         role: (relative_difference(answer, result), relative_difference(answer, public))
         for role, result, public in zip(ladder.sides, results, plain, strict=True)
     }
-    return Seen(question, arrays, answer, line, apart)
+    ran = {ladder.sides[role].framework: side.info for role, side in zip(ROLES, answers, strict=True)}
+    return Seen(question, arrays, answer, line, apart, ran)
 
 
 def _save(path: Path, arrays: Arrays) -> None:
@@ -293,12 +308,10 @@ def _write(ladder: Ladder, whole: Seen, small: Seen, folder: Path, attestation: 
     question, made = whole.question, ladder.folder / "reproducer"
     made.mkdir()
     _seen(ladder, question, small.arrays, made)
-    device = attestation["sides"][question.precision]
-    devices = {entries["framework"]: entries["device"].partition(":")[0] for entries in device.values()}
-    content = question.content() | {"torch device": devices.get("torch", "cpu")}
+    content = question.content() | {f"{framework} ran with": info for framework, info in small.ran.items()}
     (made / "operation.json").write_text(json.dumps(content, indent=1) + "\n")
     _save(made / "inputs.npz", small.arrays | {"float64": small.answer})
-    for framework in devices:
+    for framework in small.ran:
         source, name = SCRIPTS[framework]
         (made / name).write_text(resources.files(source).joinpath("script.py").read_text())
     (made / "README.md").write_text(_readme(ladder, whole, small, attestation))

@@ -22,6 +22,8 @@ from parity.report import saved
 from parity.sides.inputs import picture_batches, random_arrays
 from parity.sides.operations import LAST_SITE, operations
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 FAULTS = [name for name, fault in faults.FAULTS.items() if fault.operation]
 UNIT = "block2/unit01"
 
@@ -160,11 +162,11 @@ def test_a_foreign_models_fault_is_named_and_shown_in_every_report(small_npz, tm
 
 def test_without_a_reference_to_ask_the_operation_is_not_looked_for():
     class Recorded:
-        asks_reference = False
+        roles = ("candidate",)
 
     result = RungResult("forward", [])
     name_operation(Recorded(), result, [UNIT], "fp64")
-    assert "the reference is not there to be asked" in result.findings[0]
+    assert "is not in the record; compare with the reference" in result.findings[0]
     assert result.details == {}
 
 

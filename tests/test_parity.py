@@ -160,8 +160,8 @@ def faulty(ladders):
     return ladders["fp64"]
 
 
-# one a rung up to the loss, and those of accuracy, whose lines are in the precision asked for; test_bundles.py finds the
-# others through a record of the same reference, and test_parity_operations.py those of one operation
+# one a rung up to the loss, and those of accuracy, whose lines are in the precision asked for; test_bundles.py finds
+# the others through a record of the same reference, and test_parity_operations.py those of one operation
 ONE_A_RUNG = ("swapped-hw", "bgr", "norm-eps", "mixup-labels")
 SLOW = ("detached", "last-batch", "turned-image")
 

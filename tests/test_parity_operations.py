@@ -22,6 +22,8 @@ from parity.report import saved
 from parity.sides.inputs import picture_batches, random_arrays
 from parity.sides.operations import LAST_SITE, operations
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 FAULTS = [name for name, fault in faults.FAULTS.items() if fault.operation]
 UNIT = "block2/unit01"
 
@@ -164,14 +166,12 @@ def test_without_a_reference_to_ask_the_operation_is_not_looked_for():
 
     result = RungResult("forward", [])
     name_operation(Recorded(), result, [UNIT], "fp64")
-    assert "is not in the record" in result.findings[0]
+    assert "is not in the record; compare with the reference" in result.findings[0]
     assert result.details == {}
 
 
 ALONE = """
 import runpy, sys
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 sys.modules.update(dict.fromkeys(("parity", "bit_jax", "input_pipeline", "flax", "optax")))  # no import finds them
 runpy.run_path(sys.argv[1], run_name="__main__")
 """

@@ -131,6 +131,7 @@ class Examiner:
         record: verdicts on what the run recorded.
         answers: sentences so far.
         batch_differs: whether the batch that the run left of a failed step is not the dataset's.
+        left: step of the checkpoint that the record does not follow from, if there is one.
     """
 
     request: Step
@@ -139,6 +140,7 @@ class Examiner:
     record: RungResult = dataclasses.field(default_factory=lambda: RungResult(RUNG, []))
     answers: list[str] = dataclasses.field(default_factory=list)
     batch_differs: bool = False
+    left: int = 0
 
     def search(self) -> Examination:
         """Judges the steps after each checkpoint, the oldest first, up to the first that do not follow from it."""
@@ -231,6 +233,7 @@ class Examiner:
                     self.say(replay.repeated_by("candidate"))
             self.record.lines += judged[-1].lines
             if not judged[-1].follows:
+                self.left = each.start
                 break
         self.record.seconds += time.perf_counter() - began
         self.record.details["losses recorded"] = [each.losses for each in judged]
@@ -291,7 +294,7 @@ class Examiner:
             )
         if right:
             return (
-                f"FAILS: what the run recorded does not follow from checkpoint {step - 1}, and the code at hand "
+                f"FAILS: what the run recorded does not follow from checkpoint {self.left}, and the code at hand "
                 f"computes step {step} right: look for what was different when the run ran, such as the device, the "
                 "driver, the versions, or the code"
             )

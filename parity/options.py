@@ -25,8 +25,8 @@ class Options:
     """Precision to judge against float64, once both sides agree in float64; fp64 compares in float64 alone.
     With fp16, gradients are those of the scaled loss, as in training."""
     reference: str = "torch"
-    """Reference side: torch[:devices=N,compile,channels_last,deterministic,hugepages]
-    or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,deterministic,hugepages,flags=NAME=VALUE+...],
+    """Reference side: torch[:devices=N,compile,channels_last,deterministic,device64,hugepages]
+    or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,deterministic,device64,hugepages,flags=X=Y+...],
     where flags are XLA's; or an exported model, onnx:FILE or stablehlo:FILE, which takes forward, loss and accuracy."""
     candidate: str = "jax"
     """Candidate side, written like --reference. On a CPU, JAX's devices are virtual."""

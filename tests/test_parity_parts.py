@@ -193,6 +193,8 @@ def test_sides_are_written_as_they_are_read():
     assert parse_side("torch:devices=2,compile") == Side("torch", 2, compile=True)
     assert str(parse_side("jax:devices=8,fsdp=4")) == "jax:devices=8,fsdp=4"
     assert parse_side("jax:remat=norm,tuned") == Side("jax", remat="norm", tuned=True)
+    assert parse_side("jax").environment("fp64")["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_PLATFORMS" not in parse_side("jax:device64").environment("fp64")
     assert parse_side("torch:compile,hugepages") == Side("torch", compile=True, hugepages=True)
     assert parse_side("torch:channels_last,compile") == Side("torch", compile=True, channels_last=True)
     assert parse_side("jax:tuned,deterministic") == Side("jax", tuned=True, deterministic=True)

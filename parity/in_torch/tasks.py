@@ -56,8 +56,8 @@ class TorchSide:
         self.precision = choose(precision)
         torch.use_deterministic_algorithms(side.deterministic)
         self.side, self.weight_file, self.progress = side, weight_file, progress
-        # float64, which decides what is right, runs on the CPU even if there is a GPU
-        on_gpu = torch.cuda.is_available() and precision != "fp64"
+        # float64, which decides what is right, runs on the CPU even if there is a GPU, unless that is asked for
+        on_gpu = torch.cuda.is_available() and (precision != "fp64" or side.device64)
         self.devices = devices.Devices.join(side.devices, rank, meeting, gpu=on_gpu)
         self.device = self.devices.device
         self.dtype = self.precision.param_dtype

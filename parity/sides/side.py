@@ -11,8 +11,8 @@ from input_pipeline.errors import RequestError
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
 SWITCHES = {
-    "jax": ("tuned", "deterministic", "hugepages"),
-    "torch": ("compile", "channels_last", "deterministic", "hugepages"),
+    "jax": ("tuned", "deterministic", "device64", "hugepages"),
+    "torch": ("compile", "channels_last", "deterministic", "device64", "hugepages"),
 }
 REMAT = ("remat=norm", "remat=unit")
 EXPORTED = ("onnx", "stablehlo")  # what runs a model that was exported to a file; it has no other setting
@@ -32,6 +32,7 @@ class Side:
         remat: JAX: activations that the backward pass recomputes; see train.py's --remat.
         tuned: JAX: whether to compile as train.py does, with its XLA options and its code for these devices.
         deterministic: whether a GPU may use only algorithms that give the same bits every time.
+        device64: whether float64 is computed on the accelerator too, and not on the CPU.
         hugepages: whether memory is in large pages, as with train.py on CPUs.
         flags: JAX: flags of XLA, name=value, in addition to XLA_FLAGS and those that `tuned` sets.
         compile: torch: whether to use torch.compile.
@@ -49,6 +50,7 @@ class Side:
     remat: Literal["none", "norm", "unit"] = "none"
     tuned: bool = False
     deterministic: bool = False
+    device64: bool = False
     hugepages: bool = False
     flags: tuple[str, ...] = ()
     compile: bool = False
@@ -85,7 +87,7 @@ class Side:
 
     def environment(self, precision: str) -> dict[str, str]:
         """Returns environment variables for the side's process. Float64, which decides what is right, runs on the CPU
-        even if there is a GPU."""
+        even if there is a GPU, unless the side has `device64`."""
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
         variables |= hugepages.environment() if self.hugepages else {}
         if self.framework in ("jax", "stablehlo"):
@@ -94,7 +96,7 @@ class Side:
             virtual = f"xla_force_host_platform_device_count={self.devices}"
             flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in (virtual, *self.flags))]
             variables |= {"XLA_FLAGS": " ".join(flags).strip()}
-            variables |= {"JAX_PLATFORMS": "cpu"} if precision == "fp64" else {}
+            variables |= {"JAX_PLATFORMS": "cpu"} if precision == "fp64" and not self.device64 else {}
         elif self.deterministic:
             variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # PyTorch refuses cuBLAS's products without it
         return variables
@@ -118,8 +120,8 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
-            f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,hugepages] "
-            "nor jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,deterministic,hugepages,flags=NAME=VALUE+...]"
+            f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,device64,hugepages] nor "
+            "jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,deterministic,device64,hugepages,flags=NAME=VALUE+...]"
             + (", onnx:FILE or stablehlo:FILE" if exported else "")
         )
     side = Side(framework, **dict(field for field in fields if field))

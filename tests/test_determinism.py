@@ -65,6 +65,7 @@ def test_a_unit_that_never_repeats_is_named(small_npz, tmp_path, monkeypatch):
     repetitions = json.loads((tmp_path / "differs.json").read_text())["repetitions"]
     assert [each["differing"][0] for each in repetitions if each["task"] == "forward"] == ["block3/unit01"] * 2
     assert all(each["differing"] for each in repetitions)
+    assert {each["operation"] for each in repetitions if each["task"] == "forward"} == {"block3/unit01/addition"}
 
 
 @pytest.mark.parametrize(

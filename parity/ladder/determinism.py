@@ -7,6 +7,7 @@ processes, or two calls in one, need not agree in the last bits.
 import contextlib
 import dataclasses
 import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,14 +15,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bit_jax.model.architecture import Architecture
 from input_pipeline.errors import RequestError
 from input_pipeline.files import write_json
 from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.terminal import printable
+from parity.ladder.divergence import depth, sites_behind
 from parity.ladder.kept import relative_rmse
 from parity.ladder.ladder import Ladder, working_folder
-from parity.ladder.rungs import depth
 from parity.options import Options
+from parity.sides.operations import operations
 from parity.sides.side import parse_side
 from parity.sides.worker import Answer, Arrays, Worker
 
@@ -87,6 +90,8 @@ class Repetition:
         differing: names of those whose bits differ, in the order of computation.
         first_error: the root mean square of the difference of the first of them, relative to that of the array; None if
             nothing differs, or if the array is not finite.
+        operation: the first operation that differs, in a pass that records those of the first unit that differs; empty
+            if nothing differs, or nothing does in that pass.
     """
 
     task: str
@@ -94,12 +99,14 @@ class Repetition:
     arrays: int
     differing: list[str]
     first_error: float | None
+    operation: str = ""
 
     def __str__(self) -> str:
         if not self.differing:
             return f"{self.task}, {self.run}: the same bits in {self.arrays} arrays"
         by = "which is not finite" if self.first_error is None else f"by {self.first_error:.1e}"
         first = f"the first is {self.differing[0]}, {by}"
+        first += f", from {self.operation} on" if self.operation else ""
         return f"{self.task}, {self.run}: {len(self.differing)} of {self.arrays} arrays differ; {first}"
 
 
@@ -111,11 +118,12 @@ def run(request: Determinism, console: Console) -> bool:
         RunFailed: a process died.
     """
     repetitions = repeat(request, console)
-    table = Table("task", "run", "arrays", "differing", "first that differs", "by")
+    table = Table("task", "run", "arrays", "differing", "first that differs", "by", "from")
     for repetition in repetitions:
         counts = str(repetition.arrays), str(len(repetition.differing))
         error = "" if repetition.first_error is None else f"{repetition.first_error:.1e}"
-        table.add_row(repetition.task, repetition.run, *counts, printable(next(iter(repetition.differing), "")), error)
+        first = printable(next(iter(repetition.differing), ""))
+        table.add_row(repetition.task, repetition.run, *counts, first, error, repetition.operation)
     console.print(table)
     same = not any(repetition.differing for repetition in repetitions)
     times = f"in {request.processes} processes, and twice in the first"
@@ -151,7 +159,11 @@ def repeat(request: Determinism, console: Console) -> list[Repetition]:
             runs += [(worker, f"process {number}") for number, worker in enumerate(workers[1:], start=2)]
             for worker, name in runs:
                 other = _ask(worker, task, f"{task} again", **arguments)
-                repetitions.append(compare(task, name, first.arrays, other.arrays))
+                repetition = compare(task, name, first.arrays, other.arrays)
+                if repetition.differing and task != "curve":
+                    operation = _operation(workers[0], worker, mixed, repetition, ladder.architecture)
+                    repetition = dataclasses.replace(repetition, operation=operation)
+                repetitions.append(repetition)
                 ladder.say(str(repetitions[-1]))
                 other.discard()
             first.discard()
@@ -165,6 +177,24 @@ def compare(task: str, run: str, first: Arrays, other: Arrays) -> Repetition:
     differing = [name for name in names if first[name].tobytes() != other[name].tobytes()]
     error = relative_rmse(first[differing[0]].astype(np.float64), other[differing[0]]) if differing else None
     return Repetition(task, run, len(names), differing, error if error is not None and np.isfinite(error) else None)
+
+
+def _operation(first: Worker, other: Worker, mixed: Path, repetition: Repetition, architecture: Architecture) -> str:
+    """Returns the first operation that differs in the unit of the first array that does, on the way forward or back;
+    see `Repetition`."""
+    name, forward = repetition.differing[0], repetition.task == "forward"
+    for site in [name] if forward else sites_behind(name[name.find("resnet/") :], architecture):
+        recorded = [
+            _ask(worker, "operations", f"{site} {number}".replace("/", " "), mixed=mixed, site=site).arrays
+            for number, worker in enumerate((first, other))
+        ]
+        ours, theirs = recorded
+        names = list(operations(site, architecture.layout))
+        keys = [f"{name}, value" for name in names] if forward else [f"{name}, gradient" for name in reversed(names)]
+        for key in keys:
+            if key in ours and key in theirs and ours[key].tobytes() != theirs[key].tobytes():
+                return key.rpartition(", ")[0]
+    return ""
 
 
 def _depth(name: str) -> tuple:

@@ -120,6 +120,8 @@ def test_a_page_shows_many_runs_in_the_order_of_their_dates(tmp_path):
 def test_a_failing_comparison_ends_with_the_command_of_its_rung():
     failing = copy.deepcopy(report()) | {"failed": "forward", "holds": False}
     assert again(failing) == "python -m parity forward --size 32"
+    failing["command"] = "python -m parity forward --run 'a folder' --size 32"
+    assert again(failing) == "python -m parity forward --size 32"
     failing["command"] = "python -m parity all --until loss"
     assert again(failing) == failing["command"]
 

@@ -1,6 +1,7 @@
 """Shows a report in the terminal: a table of the rungs, the findings, and one sentence at the end."""
 
 import math
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,8 @@ def show(report: Report, console: Console) -> None:
     for sentence in report.get("answers", []):
         console.print(_plain(sentence))
     console.print(Text(printable(conclusion(report)), f"bold {'green' if report['holds'] else 'red'}"))
+    if not report["holds"] and report["rungs"]:
+        console.print(_plain(f"again: {again(report)}"))
 
 
 def _plain(text: object) -> Text:
@@ -155,14 +158,19 @@ def conclusion(report: Report) -> str:
     first = next(line for line in rung["lines"] if line["verdict"] == "bug")
     return (
         f"FAILS at {rung['name']}: {first['name']} differs between {candidate} and {reference} ({first['precision']})"
-        f"{accepted}; again by: {again(report)}"
+        f"{accepted}"
     )
 
 
 def again(report: Report) -> str:
-    """Returns the command that runs the rung at which a comparison failed, alone if it can be."""
-    command = report["command"]
-    return command.replace(" parity all", f" parity {report['failed']}") if "--until" not in command else command
+    """Returns the command that runs the rung at which a comparison failed, alone if it can be, in a folder of its own."""
+    words = shlex.split(report["command"])
+    if "--run" in words:
+        place = words.index("--run")
+        del words[place : place + 2]
+    if "all" in words and "--until" not in words:
+        words[words.index("all")] = report["failed"]
+    return shlex.join(words)
 
 
 def number(value: Any) -> str:

@@ -163,7 +163,7 @@ def conclusion(report: Report) -> str:
 
 
 def again(report: Report) -> str:
-    """Returns the command that runs the rung at which a comparison failed, alone if it can be, in a folder of its own."""
+    """Returns the command that runs the rung at which a comparison failed, alone if it can be, in a new folder."""
     words = shlex.split(report["command"])
     if "--run" in words:
         place = words.index("--run")

@@ -124,6 +124,8 @@ class Ladder:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
+        for answer in self._answers.values():
+            answer.close()
         for worker in self._workers.values():
             worker.close()
 

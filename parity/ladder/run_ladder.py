@@ -38,12 +38,6 @@ class RunLadder(Ladder):
         super().__init__(options, folder, console)
         self._run, self._source, self._step, self._batch = run, source, step, batch
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        for answer in self._answers.values():  # the result of an examination keeps the ladder, but not its files
-            answer.discard()
-        self._answers = {}
-
     def pictures(self, look: int = 0) -> Path:
         """Returns the file of the batch of a look, of which the first --rows rows are kept."""
         path = self.folder / f"batch {self._step + look}.npz"

@@ -129,8 +129,13 @@ class Answer:
         assert self._arrays is not None, "the task saved no arrays"
         return self._arrays
 
-    def discard(self) -> None:
-        """Removes the file with the arrays, which can no longer be read."""
+    def close(self) -> None:
+        """Closes the file with the arrays, which can no longer be read."""
         if self._arrays is not None:
             self._arrays.close()
+
+    def discard(self) -> None:
+        """Closes and removes the file with the arrays."""
+        self.close()
+        if self._arrays is not None:
             self._arrays.path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ def torch_sides(small_npz, tmp_path_factory):
 
 @pytest.mark.parametrize("site", ["root_block", UNIT, LAST_SITE])
 def test_fed_operations_make_the_recorded_values_and_gradients(torch_sides, tmp_path, site):
-    """In the reference, and in a model with other modules, whose standardization and ReLUs are no modules of theirs."""
+    """This holds in the reference, and in a model with other modules, which has no modules for ReLUs."""
     sides, mixed = torch_sides
     ops = operations(site, random_arrays(SMALL))
     _, recorded = sides["reference"].operations(mixed, site)
@@ -137,7 +137,7 @@ def test_a_fault_is_named_to_the_operation_and_the_direction(ladders, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_no_operation_of_a_right_pair_is_named(ladders, precision):
-    """Of a unit with a projection, one without, and both ends."""
+    """The sites are a unit with a projection, one without, and both ends."""
     for site in ("root_block", "block1/unit02", UNIT, LAST_SITE):
         result = RungResult("forward", [])
         name_operation(ladders(precision), result, [site], precision)

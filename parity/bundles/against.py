@@ -241,7 +241,7 @@ class RecordedLadder(Ladder):
 
     @functools.cached_property
     def amplitude_in_ulp(self) -> float:
-        """That of the better side; the record's disturbances are as large as the reference's alone."""
+        """Amplitude of the better side. The record's disturbances are as large as the reference's own."""
         if "candidate" not in self.computing("fp64"):
             return self._bundle.manifest["ulps"]
         own = self.ask("candidate", self.options.precision, "forward", images=self.pictures()).arrays

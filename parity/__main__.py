@@ -5,12 +5,13 @@ and stops at the first that fails. Exit code 0: it holds; 1: it does not, or a r
 """
 
 import contextlib
+import dataclasses
 import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -112,7 +113,7 @@ def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, P
         saved.writable(options.reproducer / "README.md")
     runs = [] if options.baseline is None else baseline.opened(options.baseline)
     with _folder_for(options) as folder:
-        report, results = _compared(options, names, ladder)
+        report, results = _compared(options, names, ladder, runs)
         if options.baseline is not None:
             report["baseline"] = baseline.compared(report, runs)
             baseline.added(options.baseline, report, runs)
@@ -130,14 +131,21 @@ def _folder_for(options: Options | step.Step) -> Iterator[Path]:
 
 
 def _compared(
-    options: Options, names: Sequence[str], comparison: Callable[[Options, Path], Ladder]
+    options: Options, names: Sequence[str], comparison: Callable[[Options, Path], Ladder], runs: list[dict[str, Any]]
 ) -> tuple[saved.Report, list[RungResult]]:
-    """Climbs the rungs up to the first that fails; returns the report and the rungs' results."""
+    """Climbs the rungs up to the first that fails; returns the report and the rungs' results.
+
+    Args:
+        runs: the runs in the baseline.
+    """
     progress = console(stderr=True)
     results = []
     with working_folder() as files, comparison(options, files) as ladder:
         names = forward_only.possible(ladder, names)
         attestation = attest(ladder, rungs=names)
+        of = baseline.work(dataclasses.asdict(options), ladder.names, options.precision)
+        if same := baseline.same_program(of, attestation, runs):
+            attestation["notes"].append(same)
         for sentence in attestation["notes"]:
             progress.print(Text.assemble(("note", "bold"), "  ", printable(sentence)))
         for sentence in attestation["mismatches"]:

@@ -80,6 +80,17 @@ def test_a_run_is_better_worse_or_the_same_beside_the_spread_of_those_before():
     assert said(report(0.2), *[report(0.2)] * 5)[1].endswith("more than 20 %, so that a tighter limit would hold")
 
 
+def test_a_compiler_that_changed_nothing_is_told_before_anything_is_compared():
+    run = report()
+    of, runs = baseline.work(run["options"], run["sides"], "fp32"), [baseline.of_report(run)]
+    told = "compiled forward pass is that of 2026-01-01T00:00:00+00:00: the compiler changed nothing in it"
+    assert told in str(baseline.same_program(of, run["attestation"], runs))
+    assert baseline.same_program(of | {"size": "99"}, run["attestation"], runs) is None
+    assert baseline.same_program(of, run["attestation"], []) is None
+    run["attestation"]["sides"]["fp32"]["candidate"]["forward program sha256"] = "def"
+    assert baseline.same_program(of, run["attestation"], runs) is None
+
+
 def test_a_baselines_file_grows_by_runs_that_hold_and_nothing_else_is_taken_for_one(tmp_path):
     path = tmp_path / "new" / "baseline.json"
     for number in range(baseline.KEPT + 3):

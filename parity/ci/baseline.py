@@ -14,6 +14,7 @@ CHANGED = 2.0  # a share of a limit is worse if it is so many times the largest 
 SLOWER = 1.5  # the same of seconds, which other work on the machine lengthens
 ENOUGH = 5  # runs after which a limit is said to be wide
 WIDE = 0.25  # share of a limit that no run exceeded, so that a tighter one would hold
+PROGRAM = "forward program sha256"  # entry of the attestation
 # what has to be equal for two runs to be compared
 SAME = ("weights", "size", "rows", "batches", "seed", "dataset", "steps")
 
@@ -56,10 +57,26 @@ def of_report(report: Report) -> dict[str, Any]:
             used = [share for line in lines if (share := share_of(line)) is not None]
             if used:
                 shares[f"{rung['name']} {precision}"] = max(used)
-    of = {name: report["options"][name] for name in SAME}
-    of |= {"sides": " against ".join(reversed(report["sides"].values())), "precision": report["precision"]}
+    of = work(report["options"], report["sides"], report["precision"])
     seconds = {f"{rung['name']} time": rung["seconds"] for rung in report["rungs"]}
-    return {"created": report["created"], "of": of, "shares": shares, "seconds": seconds}
+    program = report["attestation"]["sides"][report["precision"]]["candidate"].get(PROGRAM)
+    return {"created": report["created"], "of": of, "program": program, "shares": shares, "seconds": seconds}
+
+
+def work(options: dict[str, Any], sides: dict[str, str], precision: str) -> dict[str, Any]:
+    """Returns what two runs must have in common to be compared."""
+    settings = {name: options[name] for name in SAME}
+    return settings | {"sides": f"{sides['candidate']} against {sides['reference']}", "precision": precision}
+
+
+def same_program(of: dict[str, Any], attestation: dict[str, Any], runs: list[dict[str, Any]]) -> str | None:
+    """Returns a sentence if the candidate's compiled forward pass is that of the latest run of the same work; None if
+    it is not, or there is none. It is known before anything is compared."""
+    program = attestation["sides"][of["precision"]]["candidate"].get(PROGRAM)
+    latest = next((run for run in reversed(runs) if run["of"] == of), None)
+    if program is None or latest is None or latest["program"] != program:
+        return None
+    return f"the candidate's compiled forward pass is that of {latest['created']}: the compiler changed nothing in it"
 
 
 def share_of(line: dict[str, Any]) -> float | None:

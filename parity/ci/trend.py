@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from parity.ci.baseline import of_report
+from parity.ci.baseline import PROGRAM, of_report
 from parity.report import page, saved
 from parity.report.saved import Report
 from parity.report.terminal import conclusion
 
-ATTESTED = ("device", "versions", "forward program sha256")  # entries of the attestation that the page lists
+ATTESTED = ("device", "versions", PROGRAM)  # entries of the attestation that the page lists
 
 
 def write(folders: Sequence[Path], path: Path) -> list[Report]:

@@ -152,6 +152,7 @@ def test_what_cannot_be_recorded_or_judged_is_refused_before_anything_starts(bun
         ("record", "--bundle", bundle): "exists; choose another name",
         ("record", "--bundle", tmp_path / "b", "--json", tmp_path / "j"): "--json is nothing that record needs",
         ("record", "--bundle", tmp_path): "is a directory",
+        ("record", "--bundle", tmp_path / "b", "--reference", f"onnx:{bundle}"): "has no float64 to record",
         ("record", "--bundle", tmp_path / "b", "--weights", tmp_path / "none.npz"): "does not exist",
         ("against", tmp_path / "none.bundle"): "does not exist; python -m parity record",
         ("against", ROOT / "README.md"): "is not a bundle",

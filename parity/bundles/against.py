@@ -216,7 +216,7 @@ class RecordedLadder(Ladder):
 
     def mixed_pictures(self, look: int = 0) -> Path:
         path = self.ask("candidate", "fp64", "mix", batches=self.pictures(look)).arrays.path
-        if look == 0:
+        if look == 0 and "mix" in self._bundle.manifest["questions"]:
             self._check_mixup()
         return path
 

@@ -80,6 +80,10 @@ def record(options: Options, request: Record, console: Console) -> bool:
     names = list(get_args(Rung))
     names = names[: names.index(request.until) + 1]
     with working_folder() as folder, Recording(options, folder, console) as ladder:
+        if ladder.exported is not None:
+            raise RequestError(
+                f"--reference {options.reference} is an exported file, and has no float64 to record; give torch or jax"
+            )
         matchings = {split: ladder.matching(split) for split in _splits(options, names)}
         arguments, precisions = attested(ladder, rungs=names), precisions_of(ladder)
         ladder.start(*precisions)

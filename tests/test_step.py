@@ -104,7 +104,7 @@ def test_the_first_checkpoint_that_is_not_followed_is_found(drifting, tmp_path):
     assert contents(drifting) == before  # it is only read
     shown = parity("show", tmp_path / "run")
     assert shown.returncode == 1
-    assert shown.stdout.splitlines()[-1].startswith("FAILS: what the run recorded does not follow from checkpoint 120")
+    assert "\nFAILS: what the run recorded does not follow from checkpoint 120" in shown.stdout
     assert "steps 121 to 124 do NOT follow" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -27,7 +27,7 @@ def opened(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    content = read_json(path, dict, "give another --baseline, or remove it")
+    content = read_json(path, dict, "give another --baseline, which is made if there is none")
     if content.get("format") != FORMAT:
         raise RequestError(f"{path} is no baseline; give another file, which is made if there is none")
     return content["runs"]

@@ -79,7 +79,7 @@ class Sketch:
 
     What it cannot see: which values differ; in `difference`, a single wrong value that is wrong by less than
     sqrt(size / SUMS) times the limit; in the quantile, errors in less than a thousandth of the values, as ever, and
-    the quantile itself to better than about a tenth.
+    the quantile itself to better than about a fifth.
 
     Attributes:
         sums: float64 [SUMS].

@@ -72,8 +72,8 @@ with `{command}`. To see it again, with numpy and the framework alone:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """One operation in one precision.
+class Suspect:
+    """The operation that is blamed, and the precision in which it errs.
 
     Attributes:
         operation, what: its full name, and what of it is wrong.
@@ -146,7 +146,7 @@ def _first_at_fault(ladder: Ladder, result: RungResult) -> "Seen | None":
     return next((attempt for attempt in seen if attempt.line.verdict == "bug"), None)
 
 
-def _updates(ladder: Ladder, result: RungResult) -> Iterator[tuple[Question, Arrays]]:
+def _updates(ladder: Ladder, result: RungResult) -> Iterator[tuple[Suspect, Arrays]]:
     """Yields every update that may be at fault, of the first parameter that a failed rung names: the step of the
     optimizer rung, or each step of the curve."""
     options = ladder.options
@@ -163,10 +163,10 @@ def _updates(ladder: Ladder, result: RungResult) -> Iterator[tuple[Question, Arr
         schedule, steps = schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)}, [SCHEDULE_STEP]
     for step in steps:
         settings = {"schedule": schedule, "momentum": options.momentum, "step": step}
-        yield Question(f"update {step} of {key}", what, "", "", "update", line.precision, **settings), arrays
+        yield Suspect(f"update {step} of {key}", what, "", "", "update", line.precision, **settings), arrays
 
 
-def _question(ladder: Ladder, wrong: str, precision: str) -> Question | None:
+def _question(ladder: Ladder, wrong: str, precision: str) -> Suspect | None:
     """Returns the question of an operation that is named wrong, or None if it has no module of its own."""
     operation, _, what = wrong.partition(", ")
     name = re.sub(rf"({NORM}/.*|relu)$", NORM, operation)
@@ -189,10 +189,10 @@ def _question(ladder: Ladder, wrong: str, precision: str) -> Question | None:
         if (value := getattr(side, field)) is not None
     }
     site, stride = match[0] if match else LAST_SITE, 2 if strided else 1
-    return Question(operation, what, site, name, kind, precision, stride, **constants)
+    return Suspect(operation, what, site, name, kind, precision, stride, **constants)
 
 
-def _operands(ladder: Ladder, question: Question) -> Arrays:
+def _operands(ladder: Ladder, question: Suspect) -> Arrays:
     """Returns the operands, and the gradient by the result, that the oracle has for the operation."""
     arguments = {"mixed": ladder.mixed_pictures(), "site": question.site}
     path = ladder.ask("reference", "fp64", "operations", **arguments).arrays.path
@@ -219,7 +219,7 @@ class Seen:
         ran: {framework: how it ran the program}, for its script.
     """
 
-    question: Question
+    question: Suspect
     arrays: Arrays
     answer: np.ndarray
     line: Line
@@ -232,7 +232,7 @@ class Seen:
         return max(public for _, public in self.apart.values())
 
 
-def _seen(ladder: Ladder, question: Question, arrays: Arrays, programs: Path | None = None) -> Seen:
+def _seen(ladder: Ladder, question: Suspect, arrays: Arrays, programs: Path | None = None) -> Seen:
     """Judges both sides by the rule of the ladder, and writes their programs into a folder."""
     what, precision = question.what, question.precision
     path = ladder.folder / "operands.npz"
@@ -292,7 +292,7 @@ def _shrunk(ladder: Ladder, whole: Seen) -> Seen:
     return seen
 
 
-def _sliced(question: Question, arrays: Arrays, sizes: dict[str, int]) -> Arrays:
+def _sliced(question: Suspect, arrays: Arrays, sizes: dict[str, int]) -> Arrays:
     """Returns the first rows, places and channels of the arrays."""
     stride = 2 if question.kind == "pool" else question.stride
     # padded by half of its size, a window fits at every `stride`-th place

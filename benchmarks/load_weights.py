@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.published.catalogue import ARCHITECTURES
 from input_pipeline import terminal

@@ -13,11 +13,11 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
-from bit_jax.model import weights
+from bit_jax.formats import weights
+from bit_jax.formats.described import described
+from bit_jax.formats.weights import Params
 from bit_jax.model.class_names import imagenet1k, in_words
-from bit_jax.model.fine_tuned import described
 from bit_jax.model.resnetv2 import ResNetV2
-from bit_jax.model.weights import Params
 from bit_jax.published import locate
 from bit_jax.training import hyperrule, steps
 from input_pipeline import DatasetError, Views, read_image_file

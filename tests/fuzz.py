@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from bit_jax.model import fine_tuned, weights
+from bit_jax.formats import described, weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.training import checkpoint, log
 from input_pipeline import Views, claims, typical_area
@@ -178,7 +178,7 @@ def side_doors(folder: Path) -> list[Door]:
     digests = json.dumps({"a": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}).encode()
     said = {"token": "1", "beat": "0", "host": "h", "machine": "m", "process": 1, "started": "1", "since": "s"}
     return [
-        Door("config.json", [config], lambda path: fine_tuned.described(path), "config.json"),
+        Door("config.json", [config], lambda path: described.described(path), "config.json"),
         Door("result.json", [result], lambda path: read_json(path, dict, "remedy"), "result.json"),
         Door("metrics.jsonl", [metrics], lambda path: log._earlier_lines(path, 100), "metrics.jsonl"),
         Door("sha256.json", [digests], manifest, "sha256.json"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bit_jax
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from bit_jax.model.layers import param_dtype
 from bit_jax.training import steps
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from test_torch_reference import original_name
 
+from bit_jax.formats.described import described
 from bit_jax.model import probe
 from bit_jax.model.class_names import imagenet1k
-from bit_jax.model.fine_tuned import described
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.training.steps import FIRST_SCALE
 from input_pipeline import terminal

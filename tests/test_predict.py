@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from bit_jax import predict
-from bit_jax.model import weights
+from bit_jax.formats import weights
+from bit_jax.formats.described import Description, described
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.fine_tuned import Description, described
 from bit_jax.published import locate
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.layout import Format, Layout
 
 from bit_jax.config import FLAGPERF
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from bit_jax.model.precision import PRECISIONS, choose
 from bit_jax.scale import sharding
 from bit_jax.training import hyperrule

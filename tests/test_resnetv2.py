@@ -13,7 +13,8 @@ import torch
 from jax import lax
 
 import bit_jax
-from bit_jax.model import layers, ops, resnetv2, weights
+from bit_jax.formats import weights
+from bit_jax.model import layers, ops, resnetv2
 from bit_jax.model.architecture import Architecture
 from bit_jax.training import steps
 from input_pipeline.errors import RequestError

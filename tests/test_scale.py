@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bit_jax import config
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from bit_jax.scale import sharding
 from bit_jax.training import steps
 from bit_jax.training.hyperrule import Schedule

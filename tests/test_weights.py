@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bit_jax
-from bit_jax.model import archive, weights
+from bit_jax.formats import official, weights
+from bit_jax.formats.weights import WeightsError
 from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
-from bit_jax.model.weights import WeightsError
 from bit_jax.published import catalogue
 from input_pipeline.errors import RequestError
 from parity.sides.inputs import random_arrays
@@ -470,7 +470,7 @@ def test_too_little_memory_is_not_called_damage(small_npz, monkeypatch):
     def refuse(count):
         raise MemoryError
 
-    monkeypatch.setattr(archive, "_aligned_bytes", refuse)
+    monkeypatch.setattr(official, "_aligned_bytes", refuse)
     with pytest.raises(RequestError, match="memory"):
         bit_jax.load(small_npz)
 

@@ -1,5 +1,5 @@
 """What is BiT?
 
-The architecture, its parameters and their files, and the precision that all of it is computed in.
+The architecture, its parameters, and the precision that all of it is computed in.
 It may import: input_pipeline.
 """

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from input_pipeline.errors import RequestError
@@ -58,17 +57,6 @@ class Architecture:
                 f"width {match[2]} gives {64 * width:g} root channels; GroupNorm needs a multiple of {GROUPS}"
             )
         return cls(UNITS[int(match[1])], width, num_classes)
-
-    @classmethod
-    def of(cls, path: Path) -> Architecture:
-        """The architecture of a weight file, read off the names and shapes of its arrays.
-
-        Raises:
-            WeightsError: the file is not a BiT in the official layout.
-        """
-        from bit_jax.model import weights
-
-        return weights.read(path)[0]
 
     @staticmethod
     def is_name(text: str) -> bool:

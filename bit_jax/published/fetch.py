@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from bit_jax.model import formats, weights
-from bit_jax.model.archive import AGAIN
-from bit_jax.model.weights import WeightsError
+from bit_jax.formats import recognize, weights
+from bit_jax.formats.official import AGAIN
+from bit_jax.formats.weights import WeightsError
 from bit_jax.published.catalogue import PublishedFile, base_url
 from bit_jax.published.download import Part, download
 from bit_jax.published.errors import MIRROR, NOTHING_KEPT, Dropped, FetchError
@@ -112,7 +112,7 @@ def _verify(file: PublishedFile, part: Part, announced: Announced) -> None:
             )
         return
     try:
-        if other := formats.recognize(part.path):
+        if other := recognize.recognize(part.path):
             raise FetchError(f"what {url} sends {other.partition(';')[0]}; {NOTHING_KEPT}")
         architecture, arrays = weights.read(part.path)
         for _ in arrays:

@@ -12,9 +12,9 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from bit_jax.model import weights
+from bit_jax.formats import weights
+from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.weights import Params
 from bit_jax.scale import sharding
 from bit_jax.training import steps
 from bit_jax.training.hyperrule import Recipe

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 import input_pipeline
 from bit_jax.config import Config, ModelConfig
-from bit_jax.model import weights
+from bit_jax.formats import weights
+from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
-from bit_jax.model.weights import Params
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, hyperrule, resources

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable

@@ -125,7 +125,7 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
     """Reads weight files with every array replaced by change(key, array)."""
     import numpy as np
 
-    from bit_jax.model import weights
+    from bit_jax.formats import weights
 
     read = weights.read
 
@@ -133,7 +133,7 @@ def _loading(change: Callable[[str, Any], Any]) -> Any:
         architecture, arrays = read(path, **settings)
         return architecture, ((key, np.ascontiguousarray(change(key, array))) for key, array in arrays)
 
-    return mock.patch("bit_jax.model.weights.read", changed)
+    return mock.patch("bit_jax.formats.weights.read", changed)
 
 
 @fault("BGR instead of RGB", "pixels", "evaluation: ")

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bit_jax.model import layers, resnetv2, weights
+from bit_jax.formats import weights
+from bit_jax.model import layers, resnetv2
 from bit_jax.training import steps
 from parity.sides.operations import STANDARDIZATION, Operation, Pass, Recording, fed_results
 

@@ -16,7 +16,8 @@ import optax
 
 import input_pipeline
 from bit_jax.compiled import hlo
-from bit_jax.model import layers, resnetv2, weights
+from bit_jax.formats import weights
+from bit_jax.model import layers, resnetv2
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
 from bit_jax.scale import sharding

@@ -15,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bit_jax.model import weights
-from bit_jax.model.fine_tuned import described
+from bit_jax.formats import weights
+from bit_jax.formats.described import described
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source

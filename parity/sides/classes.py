@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bit_jax.formats.described import described
 from bit_jax.model.class_names import imagenet1k
-from bit_jax.model.fine_tuned import described
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source, relabelled
 from input_pipeline.sources import open_source

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
 from bit_jax.published.catalogue import PublishedFile

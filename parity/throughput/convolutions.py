@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
+from bit_jax.formats import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.published import locate
 from input_pipeline import terminal
@@ -79,7 +80,7 @@ class Convolutions:
         """Returns the architecture of the weights."""
         if self.weights.startswith(RANDOM):
             return Architecture.parse(self.weights.removeprefix(RANDOM), RANDOM_CLASSES)
-        return Architecture.of(locate.weight_file(self.weights).absolute())
+        return weights.read(locate.weight_file(self.weights).absolute())[0]
 
 
 def measure(options: Convolutions, console: Console) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bit_jax.model import weights
+from bit_jax.formats import weights
 from input_pipeline import terminal
 from input_pipeline.bench import CROP, RESIZE_TO
 from input_pipeline.errors import RequestError, RunFailed

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from bit_jax.formats.official import NOT_FINITE, WeightsError, fits_float32, listed, read_arrays, read_members
 from bit_jax.model.architecture import GROUPS, HEAD_BIAS, HEAD_KERNEL, PREFIX, ROOT_KERNEL, STAGES, Architecture
-from bit_jax.model.archive import NOT_FINITE, WeightsError, fits_float32, listed, read_arrays, read_members
 from bit_jax.model.layers import param_dtype
 from bit_jax.model.resnetv2 import ResNetV2
 from input_pipeline.errors import RequestError

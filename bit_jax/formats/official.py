@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bit_jax.model import formats
+from bit_jax.formats import recognize
 from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 
@@ -61,7 +61,7 @@ def read_members(path: Path) -> dict[str, Member]:
         RequestError: the file cannot be read for another reason.
     """
     try:
-        if other := formats.recognize(path):
+        if other := recognize.recognize(path):
             raise WeightsError(f"{path} {other}")
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()

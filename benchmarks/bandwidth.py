@@ -14,9 +14,8 @@ import tyro
 
 from bit_jax.training import figures
 from input_pipeline.exits import exit_code
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 from input_pipeline.flags import UserPath
-from parity.report import saved
 from parity.throughput.machine import machine
 
 VALUES = {"cpu": 2**24, "gpu": 2**30}  # float32 values that are read, and written negated
@@ -30,7 +29,7 @@ def main(json: UserPath | None = None) -> None:
         json: JSON file to write the bandwidth, the machine and the versions to. None: only print the bandwidth.
     """
     if json is not None:
-        saved.writable(json)
+        writable(json)
     device = jax.devices()[0]
     values = jax.random.normal(jax.random.key(0), (VALUES["cpu" if device.platform == "cpu" else "gpu"],), jnp.float32)
     negate = jax.jit(lambda values: -values)

@@ -16,7 +16,7 @@ import tyro
 from rich.table import Table
 
 from input_pipeline import terminal
-from input_pipeline.files import read_json, write_json
+from input_pipeline.files import read_json, writable, write_json
 from parity.ladder import rungs, verdict
 from parity.ladder.ladder import Ladder, working_folder
 from parity.options import Options
@@ -118,6 +118,7 @@ def simulate(seed: int = 0, output: Path = RESULTS) -> None:
         seed: Seed of the drawn errors; another one shows how much the chances vary.
         output: JSON file that receives the chances; what it holds of real pairs is kept.
     """
+    writable(output)
     simulated = []
     for case in cases():
         simulated.append(dataclasses.asdict(case) | {"lines": LINES[case.values]} | rates(case, seed))
@@ -164,6 +165,7 @@ def real(runs: int = 10, only: str = "", climbed: tuple[str, ...] = CLIMBED, out
         climbed: Rungs to compare on.
         output: JSON file that receives the counts; what else it holds is kept.
     """
+    writable(output)
     kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
         if only in str(pair):

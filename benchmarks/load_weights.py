@@ -21,7 +21,7 @@ from bit_jax.formats import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.published.catalogue import ARCHITECTURES
 from input_pipeline import terminal
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 
 MEASURE = """
 import sys, time
@@ -54,6 +54,8 @@ def main(architectures: tuple[str, ...] = ARCHITECTURES, rounds: int = 5, json_p
         rounds: Number of times that each file is read and loaded, in turn; the table shows medians.
         json_path: JSON file to write the figures to. None: only print them.
     """
+    if json_path is not None:
+        writable(json_path)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in architectures:
@@ -66,7 +68,7 @@ def main(architectures: tuple[str, ...] = ARCHITECTURES, rounds: int = 5, json_p
             rows.append({"architecture": name, "bytes": path.stat().st_size} | summary(measured))
             path.unlink()
     show(rows)
-    if json_path:
+    if json_path is not None:
         write_json(json_path, {"rounds": rounds, "rows": rows})
 
 

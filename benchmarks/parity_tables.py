@@ -14,7 +14,7 @@ import tyro
 from rich.table import Table
 
 from input_pipeline import terminal
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "parity.json"
@@ -58,6 +58,7 @@ def main(only: str = "", output: Path = RESULTS) -> None:
         only: Text that the name of a case must contain to be measured; the others keep their records. Empty: all cases.
         output: JSON file with one record for each case.
     """
+    writable(output)
     records = {record["case"]: record for record in json.loads(output.read_text())} if output.exists() else {}
     for case in CASES:
         if only in str(case):

@@ -22,7 +22,7 @@ from bit_jax.plan.estimate import HOSTS, demands
 from bit_jax.plan.request import Request
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 
 MODELS, PRECISIONS, SIZES = ("R50x1", "R152x2", "R152x4"), ("fp32", "tf32", "bf16"), ((1, 1), (1, 8), (2, 8), (4, 8))
 
@@ -41,6 +41,7 @@ def main(json_file: Path = Path("benchmarks/results/plans.json")) -> None:
     Args:
         json_file: JSON file that keeps the figures; delete it, or name another, to compile everything again.
     """
+    writable(json_file)
     jax.config.update("jax_platforms", "cpu")
     results = earlier(json_file)
     print(

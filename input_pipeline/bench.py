@@ -24,7 +24,7 @@ import tyro
 from rich.table import Table
 
 from input_pipeline.examples import DatasetError
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.loader import Loader
 from input_pipeline.preprocess import Views
@@ -79,6 +79,7 @@ class Bench:
 
         Raises:
             DatasetError: there are too few images, a number is below 1, or a pipeline dies.
+            RequestError: the file of figures cannot be written.
         """
         source = open_source(f"folder:{self.folder}", "train")
         if min(self.batch, self.batches, self.rounds) < 1:
@@ -87,6 +88,8 @@ class Bench:
         if len(source) < self.batch:
             few = f"{self.folder} has {len(source)} training images, fewer than --batch {self.batch}"
             raise DatasetError(f"{few}; draw more")
+        if self.json is not None:
+            writable(self.json)
         errors = console(stderr=True)
         installed = {name: arm for name, arm in arms.items() if not arm.needs or importlib.util.find_spec(arm.needs)}
         for name in arms.keys() - installed.keys():

@@ -26,6 +26,31 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def writable(path: Path) -> None:
+    """Tries to write where a file will be written later, and leaves nothing there.
+
+    Raises:
+        RequestError: nothing can be written there; it is better to know at the start than after an hour.
+    """
+    if path.is_dir():
+        raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(_Tried), replacing(path):
+            raise _Tried
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); give another path") from None
+    finally:
+        for parent in made:  # nothing stays behind if the work is refused or fails
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+class _Tried(Exception):
+    """Ends the attempt to write before the file is put in its place."""
+
+
 def is_unfinished(path: Path, name: str) -> bool:
     """Whether `path` is a temporary file for `name` that a process left when it was killed within `replacing`."""
     return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp", path.name) is not None

@@ -20,7 +20,7 @@ from rich.text import Text
 from input_pipeline.bench import ARMS, Arm, Bench
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
-from input_pipeline.files import replacing, write_json
+from input_pipeline.files import replacing, writable, write_json
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import console, printable
 from parity.bundles import against, record
@@ -90,7 +90,7 @@ def run_record(comparison: Flags, request: record.Flags) -> bool:
     The file holds the inputs, the float64 oracle, the reference's own errors, what rounding explains, and what the
     reference's machine is. `against` needs nothing of that machine, nor of the reference's framework.
     """
-    saved.writable(request.bundle)
+    writable(request.bundle)
     return record.record(comparison, request, console())
 
 
@@ -107,10 +107,10 @@ def compare(options: Options, names: Sequence[str], ladder: Callable[[Options, P
         ladder: function (options, folder of the processes' files) -> the comparison.
     """
     if options.baseline is not None:
-        saved.writable(options.baseline)
+        writable(options.baseline)
     if options.reproducer is not None:
         reproducer.refuse_unusable(options.reproducer)
-        saved.writable(options.reproducer / "README.md")
+        writable(options.reproducer / "README.md")
     runs = [] if options.baseline is None else baseline.opened(options.baseline)
     with _folder_for(options) as folder:
         report, results = _compared(options, names, ladder, runs)
@@ -125,7 +125,7 @@ def _folder_for(options: Options | step.Step) -> Iterator[Path]:
     """Makes and owns the folder of a report, once every file that the flags ask for can be written."""
     for path in (options.json, options.html, options.junit):
         if path is not None:
-            saved.writable(path)
+            writable(path)
     with saved.owned(options.run) as folder:
         yield folder
 
@@ -209,8 +209,6 @@ def run_convolutions(measurement: Annotated[convolutions.Convolutions, tyro.conf
 
 def run_input(bench: Annotated[Bench, tyro.conf.OmitArgPrefixes]) -> bool:
     """Measures training input in images/s: train.py's loader, PyTorch's DataLoader, and tf.data where installed."""
-    if bench.json is not None:
-        saved.writable(bench.json)
     bench.run(ARMS | {"torch": PYTORCH_INPUT}, "python -m parity input")
     return True
 
@@ -222,7 +220,7 @@ def run_determinism(request: determinism.Flags) -> bool:
     unit on the way forward, the first gradient on the way back. Exit code 0: nothing differs; 1: something does.
     """
     if request.json is not None:
-        saved.writable(request.json)
+        writable(request.json)
     return determinism.run(request, console())
 
 
@@ -294,7 +292,7 @@ def run_trend(runs: tyro.conf.Positional[tuple[UserPath, ...]], html: UserPath =
 
     if not runs:
         raise RequestError("trend needs the folders of saved runs, such as runs/parity/*")
-    saved.writable(html)
+    writable(html)
     reports = trend.write(runs, html)
     console().print(f"{printable(html)}: {len(reports)} runs, {reports[0]['created']} to {reports[-1]['created']}")
     return reports[-1]["holds"]

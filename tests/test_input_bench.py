@@ -44,7 +44,11 @@ def test_every_pipeline_is_measured_in_turn(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--batch", 100], "12 training images, fewer than --batch 100"), (["--rounds", 0], "at least 1")],
+    [
+        (["--batch", 100], "12 training images, fewer than --batch 100"),
+        (["--rounds", 0], "at least 1"),
+        (["--batch", 4, "--json", "/proc/b.json"], "/proc/b.json cannot be written"),
+    ],
 )
 def test_wrong_requests(folder, flags, said):
     done = run("-m", "input_pipeline", "bench", folder, *flags)

@@ -24,6 +24,7 @@ from bit_jax.training.steps import FIRST_SCALE
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
+from input_pipeline.files import writable
 from input_pipeline.image_file import read_image_file
 from parity.in_jax.tasks import JaxSide
 from parity.in_torch import models, pipeline, resnetv2, units
@@ -659,10 +660,10 @@ def test_a_run_folder_has_one_owner_and_nothing_is_left_of_a_failure(tmp_path, m
 
 
 def test_where_nothing_can_be_written_is_known_at_the_start(tmp_path):
-    saved.writable(tmp_path / "new" / "r.json")
+    writable(tmp_path / "new" / "r.json")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RequestError, match="is a directory"):
-        saved.writable(tmp_path)
+        writable(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 9000])

@@ -108,6 +108,14 @@ def test_wrong_requests(fields, said):
         Request(model="BiT-X").architecture()
 
 
+def test_where_the_plan_cannot_be_written_is_known_before_anything_is_compiled(tmp_path):
+    command = [sys.executable, "-m", "bit_jax.plan", "--model", "R14x0.5", "--json", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} is a directory, and a file is to be written there; give another path\n"
+    assert done.stdout == ""
+
+
 @needs_compiler
 def test_a_plan_on_the_command_line(tmp_path):
     flags = "--model R14x0.5 --crop 64 --hosts 2 --devices 4 --mesh data=2,fsdp=4 --precision bf16 --remat norm"

@@ -20,7 +20,7 @@ from bit_jax.plan.search import search
 from bit_jax.plan.show import show, show_search
 from input_pipeline import terminal
 from input_pipeline.exits import exit_code
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 from input_pipeline.flags import UserPath
 
 
@@ -39,6 +39,8 @@ def main() -> None:
     )
     request = arguments.request
     request.check()
+    if arguments.json is not None:
+        writable(arguments.json)
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here must not be taken for the one that is asked for
     console, progress = terminal.console(width=120), terminal.console(stderr=True)
     if arguments.search:

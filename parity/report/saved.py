@@ -92,31 +92,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def writable(path: Path) -> None:
-    """Tries to write where a file will be written later, and leaves nothing there.
-
-    Raises:
-        RequestError: nothing can be written there; it is better to know at the start than after an hour.
-    """
-    if path.is_dir():
-        raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(_Tried), replacing(path):
-            raise _Tried
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); give another path") from None
-    finally:
-        for parent in made:  # nothing stays behind if the comparison is refused or fails
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-
-
-class _Tried(Exception):
-    """Ends the attempt to write before the file is put in its place."""
-
-
 @contextlib.contextmanager
 def owned(folder: Path | None) -> Iterator[Path]:
     """Makes a run's folder and claims it for this process; a folder without a saved report is removed in the end.

@@ -17,10 +17,9 @@ from bit_jax.model.architecture import Architecture
 from bit_jax.published import locate
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError, RunFailed
-from input_pipeline.files import write_json
+from input_pipeline.files import writable, write_json
 from input_pipeline.flags import UserPath, require_positive, typed
 from parity.ladder.ladder import working_folder
-from parity.report import saved
 from parity.sides import flops
 from parity.sides.clock import Pass
 from parity.sides.side import Side, parse_side
@@ -74,7 +73,7 @@ class Convolutions:
             if side.devices != 1:
                 raise RequestError(f"--{framework} {text} has {side.devices} devices; a convolution is timed on one")
         if self.json is not None:
-            saved.writable(self.json)
+            writable(self.json)
 
     def architecture(self) -> Architecture:
         """Returns the architecture of the weights."""

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import tyro
 
 from input_pipeline.errors import RequestError
+from input_pipeline.files import writable
 from input_pipeline.flags import UserPath, require_positive, typed
 from input_pipeline.sources import open_source
-from parity.report import saved
 from parity.sides import clock
 from parity.sides.side import Side, parse_side
 
@@ -107,7 +107,7 @@ class Throughput:
             raise RequestError(f"--compare {self.compare} does not exist")
         for path in (self.json, self.html):
             if path is not None:
-                saved.writable(path)
+                writable(path)
 
     @property
     def checked_rows(self) -> int:

@@ -145,6 +145,11 @@ class RunConfig:
     profile: int = 0
     """Number of steps, after the first few, to trace into WORKDIR/profile, for TensorBoard and for a table by
     kind of work, which `python -m bit_jax.profile WORKDIR` shows again."""
+    flagperf_compat: tuple[Literal["accuracy", "schedule", "p_core"], ...] = ()
+    """FlagPerf's own definitions, for comparisons with figures that were taken by them; see docs/flagperf.md.
+    accuracy: report the accuracy of the first device's share of the examples, too.
+    schedule: begin the learning rate's schedule, warm-up included, anew with every epoch; this changes the training.
+    p_core: report images/s over the time in which steps were handed to the devices, without waiting for them, too."""
     deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
     """Make a repeated run on GPUs end with the same bytes, even if it was killed and continued.
     Steps may take longer. CPUs always do so."""
@@ -211,6 +216,7 @@ _FREE_TO_CHANGE = {
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.profile",
+    "run.flagperf_compat",  # what `schedule` changes is compared with the recipe
 }
 
 

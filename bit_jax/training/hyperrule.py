@@ -10,12 +10,16 @@ SMALL_IMAGE = 96 * 96  # pixels
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The learning rate by step: it rises linearly from 0 to `base_lr` over `warmup_steps`, and is then divided by ten
-    for each of `decay_steps` that is below the step. Training ends before step `steps`."""
+    for each of `decay_steps` that is below the step. Training ends before step `steps`.
+
+    If `restart_every` is not None, all of this begins anew after each such number of steps.
+    """
 
     base_lr: float
     warmup_steps: int
     decay_steps: tuple[int, ...]
     steps: int
+    restart_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

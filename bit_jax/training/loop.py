@@ -124,9 +124,10 @@ class Loop:
                     self.log.note(sentence)
                 with self.timeline("steps"):
                     stopped = begun[-1].metrics["failed"] if begun else self.going_on
-                    batch = self.with_signal(batch) | {"stopped": stopped}
                     previous_state = [state]
-                    state, metrics = self.program.train_step(state, batch)
+                    with self.timeline("dispatch"):
+                        batch = self.with_signal(batch) | {"stopped": stopped}
+                        state, metrics = self.program.train_step(state, batch)
                     # the state before the step is let go while the devices work, and not by this thread, which has to
                     # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
                     # input's for Python's lock
@@ -201,7 +202,8 @@ class Loop:
                 accuracy = evaluate(self.program.eval_step, params, batches, len(self.run.validation), check)
             except _Asked as asked:
                 self.end(asked.number, state)
-        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
+        of_share = {} if accuracy.rank0_acc1 is None else {"val_rank0_acc1": accuracy.rank0_acc1}
+        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss, **of_share)
         return accuracy
 
     def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -17,6 +17,8 @@ def learning_rate(schedule: Schedule) -> optax.Schedule:
     def rate(step):
         real = jnp.result_type(float)  # float64 in 64-bit mode
         step = jnp.asarray(step)
+        if schedule.restart_every is not None:
+            step = step % schedule.restart_every
         warmup = schedule.base_lr * step.astype(real) / max(schedule.warmup_steps, 1)
         decays = (step > jnp.asarray(schedule.decay_steps, step.dtype)).sum(dtype=step.dtype)
         decayed = schedule.base_lr / 10.0 ** decays.astype(real)

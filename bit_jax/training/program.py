@@ -17,6 +17,7 @@ from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
 from bit_jax.scale import sharding
 from bit_jax.training import steps
+from bit_jax.training.flagperf import Rank0Share
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.optimizer import sgd
 from bit_jax.training.target import Target
@@ -105,7 +106,14 @@ def lower_step(step: Callable[..., tuple[Any, Any]], state: steps.TrainState, *b
 
 
 def make_steps(
-    target: Target, architecture: Architecture, recipe: Recipe, *, momentum: float, seed: int, global_batch: int
+    target: Target,
+    architecture: Architecture,
+    recipe: Recipe,
+    *,
+    momentum: float,
+    seed: int,
+    global_batch: int,
+    share: Rank0Share | None = None,
 ) -> Steps:
     """Makes the steps of a run for the target's devices, which need not be here; no array is made."""
     model = target.model(architecture)
@@ -115,7 +123,7 @@ def make_steps(
         target=target,
         train_step=steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=seed, microbatches=microbatches),
         update_step=steps.make_update_step(model, optimizer, microbatches=microbatches),
-        eval_step=steps.make_eval_step(model),
+        eval_step=steps.make_eval_step(model, share),
         optimizer=optimizer,
         state=abstract_state(
             architecture, target.param_dtype, optimizer, mesh, scales_loss=target.precision.scales_loss

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from bit_jax.model.architecture import STANDARDIZED
 from bit_jax.model.layers import param_dtype, standardize
 from bit_jax.model.resnetv2 import GENERATOR, ResNetV2
+from bit_jax.training.flagperf import Rank0Share
 
 TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
@@ -290,13 +291,19 @@ def standardized(params: Any, eps: float | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
+def make_eval_step(model: ResNetV2, share: Rank0Share | None = None) -> Callable[[Any, dict], dict]:
     """Makes an evaluation step: (parameters after `standardized` with the model's eps, batch) -> `evaluation_sums`, and
-    the largest "signal" of the batch, if it has any."""
+    the largest "signal" of the batch, if it has any.
+
+    Args:
+        share: the examples whose own sums `share_sums` adds; None: none are added.
+    """
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch) | _signal(batch)
+        logits = apply_model(model, params, normalize(batch["image"], dtype))
+        of_share = {} if share is None else share_sums(logits, batch, share)
+        return evaluation_sums(logits, batch) | of_share | _signal(batch)
 
     return eval_step
 
@@ -315,6 +322,13 @@ def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
         "loss": jnp.where(batch["mask"], losses, 0).sum(),
         "seen": batch["mask"].sum(dtype=jnp.int32),
     }
+
+
+def share_sums(logits: Float[Array, "batch classes"], batch: dict, share: Rank0Share) -> dict:
+    """Returns "rank0_correct" and "rank0_seen": how many examples of the share are predicted right, and are there."""
+    of_share = batch["mask"] & share.holds(batch["index"])
+    correct = of_share & (label_rank(logits, batch["label"]) < 1)
+    return {"rank0_correct": correct.sum(dtype=jnp.int32), "rank0_seen": of_share.sum(dtype=jnp.int32)}
 
 
 def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:

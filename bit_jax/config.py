@@ -6,7 +6,7 @@ fields' docstrings with their line breaks, so each line of one is a whole senten
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -145,7 +145,9 @@ class RunConfig:
     profile: int = 0
     """Number of steps, after the first few, to trace into WORKDIR/profile, for TensorBoard and for a table by
     kind of work, which `python -m bit_jax.profile WORKDIR` shows again."""
-    flagperf_compat: tuple[Literal["accuracy", "schedule", "p_core"], ...] = ()
+    flagperf_compat: Annotated[
+        tuple[Literal["accuracy", "schedule", "p_core"], ...], tyro.conf.arg(metavar="SWITCH...")
+    ] = ()
     """FlagPerf's own definitions, for comparisons with figures that were taken by them; see docs/flagperf.md.
     accuracy: report the accuracy of the first device's share of the examples, too.
     schedule: begin the learning rate's schedule, warm-up included, anew with every epoch; this changes the training.

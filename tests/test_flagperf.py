@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,14 @@ from PIL import Image
 
 from bit_jax import config
 from bit_jax.launch import free_port
-from bit_jax.training import steps
+from bit_jax.training import run, steps
 from bit_jax.training.evaluation import evaluate
 from bit_jax.training.flagperf import Rank0Share, epoch_steps
-from bit_jax.training.hyperrule import Schedule
+from bit_jax.training.hyperrule import Recipe, Schedule
+from bit_jax.training.log import Reporter
 from bit_jax.training.optimizer import learning_rate
 from bit_jax.training.timeline import Timeline, p_core_unsynchronized
+from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError
 from parity.in_torch import schedule as in_torch
 
@@ -113,6 +116,39 @@ def test_an_observer_is_told_when_an_activity_begins_and_ends():
         assert told[-1] == ("whole", None)
     assert [activity for activity, _ in told] == ["fails", "whole", "whole"]  # what failed did not end
     assert told[-1][1] == timeline["whole"]
+
+
+def test_an_observer_that_fails_stops_nothing_and_one_that_waits_holds_nothing_up():
+    heard, held = [], threading.Event()
+
+    def observer(activity, seconds):
+        held.wait(60)
+        heard.append(activity)
+        raise OSError("no space left on device")
+
+    reporter = Reporter("test")
+    timeline = Timeline(run.told_by(reporter, observer))
+    for activity in ("whole", "steps", "whole"):
+        with timeline(activity):
+            assert not heard  # the observer still waits
+    held.set()
+    reporter.close()
+    assert heard == ["whole"]  # the first report failed, so the others were dropped
+    assert reporter.failure == "no space left on device"
+
+
+def test_another_schedule_is_another_run_and_a_run_of_before_the_switch_is_not(tmp_path):
+    cfg = dataclasses.replace(config.FLAGPERF, run=config.RunConfig(workdir=tmp_path))
+    plain = Recipe(512, 480, 0.1, Schedule(0.003, 500, (3000,), 40_000))
+    content = Workdir.of(cfg, recipe=plain).content
+    del content["recipe"]["schedule"]["restart_every"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    Workdir.of(cfg, recipe=plain).check()
+    reporting = dataclasses.replace(cfg.run, flagperf_compat=("accuracy", "p_core"))
+    Workdir.of(dataclasses.replace(cfg, run=reporting), recipe=plain).check()
+    restarting = dataclasses.replace(plain, schedule=dataclasses.replace(plain.schedule, restart_every=10_010))
+    with pytest.raises(RequestError, match="restart_every: None there, 10010 here"):
+        Workdir.of(cfg, recipe=restarting).check()
 
 
 @pytest.fixture

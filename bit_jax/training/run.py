@@ -240,15 +240,20 @@ def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
         return _trained(run, observer)
 
 
-def _trained(run: Run, observer: Observer) -> dict[str, Any]:
-    """Does what `finetune` says, in a work directory that this process owns."""
-    reporter = Reporter("observer")
+def told_by(reporter: Reporter, observer: Observer) -> Observer:
+    """Returns an observer that has the reporter's thread tell `observer` of the activities in `OBSERVED`."""
 
-    def observed(activity: str, seconds: float | None) -> None:
+    def tell(activity: str, seconds: float | None) -> None:
         if activity in OBSERVED:
             reporter(functools.partial(observer, activity, seconds))
 
-    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(observed)
+    return tell
+
+
+def _trained(run: Run, observer: Observer) -> dict[str, Any]:
+    """Does what `finetune` says, in a work directory that this process owns."""
+    reporter = Reporter("observer")
+    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(told_by(reporter, observer))
     with contextlib.closing(reporter), deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
         start = checkpoints.newest or 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 from bit_jax import config
 from bit_jax.launch import free_port
+from bit_jax.report import card
 from bit_jax.training import run, steps
 from bit_jax.training.evaluation import evaluate
 from bit_jax.training.flagperf import Rank0Share, epoch_steps
@@ -199,6 +201,21 @@ def test_the_cases_own_configuration_is_the_preset(script, monkeypatch):
 def test_what_the_training_cannot_do_is_refused(script, wrong):
     with pytest.raises(RequestError, match=next(iter(wrong))):
         script.training_flags(base_configuration(script, **wrong))
+
+
+def test_the_case_names_the_versions_that_this_project_has():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    requirements = (CASE / "nvidia" / "bigtransfer-jax" / "config" / "requirements.txt").read_text()
+    assert f"bit_jax-{version}-py3-none-any.whl" in requirements
+    pinned = next(line for line in (ROOT / "constraints-3.13.txt").read_text().splitlines() if line.startswith("jax=="))
+    image = (CASE / "nvidia" / "docker_image" / "jax_0.12" / "Dockerfile").read_text()
+    assert pinned.replace("jax", "jax[cuda13]") in image
+    assert "jax_0.12".split("_")[1] in pinned
+    assert f"JAX {pinned.removeprefix('jax==')} " in (CASE / "nvidia" / "bigtransfer-jax" / "README.md").read_text()
+
+
+def test_the_stored_card_has_the_columns_of_the_one_that_is_printed():
+    assert f"| {' | '.join(card.COLUMNS)} |" in (CASE / "nvidia" / "bigtransfer-jax" / "README.md").read_text()
 
 
 # The rest plays FlagPerf's run.py: it copies the case into a checkout, starts a task on each host, and reads the logs.

@@ -82,6 +82,7 @@ def test_rank_0s_share_of_seven_examples_on_three_devices():
     index = jnp.array([0, 1, 2, 3, 4, 5, 6, -1])
     assert share.size == 2
     assert np.flatnonzero(share.holds(index)).tolist() == [0, 3]
+    assert not Rank0Share(1, 7).holds(index)[-1]
     assert Rank0Share(8, 50_000).size == 6250
     # predictions are right for 0, 1, 2 and 6: one of two in the share, four of seven in all
     label = jnp.array([0, 1, 2, 0, 0, 0, 0, 0])

@@ -42,9 +42,14 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
 def test_after_an_error_the_old_content_is_there(tmp_path):
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(KeyError), replacing(file) as new:
-        new.write(b"half of the ne")
-        raise KeyError
+
+    def fail_halfway():
+        with replacing(file) as new:
+            new.write(b"half of the ne")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 

@@ -21,14 +21,14 @@ from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures, hyperrule, resources
+from bit_jax.training import figures, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.log import Log
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
-from bit_jax.training.steps import TrainState
+from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
 from bit_jax.training.timeline import Timeline
 from bit_jax.training.workdir import Workdir
@@ -99,10 +99,14 @@ class Run:
             )
         class_names = list(train.class_names)
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
+        if (pattern := cfg.additions.train) is not None:
+            notes += (_trains(architecture, pattern),)
         return cls(
             config=cfg,
             recipe=recipe,
-            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize),
+            views=input_pipeline.Views(
+                recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style
+            ),
             architecture=architecture,
             weight_file=weight_file,
             target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
@@ -141,6 +145,7 @@ class Run:
             momentum=self.config.optimizer.momentum,
             seed=self.config.run.seed,
             global_batch=self.global_batch,
+            additions=self.config.additions,
         )
 
     def initial_params(self, like: Params) -> Params:
@@ -164,8 +169,8 @@ class Run:
     def needs(self) -> list[resources.Need]:
         """Lists what the run will need of this machine."""
         files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
-        keep = self.config.run.keep_checkpoints
-        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files)
+        keep, additions = self.config.run.keep_checkpoints, self.config.additions
+        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
 
 
 def starts_from_nothing(model: ModelConfig) -> bool:
@@ -181,6 +186,17 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
     path = locate.weight_file(model.model)
     architecture, _ = weights.read(path, num_classes=num_classes)
     return architecture, path
+
+
+def _trains(architecture: Architecture, pattern: str) -> str:
+    """Returns a sentence on how many parameters train; see `trained.require` for the error."""
+    sizes = {key: int(np.prod(shape)) for key, shape in architecture.layout.items()}
+    keys = trained.require(sizes, pattern)
+    count, total = sum(sizes[key] for key in keys), sum(sizes.values())
+    return (
+        f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the others "
+        "get no gradient, no momentum and no update"
+    )
 
 
 def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
@@ -240,7 +256,7 @@ def _trained(run: Run) -> dict[str, Any]:
         if int(state.step) > start:
             checkpoints.save(state)
         checkpoints.close()
-        save_final(workdir, state.params)
+        save_final(workdir, evaluated(state))
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
         write_json(workdir.result, result)
@@ -299,4 +315,6 @@ def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: 
     }
     if state.loss_scale is not None:
         outcome["skipped_steps"] = int(state.loss_scale.skipped)
+    if cfg.additions.ema is not None:
+        outcome["weights"] = f"moving average with decay {cfg.additions.ema}, in final.npz and in the accuracies"
     return described | measured | outcome

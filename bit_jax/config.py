@@ -149,6 +149,9 @@ class Additions:
         }
 
 
+NO_ADDITIONS = Additions()
+
+
 @dataclasses.dataclass(frozen=True)
 class ScaleConfig:
     """Devices, hosts and memory; none of these flags changes what is computed."""
@@ -222,7 +225,7 @@ class Config:
     optimizer: OptimizerConfig
     run: RunConfig
     scale: ScaleConfig = ScaleConfig()
-    additions: Additions = Additions()
+    additions: Additions = NO_ADDITIONS
 
     def __post_init__(self):
         positive = {

@@ -29,15 +29,14 @@ class Box(NamedTuple):
 
 def draw_box(rng: np.random.Generator, height: int, width: int) -> Box:
     """Draws the part of an image of height x width pixels that a training view shows, mirrored half of the time."""
-    mirrored = bool(rng.random() < 0.5)
+    mirrored, (least, most) = bool(rng.random() < 0.5), RATIO
     for _ in range(TRIES):
         area = height * width * rng.uniform(*AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, RATIO)))
+        ratio = math.exp(rng.uniform(math.log(least), math.log(most)))
         box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < box_height <= height and 0 < box_width <= width:
             top, left = rng.integers((height - box_height + 1, width - box_width + 1))
             return Box(int(top), int(left), box_height, box_width, mirrored)
-    least, most = RATIO
     box_height = min(height, round(width / least))
     box_width = min(width, round(height * most))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width, mirrored)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath, require_positive, typed
 from parity.sides.side import ACCEPTABLE
@@ -99,7 +99,7 @@ class Options:
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 
-    additions: Additions = Additions()
+    additions: Additions = NO_ADDITIONS
     """Additions to BiT's recipe, as train.py takes them; both sides then compute with them."""
 
     # name of a fault that the self-test injects into one side, see `faults.py`

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from command_line import parity
 from conftest import DIGITS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -368,7 +369,8 @@ def flags_of(added):
 
 
 def train(*flags, workdir: Path, devices=1):
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+    several = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": several}
     command = [sys.executable, "train.py", *DIGITS.split(), *map(str, flags), "--workdir", workdir]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -439,13 +441,8 @@ def test_parity_replays_a_run_with_its_additions(run, small_npz):
     assert recorded.additions == Additions(**ADDED)
     state = recorded.state(4)
     assert state.momentum.keys() == state.ema.keys() < state.params.keys()
-    done = subprocess.run(
-        [sys.executable, "-m", "parity", "step", "--workdir", run[0], "--step", "3", "--rows", "4"]
-        + ["--candidate", "jax", "--run", run[0].parent / "step"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    flags = ["--workdir", run[0], "--step", 3, "--rows", 4, "--candidate", "jax", "--run", run[0].parent / "step"]
+    done = parity("step", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     assert "the code at hand computes step 3 right" in said

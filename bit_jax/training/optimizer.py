@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.trained import trained
 
@@ -50,7 +50,7 @@ def learning_rate(schedule: Schedule) -> optax.Schedule:
 
 
 def sgd(
-    schedule: Schedule, momentum: float, additions: Additions = Additions()
+    schedule: Schedule, momentum: float, additions: Additions = NO_ADDITIONS
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `optax.sgd` with additions, and with an extra argument for its update: if `finite`, a [] bool, is False,
     the update is 0, and neither the momentum nor the average changes.
@@ -74,7 +74,7 @@ def sgd(
         averaged = () if additions.ema is None else (Averaged(jax.tree.map(jnp.array, own)),)
         return trace.init(own), scale.init(own), *averaged
 
-    def update(updates, state, params=None, *, finite=True, **_):
+    def update(updates, state, params: Any = None, *, finite=True, **_):
         held, count, *averages = state
         if additions.clip_norm is not None:
             updates = clipped(updates, additions.clip_norm)

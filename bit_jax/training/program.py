@@ -12,7 +12,7 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
@@ -113,7 +113,7 @@ def make_steps(
     momentum: float,
     seed: int,
     global_batch: int,
-    additions: Additions = Additions(),
+    additions: Additions = NO_ADDITIONS,
 ) -> Steps:
     """Makes the steps of a run for the target's devices, which need not be here; no array is made."""
     model = target.model(architecture)

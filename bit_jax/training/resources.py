@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import psutil
 
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.architecture import Architecture
 from bit_jax.training.trained import trains
 from bit_jax.training.workdir import Workdir
@@ -49,7 +49,7 @@ def needs(
     workdir: Workdir,
     keep: int,
     files: int,
-    additions: Additions = Additions(),
+    additions: Additions = NO_ADDITIONS,
 ) -> list[Need]:
     """Returns all needs that are known before a run starts.
 

@@ -104,9 +104,7 @@ class Run:
         return cls(
             config=cfg,
             recipe=recipe,
-            views=input_pipeline.Views(
-                recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style
-            ),
+            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style),
             architecture=architecture,
             weight_file=weight_file,
             target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
@@ -194,8 +192,8 @@ def _trains(architecture: Architecture, pattern: str) -> str:
     keys = trained.require(sizes, pattern)
     count, total = sum(sizes[key] for key in keys), sum(sizes.values())
     return (
-        f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the others "
-        "get no gradient, no momentum and no update"
+        f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the "
+        "others get no gradient, no momentum and no update"
     )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.architecture import STANDARDIZED
 from bit_jax.model.layers import param_dtype, standardize
 from bit_jax.model.resnetv2 import GENERATOR, ResNetV2
@@ -65,7 +65,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, *, scales_l
 
 
 def evaluated(state: TrainState) -> Any:
-    """Returns the parameters that evaluation and final.npz show: averages, if they are kept, in place of what trains."""
+    """Returns the parameters that evaluation and final.npz show: where averages are kept, they replace what trains."""
     averages = [part.ema for part in state.opt_state if isinstance(part, Averaged)]
     return overlaid(state.params, averages[0]) if averages else state.params
 
@@ -140,7 +140,7 @@ def loss_and_gradients(
     targets: Float[Array, "batch classes"],
     microbatches: int = 1,
     scale: Float[Array, ""] | None = None,
-    additions: Additions = Additions(),
+    additions: Additions = NO_ADDITIONS,
 ) -> tuple[Float[Array, ""], Any]:
     """Returns the batch's mean cross-entropy and its gradient by the parameters that train.
 
@@ -248,7 +248,7 @@ def make_update_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     microbatches: int = 1,
-    additions: Additions = Additions(),
+    additions: Additions = NO_ADDITIONS,
 ) -> Callable[..., tuple[TrainState, dict]]:
     """Makes the part of a training step that comes after the batch is prepared: (state, images, targets, stopped) ->
     (next state, metrics), where `stopped` is False unless given.
@@ -279,7 +279,7 @@ def make_train_step(
     mixup: float,
     seed: int,
     microbatches: int = 1,
-    additions: Additions = Additions(),
+    additions: Additions = NO_ADDITIONS,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Makes a training step: (state, batch) -> (next state, metrics).
 

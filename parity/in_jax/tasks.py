@@ -218,9 +218,7 @@ class JaxSide:
 
         def losses(params, images, targets):
             rows = steps.cross_entropy(steps.apply_model(model, params, images), targets, added.label_smoothing)
-            mean, _ = steps.loss_and_gradients(
-                model, params, images, targets, self.side.microbatches, additions=added
-            )
+            mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, additions=added)
             return {"loss of each row": rows, "mean loss": mean}
 
         computed = self._jit(losses)(self._disturbed_params(params, disturb), images, targets)
@@ -410,9 +408,7 @@ class JaxSide:
         sgd = optimizer.sgd(_schedule(schedule), momentum, added)
 
         def elsewhere(state: steps.TrainState, images: Any, targets: Any, params: Any) -> tuple[steps.TrainState, dict]:
-            loss, gradients = steps.loss_and_gradients(
-                model, params, images, targets, microbatches, additions=added
-            )
+            loss, gradients = steps.loss_and_gradients(model, params, images, targets, microbatches, additions=added)
             return steps.update_if_finite(state, loss, gradients, sgd), {"loss": loss}
 
         usual = steps.make_update_step(model, sgd, microbatches=microbatches, additions=added)

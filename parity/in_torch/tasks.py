@@ -147,7 +147,7 @@ class TorchSide:
         """
         source, saved = Files(files), {}
         sides = (crop,) if crop_style == "inception" else (resize, crop)
-        train = pipeline.train_inception if crop_style == "inception" else pipeline.train
+        train: Callable[..., np.ndarray] = pipeline.train_inception if crop_style == "inception" else pipeline.train
         for index in range(len(source)):
             example = source[index]
             image = rgb(example, source.name)
@@ -499,9 +499,7 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
     return tensor * factor.to(tensor.device, tensor.dtype)
 
 
-def _state(
-    model: nn.Module, keys: dict[str, str], updates: Updates, *, momentum: bool = True
-) -> dict[str, np.ndarray]:
+def _state(model: nn.Module, keys: dict[str, str], updates: Updates, *, momentum: bool = True) -> dict[str, np.ndarray]:
     """Returns the momentum, if that is asked for, and the average, if one is kept, of the parameters that train."""
     held = updates.sgd.state
     named = _named(model, keys, lambda param: held[param]["momentum_buffer"], "momentum/", training=True)

@@ -1,4 +1,4 @@
-"""Updates of PyTorch's side: torch.optim.SGD, and what may be added to it, of PyTorch's own pieces where it has them."""
+"""Updates of PyTorch's side: torch.optim.SGD and what may be added to it, of PyTorch's own pieces where it has any."""
 
 import re
 from collections.abc import Iterator

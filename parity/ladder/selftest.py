@@ -143,7 +143,8 @@ def untouched_with_additions(console: Console, options: Options = SMALL) -> bool
     with working_folder() as folder, Ladder(options, folder, console) as ladder:
         failed = climb(ladder, ADDED_RUNGS)
     where = f"{failed.name}: {first_bug(failed)}" if failed else f"passed {', '.join(ADDED_RUNGS)}"
-    console.print(Text.assemble("  ", _mark(failed is None), f"  with every addition to the recipe  {printable(where)}"))
+    what = "with every addition to the recipe"
+    console.print(Text.assemble("  ", _mark(failed is None), f"  {what}: {printable(where)}"))
     return failed is None
 
 

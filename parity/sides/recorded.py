@@ -166,9 +166,7 @@ class RecordedRun:
 
     @property
     def _added(self) -> dict[str, Any]:
-        return {
-            name.removeprefix(ADDITIONS): value for name, value in self.flags.items() if name.startswith(ADDITIONS)
-        }
+        return {name.removeprefix(ADDITIONS): value for name, value in self.flags.items() if name.startswith(ADDITIONS)}
 
     @property
     def additions(self) -> Additions:

@@ -103,8 +103,7 @@ class Tasks(ForwardTasks, Protocol):
         scale: float = ...,
         additions: dict | None = None,
     ) -> Result:
-        """Returns the gradient of each batch's mean loss by every parameter that trains; in float16 the loss is scaled.
-        """
+        """Returns the gradient of each batch's mean loss by what trains; in float16 the loss is scaled."""
         ...
 
     def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import bit_jax
 from bit_jax import config
-from bit_jax.config import Additions
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
 from bit_jax.model.architecture import Architecture
 from bit_jax.training import checkpoint, steps, trained
@@ -232,6 +232,20 @@ def test_what_is_off_is_no_part_of_a_runs_identity():
     assert not [name for name in plain if "addition" in name]
     other = config.identity(dataclasses.replace(config.DIGITS, additions=Additions(ema=0.9, train="head")))
     assert other == plain | {"additions.ema": 0.9, "additions.train": "head"}
+
+
+def test_without_additions_a_state_has_the_parts_that_it_always_had():
+    """So checkpoints from before there were additions are read."""
+    params = {"head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    plain, added = (
+        steps.init_state(params, sgd(Schedule(0.1, 0, (), 10), 0.9, additions))
+        for additions in (NO_ADDITIONS, Additions(ema=0.9, train="head/kernel"))
+    )
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
+    momentum = [".opt_state[0].trace['head']['bias']", ".opt_state[0].trace['head']['kernel']", ".opt_state[1].count"]
+    assert names == [".step", ".params['head']['bias']", ".params['head']['kernel']", *momentum]
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(added.opt_state)]
+    assert names == ["[0].trace['head']['kernel']", "[1].count", "[2].ema['head']['kernel']"]
 
 
 def convolutions(jaxpr):

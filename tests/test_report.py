@@ -88,11 +88,13 @@ def test_the_card_says_another_recipe_and_the_switches(tmp_path, reported):
     compat = {"flagperf_compat": ["accuracy", "p_core", "schedule"], "schedule_restarts_every": 10010}
     compat |= {"rank0_acc1": 0.84016, "rank0_examples": 6250, "p_core_unsynchronized": 2345.6}
     schedule = {"base_lr": 0.01, "warmup_steps": 500, "decay_steps": [3000], "steps": 40000, "restart_every": 10010}
-    run = written(tmp_path / "run", flagperfs(compat, {"schedule": schedule}))
+    files = flagperfs(compat, {"schedule": schedule})
+    files["config"]["config"]["additions.weight_decay"] = 0.1
+    run = written(tmp_path / "run", files)
     _, out, _ = reported(run, "--flagperf")
     table, notes = out.split("\n\n")
     assert table.splitlines()[0] == f"| {' | '.join(card.COLUMNS)} |"
-    assert "| lr=0.01, lr_steps=[3000] |" in table
+    assert "| lr=0.01, lr_steps=[3000], weight_decay=0.1 |" in table
     assert "0.84192" in table  # the accuracy of all examples stays the card's
     for said in ("`--flagperf-compat accuracy p_core schedule`", "0.84016 (6,250 examples)", "every 10,010", "2346"):
         assert said in notes

@@ -59,7 +59,10 @@ def departures(record: Record) -> list[str]:
         "target_acc1": (record.flags.get("run.target_acc1", preset.run.target_acc1), preset.run.target_acc1),
     }
     given = {name: value for name, (value, usual) in compared.items() if value != usual}
-    return [f"{name}={_short(value)}" for name, value in given.items() if value is not None or name == "target_acc1"]
+    given = {name: value for name, value in given.items() if value is not None or name == "target_acc1"}
+    added = {name: value for name, value in record.flags.items() if name.startswith("additions.")}
+    given |= {name.removeprefix("additions."): value for name, value in added.items()}
+    return [f"{name}={_short(value)}" for name, value in given.items()]
 
 
 def note(record: Record) -> str:

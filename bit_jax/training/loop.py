@@ -17,7 +17,7 @@ from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
-from bit_jax.training.steps import TrainState
+from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.timeline import Timeline
 from input_pipeline.errors import RunFailed, Stopped
 from input_pipeline.exits import signal_asked
@@ -189,7 +189,9 @@ class Loop:
             self.end(signal, state)
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
-        """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`."""
+        """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.
+
+        Where a moving average of the parameters is kept, the accuracy is the average's."""
 
         def check(sums: dict) -> None:
             if number := int(sums["signal"]):
@@ -198,7 +200,7 @@ class Loop:
         with self.timeline(activity):
             batches = (self.with_signal(batch) for _, batch in self.validation.evaluation())
             try:
-                params = self.program.for_evaluation(state.params)
+                params = self.program.for_evaluation(evaluated(state))
                 accuracy = evaluate(self.program.eval_step, params, batches, len(self.run.validation), check)
             except _Asked as asked:
                 self.end(asked.number, state)

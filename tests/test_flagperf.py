@@ -25,7 +25,7 @@ from PIL import Image
 from bit_jax import config
 from bit_jax.launch import free_port
 from bit_jax.report import card
-from bit_jax.training import run, steps
+from bit_jax.training import figures, run, steps
 from bit_jax.training.evaluation import evaluate
 from bit_jax.training.flagperf import Rank0Share, epoch_steps
 from bit_jax.training.hyperrule import Recipe, Schedule
@@ -117,6 +117,26 @@ def test_the_unsynchronized_rate_counts_the_dispatch_alone():
     timeline.seconds.update(whole=100.0, dispatch=0.5)
     assert p_core_unsynchronized(timeline, trained=50) == 100
     assert p_core_unsynchronized(Timeline(), trained=0) is None
+
+
+def test_the_cards_memory_is_what_nvidia_smi_says(monkeypatch, tmp_path):
+    """Of the smallest, in GiB; nothing where there is no such program, or it says something else."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert figures.card_memory() is None  # on the CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for script, expected in (
+        ('test "$1" = --query-gpu=memory.total && echo 40960 && echo 40536', 39.5859375),
+        ("echo No devices were found", None),
+        ("echo; exit 9", None),
+        ("exit 0", None),
+    ):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        assert figures.card_memory() == expected, script
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert figures.card_memory() is None
 
 
 def test_an_observer_is_told_when_an_activity_begins_and_ends():

@@ -60,6 +60,14 @@ def test_the_stored_run_has_its_row(reported):
         assert cell in out
 
 
+def test_a_directory_of_any_name_is_shown_as_it_is(tmp_path, reported):
+    run = written(tmp_path / "[red]\x1b[31m", flagperfs())
+    code, out, _ = reported(run)
+    assert code == 0
+    assert "[red]" in out
+    assert "\x1b" not in out
+
+
 def test_the_card_of_flagperfs_own_case_is_flagperfs_row(tmp_path):
     """But for the precision, which FlagPerf calls fp32."""
     row = ["A100单机8卡(1x8)", "tf32", "/", "5869", "222", "225", "228", "0.84192", "31.4/40.0"]

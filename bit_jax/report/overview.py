@@ -6,14 +6,15 @@ from rich.table import Table
 
 from bit_jax.report.record import Record
 from bit_jax.training import figures
+from input_pipeline.terminal import printable
 
 
 def table(records: Sequence[Record]) -> Table:
     """Returns the table. The model and the dataset are its title where all runs have the same, else a column."""
-    whats = [f"{record.known.get('model')} on {record.known.get('dataset')}" for record in records]
+    whats = [printable(f"{record.known.get('model')} on {record.known.get('dataset')}") for record in records]
     same = len(set(whats)) == 1
     rows = [
-        {"run": str(record.workdir)}
+        {"run": printable(record.workdir)}
         | ({} if same else {"model and dataset": what})
         | {"steps": record.steps}
         | figures.flagperf_row(record.known)

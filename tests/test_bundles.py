@@ -120,7 +120,7 @@ def rewritten(bundle, change, kind=zipfile.ZIP_STORED, **members):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda manifest: manifest.update(version=2), "version 2, and this program reads version 1; use the program"),
+        (lambda manifest: manifest.update(version=3), "version 3, and this program reads version 2; use the program"),
         (lambda manifest: manifest.update(version="new"), "has version new"),
         (lambda manifest: manifest.update(format="something"), "is not a bundle; give a file that"),
         (lambda manifest: manifest["members"].pop("000000.npy"), "1 members are missing or unknown"),

@@ -501,11 +501,14 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
 
 def _state(model: nn.Module, keys: dict[str, str], updates: Updates, *, momentum: bool = True) -> dict[str, np.ndarray]:
     """Returns the momentum, if that is asked for, and the average, if one is kept, of the parameters that train."""
-    held = updates.sgd.state
-    named = _named(model, keys, lambda param: held[param]["momentum_buffer"], "momentum/", training=True)
+
+    def held(parameter: nn.Parameter) -> Tensor | None:
+        return updates.sgd.state[parameter].get("momentum_buffer")  # none before the first update that is made
+
+    named = _named(model, keys, held, "momentum/", training=True) if momentum else {}
     means = {keys[name]: to_numpy(mean) for name, mean in updates.averages().items()}
     averages = {f"ema/{key}": np.array(to_official(mean, key)) for key, mean in means.items()}
-    return (named if momentum else {}) | averages
+    return named | averages
 
 
 def _named(

@@ -35,6 +35,7 @@ from bit_jax.training.timeline import Timeline, p_core_unsynchronized
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError
 from parity.in_torch import schedule as in_torch
+from parity.sides.recorded import RecordedRun
 
 CASE = ROOT / "launch" / "flagperf" / "training"
 # what driver and utils of a FlagPerf checkout are taken from: one of your own, or the stand-ins
@@ -181,6 +182,11 @@ def test_another_schedule_is_another_run_and_a_run_of_before_the_switch_is_not(t
     restarting = dataclasses.replace(plain, schedule=dataclasses.replace(plain.schedule, restart_every=10_010))
     with pytest.raises(RequestError, match="restart_every: None there, 10010 here"):
         Workdir.of(cfg, recipe=restarting).check()
+    # and parity takes the run's steps at the rates that the run had
+    content = Workdir.of(cfg, recipe=restarting, global_batch=128, class_names=["a", "b"]).content
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert RecordedRun.of(tmp_path).schedule == restarting.schedule.described()
+    assert RecordedRun.of(tmp_path).schedule["restart_every"] == 10_010
 
 
 @pytest.fixture

@@ -30,6 +30,13 @@ def predict() -> int:
     return exit_code(main)
 
 
+def evaluate() -> int:
+    """Measures the accuracy of a model on a dataset."""
+    from bit_jax.evaluate import main
+
+    return exit_code(main)
+
+
 def plan() -> int:
     """Compiles a training step for GPUs and says what memory and time it would take there."""
     from bit_jax.plan.__main__ import main

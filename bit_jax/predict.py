@@ -1,7 +1,12 @@
-"""Top-5 predictions for image files: `python -m bit_jax.predict --weights final.npz IMAGE...`."""
+"""What a model sees in image files: `python -m bit_jax.predict --weights final.npz IMAGE...`.
+
+It prints the five likeliest classes of each image, and with --html shows them on a page. With --features it writes what
+the model's head is given for each image instead.
+"""
 
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +18,28 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
+import input_pipeline
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
 from bit_jax.formats.weights import Params
-from bit_jax.model.class_names import imagenet1k, in_words
+from bit_jax.model.class_names import imagenet, in_words
+from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import ResNetV2
+from bit_jax.predictions import page, rows
+from bit_jax.predictions.features import Features
+from bit_jax.predictions.progress import counting
+from bit_jax.predictions.views import Preprocessing
+from bit_jax.predictions.views import in_words as view_in_words
 from bit_jax.published import locate
-from bit_jax.training import hyperrule, steps
-from input_pipeline import DatasetError, Views, read_image_file
+from bit_jax.scale import sharding
+from bit_jax.training import figures, hyperrule, steps
+from bit_jax.training.target import Target
+from input_pipeline import DatasetError, read_image_file
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.files import writable
 from input_pipeline.flags import UserPath, require_positive
+from input_pipeline.loose_files import LooseFiles, find
 from input_pipeline.preprocess import native_area
 from input_pipeline.terminal import printable
 
@@ -39,48 +55,87 @@ class Prediction:
     probability: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A model, and the images that it is shown."""
+
+    images: tyro.conf.Positional[tuple[UserPath, ...]]
+    """Image files, or directories of them: of images, or of one directory of images for each class."""
+    weights: Annotated[str, tyro.conf.arg(metavar="NPZ|NAME")]
+    """Weights of the model: an .npz in the official layout, `embedded`, or a published name or address."""
+    view: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    html: UserPath | None = None
+    """File to write a page to that shows the images with the likeliest classes of each."""
+    features: UserPath | None = None
+    """File (.npz) to write the pooled features of all images to, with their names and classes, instead of predicting.
+    All images are then resized to the same size; docs/evaluating.md describes the file."""
+    batch_per_device: int = 32
+    """Number of images that each device computes at a time, with --features."""
+
+    def check(self) -> None:
+        """Refuses what can be refused before anything is read.
+
+        Raises:
+            RequestError: a flag is out of its range, or a file cannot be written.
+        """
+        if not self.images:
+            raise RequestError("no image to predict; name at least one image file")
+        require_positive({"--batch-per-device": self.batch_per_device})
+        self.view.check()
+        if self.html is not None and self.features is not None:
+            raise RequestError("--html shows predictions and --features makes none; give one of them")
+        for path in (self.html, self.features):
+            if path is not None:
+                writable(path)
+
+
 def main() -> None:
-    tyro.cli(predict_files, description=__doc__)
+    predict_files(tyro.cli(Request, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 
-def predict_files(
-    images: tyro.conf.Positional[tuple[UserPath, ...]],
-    weights: Annotated[str, tyro.conf.arg(metavar="NPZ|NAME")],
-    size: int | None = None,
-) -> None:
-    """Prints the five likeliest classes of each image.
-
-    Args:
-        images: Image files to classify.
-        weights: Weights of the model: an .npz in the official layout, or a published name or address.
-        size: Side in pixels of the square that images are resized to. None: the size that the weights were fine-tuned
-            at, where the config.json beside them says so, else BiT-HyperRule's size for the image.
-    """
-    if not images:
-        raise RequestError("no image to predict; name at least one image file")
-    require_positive({"--size": size})
-    path = locate.weight_file(weights)
-    for image, predictions in predict(path, images, size=size):
+def predict_files(request: Request) -> None:
+    """Prints the five likeliest classes of each image, or writes the features of all images to a file."""
+    request.check()
+    files = find(request.images)
+    path = locate.weight_file(request.weights)
+    if request.features is not None:
+        input_pipeline.raise_descriptor_limit()
+        features_of(files, request, path).save(request.features)
+        print(f"{printable(request.features)}: features of {len(files):,} images")
+        return
+    shown = []
+    for image, predictions in predict(path, files.paths, view=request.view):
         print(printable(image))
         for prediction in predictions:
-            print(f"  {prediction.probability:7.2%}  {printable(prediction.name)}  ({prediction.label})")
+            print(f"  {prediction.probability:7.2%}  {printable(prediction.name)}  ({prediction.label})", flush=True)
+        if request.html is not None:
+            shown.append(predictions)
+    if request.html is not None:
+        architecture, _ = weights.read(path)
+        every = zip(files.names, files.paths, shown, strict=True)
+        images = ((name, read_image_file(file), top) for name, file, top in every)
+        page.write_images(request.html, images, weights=request.weights, architecture=architecture)
 
 
-def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = None):
+def predict(weight_file: Path, images: Sequence[Path], *, view: Preprocessing | None = None):
     """Yields (path, the five likeliest classes as `Prediction`s, the likeliest first) for each image file.
+
+    Args:
+        view: how images are resized; None: as the weights were fine-tuned.
 
     Raises:
         RequestError, DatasetError: the weights or an image cannot be read.
     """
+    view = view or Preprocessing()
     known = described(weight_file)
     model, params = weights.load(weight_file)
     names = class_names(known.class_names, model.num_classes)
-    size = size or known.crop
+    size = view.side(known)
     for path in images:
         encoded = read_image_file(path)
         try:
             side = size or hyperrule.resolution(native_area(encoded))[1]
-            pixels = Views(side, side, flip=False, resize=known.resize).evaluation(encoded)
+            pixels = view.views(known, side).evaluation(encoded)
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
         image = steps.normalize(jnp.asarray(pixels[None]), jnp.dtype(jnp.float32))
@@ -97,17 +152,49 @@ def _probabilities(
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet-1k's
-    for 1,000 classes, else numbers.
+    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet's for
+    1,000 and for 21,843 classes, else numbers.
 
     Args:
         dataset: the class names of the dataset that the weights were trained on, or None if they are not known.
     """
     if dataset is not None and len(dataset) == num_classes:
         return in_words(dataset)
-    if num_classes == len(imagenet1k()):
-        return list(imagenet1k().values())
-    return [f"class {label}" for label in range(num_classes)]
+    known = imagenet(num_classes)
+    return [f"class {label}" for label in range(num_classes)] if known is None else list(known.values())
+
+
+def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Features:
+    """Computes the pooled features of all files, in float32.
+
+    Raises:
+        RequestError, DatasetError: the weights or an image cannot be read.
+    """
+    known, view = described(weight_file), request.view
+    side = view.side(known)
+    if side is None:
+        area, _ = input_pipeline.typical_area(files, skip_damaged=False)
+        side = hyperrule.resolution(area)[1]
+    views, precision = view.views(known, side), choose("fp32")
+    architecture, _ = weights.read(weight_file, num_classes=0)
+    mesh = sharding.make_mesh()
+    rows_each = min(request.batch_per_device, -(-len(files) // mesh.size))
+    work = rows.Work(weight_file, architecture, Target(mesh, precision), files, views, rows_each * mesh.size)
+    with counting("computing features", len(files)) as done:
+        computed = rows.compute(work, rows.pooled_features(work), done)
+    with open(weight_file, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {
+        "weights": request.weights,
+        "sha256": digest,
+        "architecture": architecture.name,
+        "size": side,
+        "resize": view.resize or known.resize,
+        "view": view_in_words(views),
+        "precision": precision.name,
+        "versions": figures.versions(),
+    }
+    return Features(computed.rows["features"], files.names, files.classes, files.directories, metadata)
 
 
 if __name__ == "__main__":

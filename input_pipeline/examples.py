@@ -173,13 +173,13 @@ class Relabelled(_Derived):
     def __init__(self, source: Source, class_names: Sequence[str], numbers: np.ndarray):
         """numbers: int32 [classes of source], the new label for each label of the source."""
         super().__init__(source)
-        self.name, self.class_names, self._numbers = source.name, class_names, numbers
+        self.name, self.class_names, self.numbers = source.name, class_names, numbers
 
     @property
     def labels(self) -> np.ndarray:
         labels = self._source.labels
-        known = (labels >= 0) & (labels < len(self._numbers))
-        return np.where(known, self._numbers[np.where(known, labels, 0)], NO_LABEL).astype(np.int32)
+        known = (labels >= 0) & (labels < len(self.numbers))
+        return np.where(known, self.numbers[np.where(known, labels, 0)], NO_LABEL).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -188,7 +188,7 @@ class Relabelled(_Derived):
         example = self._source[index]
         if example["label"] == NO_LABEL:
             return example
-        return {**example, "label": int(self._numbers[label_of(example, self._source)])}
+        return {**example, "label": int(self.numbers[label_of(example, self._source)])}
 
 
 def label_of(example: Example, source: Source) -> int:

@@ -94,14 +94,15 @@ def _names(directory: Path, *, directories: bool) -> list[str]:
         raise cannot_read(error.filename or directory, error) from None
     expected = "a class directory" if directories else f"an image file ({', '.join(SUFFIXES)})"
     for name, mode in sorted(modes):
-        if stat.S_ISDIR(mode) if directories else stat.S_ISREG(mode) and _is_image_name(name):
+        if stat.S_ISDIR(mode) if directories else stat.S_ISREG(mode) and is_image_name(name):
             continue
         what = f"is {kind_of(mode)}, not" if mode and not stat.S_ISREG(mode) else "is not"
         raise DatasetError(f"{directory / name} {what} {expected}; move it elsewhere. {LAYOUT}")
     return sorted((name for name, _ in modes), key=lambda name: (canonical(name), name))
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name is taken for an image, in a folder of them."""
     return name.lower().endswith(SUFFIXES)
 
 

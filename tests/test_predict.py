@@ -1,5 +1,7 @@
-"""Predictions for image files, with the names that belong to the head."""
+"""Predictions for image files, with the names that belong to the head, and files of features."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -9,15 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from browser import Shown
 from PIL import Image
 
 from bit_jax import predict
 from bit_jax.formats import weights
 from bit_jax.formats.described import Description, described
 from bit_jax.model.architecture import Architecture
+from bit_jax.predictions.features import Features
+from bit_jax.predictions.views import Preprocessing
 from bit_jax.published import locate
+from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.loose_files import find
 from parity.sides.inputs import random_arrays
 
 
@@ -153,7 +160,7 @@ def test_names_from_outside_are_printed_escaped(tmp_path, image, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"class_names": ["\x1b[31mred", "caf\udce9", "plain"]}))
     strange = tmp_path / os.fsdecode(b"\xe9\x1b.png")
     image.rename(strange)
-    predict.predict_files((strange,), str(npz(tmp_path, 3)), size=32)
+    predict.predict_files(predict.Request((strange,), str(npz(tmp_path, 3)), Preprocessing(size=32)))
     printed = capsys.readouterr().out
     assert "\\xe9\\x1b.png" in printed
     assert "\\x1b[31mred" in printed
@@ -182,3 +189,104 @@ def test_the_home_directory_is_expanded(tmp_path, image, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["predict", "--weights", "~/w.npz", "~/image.png", "--size", "32"])
     assert exit_code(predict.main) == 0
     assert capsys.readouterr().out.startswith(str(image))
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Five images in two directories of classes, whose order by name is not that of their code points as they lie."""
+    for number, name in enumerate(
+        ("zebra/b.png", "zebra/a.png", "E\u0301lan/1.png", "bee/x.png", "bee/.hidden", "bee/y.png")
+    ):
+        path = tmp_path / "animals" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)).save(path, "PNG")
+    return tmp_path / "animals"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    monkeypatch.setattr(Target, "compiler_options", {"xla_backend_optimization_level": 0})  # compiles in less time
+    return exit_code(predict.main)
+
+
+def test_features_of_a_directory_of_classes(tmp_path, animals, monkeypatch):
+    path, out = npz(tmp_path, 3), tmp_path / "new" / "features.npz"
+    assert run(monkeypatch, "--weights", path, "--size", 32, "--features", out, "--batch-per-device", 1, animals) == 0
+    with np.load(out) as file:  # without pickles
+        assert set(file.files) == {"features", "names", "labels", "class_names", "metadata"}
+        assert (file["features"].dtype, file["labels"].dtype) == (np.float32, np.int32)
+    found = Features.load(out)
+    assert found.class_names == ["bee", "zebra", "\u00c9lan"]
+    assert found.names == ["bee/x.png", "bee/y.png", "zebra/a.png", "zebra/b.png", "E\u0301lan/1.png"]
+    assert found.labels.tolist() == [0, 0, 1, 1, 2]
+    assert found.metadata["weights"] == str(path)
+    assert (found.metadata["size"], found.metadata["resize"]) == (32, "pillow")
+    assert found.metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    model, params = weights.load(path, num_classes=0)
+    shown = [Image.open(animals / name).resize((32, 32), Image.Resampling.BILINEAR) for name in found.names]
+    images = (np.stack([np.asarray(image, np.float32) for image in shown]) - 127.5) / 127.5
+    expected = np.asarray(jax.jit(model.apply)({"params": params}, images))
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-4)
+    assert (np.abs(expected[0] - expected[1]) > 1e-3).any()
+
+
+def test_features_of_loose_files_have_no_labels(tmp_path, image, monkeypatch):
+    out = tmp_path / "features.npz"
+    assert run(monkeypatch, "--weights", npz(tmp_path, 3), "--size", 32, "--features", out, image) == 0
+    found = Features.load(out)
+    assert (found.names, found.labels.tolist(), found.class_names) == ([str(image)], [-1], [])
+
+
+def test_a_page_of_predictions(tmp_path, animals, monkeypatch, capsys):
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "--weights", npz(tmp_path, 6), "--size", 32, "--html", page, animals / "bee", animals) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 5 * (2 + 5)
+    text = page.read_text()
+    assert text.count('<img src="data:image/png;base64,') == 2 + 5
+    assert text.count('<div class="bar">') == 5 * (2 + 5)
+    shown = Shown(page, tmp_path, 800)
+    assert shown.count(21, 101, 192) > 500  # bars
+    assert "zebra/a.png" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "has no images"),
+        (["a/.hidden"], "have no images"),
+        (["a.png", "notes.txt"], "notes.txt is not an image file"),
+        (["a/b.png", "c.png"], "has directories and c.png beside them"),
+        (["a/b/c.png"], "b is not an image file"),
+    ],
+)
+def test_directories_that_are_not_understood(tmp_path, files, said):
+    (tmp_path / "d").mkdir()
+    for name in files:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).touch()
+    with pytest.raises(RequestError, match=said):
+        find([tmp_path / "d"])
+
+
+def test_a_file_that_holds_no_features_is_refused(tmp_path):
+    good = Features(np.zeros((2, 3), np.float32), ["a", "b\udce9"], np.array([0, -1]), ["x"], {"size": 32})
+    good.save(tmp_path / "a.npz")
+    again = Features.load(tmp_path / "a.npz")
+    assert (again.names, again.metadata, again.labels.tolist()) == (good.names, good.metadata, [0, -1])
+    good.save(tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    for change, said in (
+        ({"labels": np.array([0, 1])}, "a label is not one of its 1 classes"),
+        ({"names": ["a"]}, "are of 2, 1 and 2"),
+        ({"features": np.zeros(2, np.float32)}, "its features has 1 axes"),
+    ):
+        dataclasses.replace(good, **change).save(tmp_path / "c.npz")
+        with pytest.raises(RequestError, match=said):
+            Features.load(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", other=1)
+    (tmp_path / "e.npz").write_bytes(b"PK no zip")
+    for name in ("d.npz", "e.npz"):
+        with pytest.raises(RequestError, match="is no file of features"):
+            Features.load(tmp_path / name)

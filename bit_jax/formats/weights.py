@@ -35,7 +35,8 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.f
 
     Args:
         path: the file; `~` is the home directory.
-        num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers.
+        num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers. 0: leaves the head out,
+            so that the model returns the pooled features. None: keeps the head.
         dtype: what the model computes in. Parameters are float32, or float64 where `dtype` is (which needs x64).
 
     Returns:
@@ -73,11 +74,19 @@ def read(
         WeightsError, RequestError: see `load`.
     """
     if num_classes is not None and not _is_count(num_classes):
-        raise RequestError(f"num_classes is {num_classes!r}; give a whole number from 1, or None to keep the head")
+        raise RequestError(
+            f"num_classes is {num_classes!r}; give a whole number from 1 for a new head, 0 for none, or None to keep it"
+        )
     path = user_path(path)
     members = read_members(path)
     architecture = _architecture_of({key: member.shape for key, member in members.items()}, path)
     if num_classes is None:
+        if not architecture.num_classes:
+            raise WeightsError(
+                f"{path} holds a BiT without a head; give num_classes=0 for its features, or a number of classes for a "
+                "new head",
+                missing=[HEAD_KERNEL, HEAD_BIAS],
+            )
         return architecture, read_arrays(path, members)
     architecture = dataclasses.replace(architecture, num_classes=num_classes)
     body = {key: member for key, member in members.items() if key not in (HEAD_KERNEL, HEAD_BIAS)}
@@ -85,19 +94,22 @@ def read(
 
     def with_new_head() -> Iterator[tuple[str, np.ndarray]]:
         yield from read_arrays(path, body)
-        yield from ((key, np.zeros(shapes[key], np.float32)) for key in (HEAD_KERNEL, HEAD_BIAS))
+        if num_classes:
+            yield from ((key, np.zeros(shapes[key], np.float32)) for key in (HEAD_KERNEL, HEAD_BIAS))
 
     return architecture, with_new_head()
 
 
 def _is_count(number: object) -> bool:
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and int(number) > 0
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and int(number) >= 0
 
 
 def _architecture_of(shapes: dict[str, tuple[int, ...]], where: str | Path) -> Architecture:
-    """Reads depth, width and head off the keys and shapes, then holds every key and shape against them."""
+    """Reads depth, width and head off the keys and shapes, then holds every key and shape against them. Where neither
+    of the head's arrays is there, the architecture has 0 classes."""
+    headless = HEAD_KERNEL not in shapes and HEAD_BIAS not in shapes
     root, head = shapes.get(ROOT_KERNEL, ()), shapes.get(HEAD_KERNEL, ())
-    if len(root) != 4 or len(head) != 4:
+    if len(root) != 4 or (len(head) != 4 and not headless):
         absent = [key for key, shape in ((ROOT_KERNEL, root), (HEAD_KERNEL, head)) if len(shape) != 4]
         raise WeightsError(
             f"{where} is not a BiT in the official layout: no 4-dimensional {' and '.join(absent)} "
@@ -114,10 +126,11 @@ def _architecture_of(shapes: dict[str, tuple[int, ...]], where: str | Path) -> A
         raise WeightsError(f"{where} names more units ({counts} in its stages) than it has arrays ({len(shapes)})")
     if root[3] % GROUPS or not root[3]:
         raise WeightsError(f"{where} has {root[3]} root channels; GroupNorm needs a multiple of {GROUPS}")
-    if not head[3]:
+    if not headless and not head[3]:
         raise WeightsError(f"{where} has a head of 0 classes; a head has at least 1")
     # a stage without units is no BiT: its first unit is then listed as missing
-    architecture = Architecture(tuple(max(count, 1) for count in units), root[3] / 64, head[3])
+    num_classes = 0 if headless else head[3]
+    architecture = Architecture(tuple(max(count, 1) for count in units), root[3] / 64, num_classes)
     _require_layout(architecture, shapes, where)
     return architecture
 
@@ -144,7 +157,7 @@ def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.n
     """Writes parameters in the official layout, atomically, in float32; float64 stays float64.
 
     The same parameters give the same bytes. Narrower floats, such as bfloat16, become float32, which holds all their
-    values. Whatever this function accepts, `load` reads.
+    values. Whatever this function accepts, `load` reads; parameters without a head, where it is told `num_classes`.
 
     Args:
         path: the file; one that exists is replaced.

@@ -34,7 +34,7 @@ class Architecture:
     Attributes:
         units: bottleneck units in each of the four stages.
         width: channels as a multiple of ResNet's 64.
-        num_classes: size of the head.
+        num_classes: size of the head; 0: there is none, and the model returns the pooled features.
     """
 
     units: tuple[int, ...]
@@ -70,7 +70,7 @@ class Architecture:
         return f"R{depth or '(' + ','.join(map(str, self.units)) + ')'}x{self.width:g}"
 
     def __str__(self) -> str:
-        return f"{self.name} with {self.num_classes:,} classes"
+        return f"{self.name} with {self.num_classes:,} classes" if self.num_classes else f"{self.name} without a head"
 
     def model(self, dtype: Any = None, precision: Any = None) -> ResNetV2:
         """The Flax model, without parameters.
@@ -93,7 +93,8 @@ class Architecture:
 
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
-        """Every key of the official file and the shape of its array, kernels as HWIO."""
+        """Every key of the official file and the shape of its array, kernels as HWIO; without a head's where there is
+        none."""
         root = round(64 * self.width)
         shapes: dict[str, tuple[int, ...]] = {ROOT_KERNEL: (7, 7, 3, root)}
 
@@ -112,6 +113,7 @@ class Architecture:
                     shapes[f"{key}/a/proj/{STANDARDIZED}/kernel"] = (1, 1, cin, 4 * mid)
                 cin = 4 * mid
         norm("resnet/group_norm", cin)
-        shapes[HEAD_KERNEL] = (1, 1, cin, self.num_classes)
-        shapes[HEAD_BIAS] = (self.num_classes,)
+        if self.num_classes:
+            shapes[HEAD_KERNEL] = (1, 1, cin, self.num_classes)
+            shapes[HEAD_BIAS] = (self.num_classes,)
         return shapes

@@ -140,10 +140,12 @@ class Head(nn.Module):
 class ResNetV2(nn.Module):
     """Maps images [batch, height, width, 3] in [-1, 1], of any height and width, to logits [batch, num_classes].
 
+    `model.apply({"params": params}, images, method="features")` returns what the logits are computed from.
+
     Attributes:
         units: bottleneck units in each of the four stages.
         width: channels as a multiple of ResNet's 64.
-        num_classes: size of the head.
+        num_classes: size of the head. 0: there is no head, and the model returns the pooled features.
         dtype: what convolutions and the activations between them are computed in. Parameters, statistics and logits
             are float32 or wider: in bfloat16 only what is multiplied and stored between layers is narrow.
         precision: how exactly products are computed; HIGHEST keeps float32 products IEEE on hardware that would use
@@ -166,9 +168,7 @@ class ResNetV2(nn.Module):
     norm_eps: float | None = None
     standardize_eps: float | None = None
 
-    @nn.compact
-    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
-        check_images(images)
+    def setup(self):
         numerics = Numerics(
             self.dtype,
             self.precision,
@@ -181,15 +181,44 @@ class ResNetV2(nn.Module):
             self.standardize_eps,
         )
         channels = round(64 * self.width)
-        x = RootBlock(channels, numerics, name="root_block")(images.astype(self.dtype))
-        later = jnp.zeros((), param_dtype(self.dtype))
+        self.root_block = RootBlock(channels, numerics)
         for stage, units in enumerate(self.units, start=1):
             stride = 1 if stage == 1 else 2
-            stage_channels = channels * 2 ** (stage - 1)
-            x, later = Stage(stage_channels, units, stride, self.remat, numerics, name=f"block{stage}")(x, later)
-        x = GroupNormRelu(numerics._replace(recompute=False), name="group_norm")(x)
-        features = x.astype(param_dtype(self.dtype)).mean(axis=(1, 2))
-        return Head(self.num_classes, numerics, name="head")(features)
+            made = Stage(channels * 2 ** (stage - 1), units, stride, self.remat, numerics)
+            setattr(self, f"block{stage}", made)
+        self.group_norm = GroupNormRelu(numerics._replace(recompute=False))
+        if self.num_classes:
+            self.head = Head(self.num_classes, numerics)
+
+    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
+        pooled = self._features(images)["pooled"]
+        return self.head(pooled) if self.num_classes else pooled
+
+    def features(self, images: Float[Array, "batch height width 3"]) -> dict[str, Float[Array, "batch ..."]]:
+        """Returns what the logits are computed from, by name, without the head.
+
+        Call it by `model.apply({"params": params}, images, method="features")`; the parameters may lack the head. Under
+        `jax.jit`, what the caller does not use of the result is neither kept nor, at the end, computed.
+
+        Returns:
+            `root_block`, `block1` to `block4`: outputs of the root and of the stages, [batch, height, width, channels]
+            with sides of a quarter, a quarter, an eighth, a 16th and a 32nd of the image's, rounded up, in the model's
+            dtype; `last_activation`: the same shape as `block4`, after the last GroupNorm and ReLU; `pooled`: its mean
+            over height and width, [batch, channels], which the head takes, in float32 or wider.
+        """
+        return self._features(images)
+
+    @nn.nowrap
+    def _features(self, images: Array) -> dict[str, Array]:
+        check_images(images)
+        x = self.root_block(images.astype(self.dtype))
+        outputs = {"root_block": x}
+        later = jnp.zeros((), param_dtype(self.dtype))
+        for stage in range(1, len(self.units) + 1):
+            x, later = getattr(self, f"block{stage}")(x, later)
+            outputs[f"block{stage}"] = x
+        x = self.group_norm(x)
+        return outputs | {"last_activation": x, "pooled": x.astype(param_dtype(self.dtype)).mean(axis=(1, 2))}
 
     def init_params(self, seed: int) -> dict:
         """Random kernels, a zero head: what training from scratch starts from."""

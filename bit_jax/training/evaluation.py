@@ -35,7 +35,7 @@ def evaluate(
         RuntimeError: the batches do not contain each example of the split exactly once.
     """
     totals: dict[str, Any] = dict.fromkeys(("loss", "correct1", "correct5", "seen", "rank0_correct", "rank0_seen"), 0)
-    for sums in _one_behind(eval_step(params, batch) for batch in batches):
+    for sums in one_behind(eval_step(params, batch) for batch in batches):
         check(sums)
         totals = {name: total + (sums[name].item() if name in sums else 0) for name, total in totals.items()}
     seen = totals["seen"]
@@ -47,7 +47,7 @@ def evaluate(
     return accuracy
 
 
-def _one_behind(results: Iterable[dict]) -> Iterator[dict]:
+def one_behind(results: Iterable[dict]) -> Iterator[dict]:
     """Yields each result once the next is dispatched: the devices never idle, and never hold more than two batches."""
     waiting = None
     for result in results:

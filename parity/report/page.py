@@ -1,13 +1,10 @@
 """Writes a report as one self-contained HTML page, which fetches nothing: plots are inline SVG, images data URLs."""
 
-import base64
 import io
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bit_jax.model.class_names import in_words
+from bit_jax.pages import page as pages
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError, Source
-from input_pipeline.files import replacing
 from input_pipeline.sources import open_source
 from parity.ladder.ladder import ROLES
 from parity.ladder.verdict import LIMIT, MULTIPLE
@@ -63,14 +60,11 @@ def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = Non
 
 def render(template: str, path: Path, **values: Any) -> None:
     """Fills in one of this package's templates and writes the page, atomically."""
-    loader = jinja2.FunctionLoader(lambda name: resources.files("parity.report").joinpath(name).read_text())
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    environment.filters["error"] = operations.error
-    environment.filters["number"] = lambda value: "" if value is None else terminal.number(value)
-    page = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(page.encode())
+    filters: dict[str, Callable] = {
+        "error": operations.error,
+        "number": lambda value: "" if value is None else terminal.number(value),
+    }
+    pages.render("parity.report", template, path, filters=filters, **values)
 
 
 def plots(report: Report) -> list[dict[str, str]]:
@@ -208,9 +202,7 @@ def _positive(value: Any) -> bool:
 def _thumbnail(source: Source, index: int) -> str:
     """Returns an example's image as the data URL of a small PNG."""
     image = decode(source[index]["image"]).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return pages.data_url(image)
 
 
 def _accuracy(report: Report) -> dict[str, Any] | None:

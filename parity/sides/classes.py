@@ -1,7 +1,6 @@
 """Matches a dataset's labels to the classes of the model's head; both sides open datasets through `open_labelled`.
 
-Classes are matched by name. A head has names if training left a config.json beside the weights, or if it has
-ImageNet's 1,000 classes and the dataset has their WordNet ids.
+Classes are matched by name; `bit_jax.predictions.classes` says which heads have names.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bit_jax.formats.described import described
-from bit_jax.model.class_names import imagenet1k
+from bit_jax.predictions.classes import Head
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source, relabelled
 from input_pipeline.sources import open_source
@@ -40,14 +39,10 @@ def matching(source: Source, weights: str, weight_file: Path, num_classes: int, 
     Raises:
         RequestError: the split has classes that the head has not, or the head's classes have no names to match.
     """
-    names = described(weight_file).class_names if not arbitrary else None
-    if names is not None and len(names) == num_classes:
-        relabelled(source, names, f"the head of {weights}")
-        return Matching(names, "matched by name with the config.json beside the weights")
-    imagenet = imagenet1k()
-    if num_classes == len(imagenet) and any(name in imagenet for name in source.class_names):
-        relabelled(source, list(imagenet), f"ImageNet's head of {weights}")
-        return Matching(list(imagenet), "matched with ImageNet's by WordNet id")
+    head = Head.of(None if arbitrary else described(weight_file).class_names, num_classes, weights)
+    if head is not None and (head.described or any(name in head.names for name in source.class_names)):
+        relabelled(source, head.names, head.whose)
+        return Matching(list(head.names), head.how)
     count = len(source.class_names)
     if count == num_classes or (arbitrary and count < num_classes):
         what = "a random head's mean nothing" if arbitrary else "the head has no names"

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
 from bit_jax.formats.weights import Params
+from bit_jax.model.architecture import Architecture
 from bit_jax.model.class_names import imagenet1k, in_words
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.published import locate
@@ -74,6 +75,8 @@ def predict(weight_file: Path, images: Sequence[Path], *, size: int | None = Non
     """
     known = described(weight_file)
     model, params = weights.load(weight_file)
+    if note := Architecture.of(model).note:
+        print(note, file=sys.stderr)
     names = class_names(known.class_names, model.num_classes)
     size = size or known.crop
     for path in images:

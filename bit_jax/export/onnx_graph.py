@@ -1,20 +1,25 @@
-"""Writes BiT as an ONNX graph, node by node: what PyTorch's exporter needs ten nodes for is one here.
+"""Writes the model as an ONNX graph, node by node, with the package `onnx` and without any framework.
 
-Kernels are standardized in float64 before they are written, so no runtime has to do it, or to add the right epsilon.
-The package `onnx` builds and checks the file; no framework takes part.
+docs/notebook.md compares it with what PyTorch's exporter and jax2onnx make of the model.
 """
 
 import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bit_jax.export.source import Source
 from bit_jax.model.architecture import GROUPS, HEAD_BIAS, HEAD_KERNEL, PREFIX, STANDARDIZED, Architecture
 from bit_jax.model.layers import NORM_EPS
+from input_pipeline.errors import RequestError
 
-OPSET = 21  # the first whose GroupNormalization has a scale for each channel, as BiT's has for its own
-IR = 10  # the file format's version that opset 21 came with
+OPSET, IR = 17, 8  # nothing newer is needed, and whatever reads ONNX today reads these
 IMAGES, LOGITS = "images", "logits"
+BESIDE = ".data"  # what the file of the weights adds to the graph's name
+MISSING = "an .onnx needs {}, which is not installed; pip install 'bit-jax[onnx]'"
 
 
 @dataclasses.dataclass
@@ -22,23 +27,14 @@ class Graph:
     """Nodes and weights, in the order of computation.
 
     Attributes:
-        weights: {official key: array}; kernels are HWIO and not standardized.
-        eps: what is added to the variance of kernels.
+        weights: {official key: array}, kernels standardized and HWIO.
         dtype: of weights, images and logits.
     """
 
-    weights: dict[str, np.ndarray]
-    eps: float
+    weights: Mapping[str, np.ndarray]
     dtype: np.dtype
     nodes: list[Any] = dataclasses.field(default_factory=list)
     initializers: list[Any] = dataclasses.field(default_factory=list)
-
-    @property
-    def kind(self) -> int:
-        """ONNX's number for the dtype."""
-        from onnx import helper
-
-        return helper.np_dtype_to_tensor_dtype(self.dtype)
 
     def node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Adds a node that is called after its one output, and returns that name."""
@@ -53,22 +49,35 @@ class Graph:
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def weight(self, key: str) -> str:
-        return self.constant(key, self.weights[key].astype(self.dtype))
+    def constants(self) -> None:
+        """Adds what all layers share."""
+        self.constant("scale of groups", np.ones(GROUPS, self.dtype))
+        self.constant("shift of groups", np.zeros(GROUPS, self.dtype))
+        self.constant("shape of groups", np.array([0, GROUPS, -1], np.int64))
 
     def std_conv(self, x: str, place: str, stride: int) -> str:
         """Convolution with the standardized kernel, padded by (size - 1) / 2 on each side."""
         key = f"{PREFIX}{place}/{STANDARDIZED}/kernel"
-        kernel = standardized(self.weights[key], self.eps).transpose(3, 2, 0, 1)
-        pad = (kernel.shape[-1] - 1) // 2
-        name = self.constant(f"{key}/standardized", kernel.astype(self.dtype))
+        kernel = self.weights[key].transpose(3, 2, 0, 1)
+        name, pad = self.constant(f"{key}, standardized", kernel), (kernel.shape[-1] - 1) // 2
         return self.node("Conv", [x, name], f"{place}/conv", strides=[stride] * 2, pads=[pad] * 4)
 
     def group_norm_relu(self, x: str, place: str) -> str:
-        key = f"{PREFIX}{place}"
-        inputs = [x, self.weight(f"{key}/gamma"), self.weight(f"{key}/beta")]
-        self.node("GroupNormalization", inputs, place, num_groups=GROUPS, epsilon=NORM_EPS, stash_type=self.kind)
-        return self.node("Relu", [place], f"{place}/relu")
+        """GroupNorm as the InstanceNormalization of groups, which runtimes have a kernel of their own for.
+
+        GroupNormalization of opset 21 is expanded by onnxruntime into 20 nodes, which take a fifth more of the whole
+        model's time, and its variance is E[x^2] - E[x]^2, which loses digits.
+        """
+        gamma, beta = (
+            self.constant(f"{PREFIX}{place}/{name}", self.weights[f"{PREFIX}{place}/{name}"][:, None, None])
+            for name in ("gamma", "beta")
+        )
+        shape = self.node("Shape", [x], f"{place}/shape")
+        grouped = self.node("Reshape", [x, "shape of groups"], f"{place}/groups")
+        inputs = [grouped, "scale of groups", "shift of groups"]
+        normal = self.node("InstanceNormalization", inputs, f"{place}/normal", epsilon=NORM_EPS)
+        scaled = self.node("Mul", [self.node("Reshape", [normal, shape], f"{place}/channels"), gamma], f"{place}/scale")
+        return self.node("Relu", [self.node("Add", [scaled, beta], f"{place}/shift")], place)
 
     def root(self, images: str) -> str:
         x = self.std_conv(images, "root_block", 2)
@@ -78,7 +87,7 @@ class Graph:
         x = self.node("Pad", [x, pads, zero], "root_block/pad")
         return self.node("MaxPool", [x], "root_block/pool", kernel_shape=[3, 3], strides=[2, 2])
 
-    def unit(self, x: str, place: str, stride: int, project: bool) -> str:
+    def unit(self, x: str, place: str, stride: int, *, project: bool) -> str:
         active = self.group_norm_relu(x, f"{place}/a/group_norm")
         shortcut = self.std_conv(active, f"{place}/a/proj", stride) if project else x
         y = self.std_conv(active, f"{place}/a", 1)
@@ -87,39 +96,78 @@ class Graph:
         return self.node("Add", [y, shortcut], f"{place}/sum")
 
     def head(self, x: str) -> str:
-        axes = self.constant("head/axes", np.array([2, 3], np.int64))
-        features = self.node("ReduceMean", [x, axes], "features", keepdims=0)
-        kernel = self.constant(HEAD_KERNEL, self.weights[HEAD_KERNEL][0, 0].astype(self.dtype))
-        return self.node("Gemm", [features, kernel, self.weight(HEAD_BIAS)], LOGITS)
+        means = self.node("GlobalAveragePool", [x], "means")
+        features = self.node("Flatten", [means], "features")
+        kernel = self.constant(HEAD_KERNEL, self.weights[HEAD_KERNEL][0, 0])
+        return self.node("Gemm", [features, kernel, self.constant(HEAD_BIAS, self.weights[HEAD_BIAS])], LOGITS)
 
 
-def standardized(kernel: np.ndarray, eps: float) -> np.ndarray:
-    """Returns (kernel - mean) / sqrt(variance + eps) in float64, statistics over all values of an output channel."""
-    kernel = kernel.astype(np.float64)
-    return (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + eps)
-
-
-def build(architecture: Architecture, weights: dict[str, np.ndarray], eps: float, dtype: Any = np.float32) -> Any:
+def build(architecture: Architecture, weights: Mapping[str, np.ndarray], dtype: np.dtype) -> Any:
     """Returns the `onnx.ModelProto` of images [batch, 3, height, width] in [-1, 1] -> logits [batch, classes].
 
     Batch, height and width are open.
 
     Args:
         architecture: what the weights are of.
-        weights: {official key: array}.
-        eps: what is added to the variance of kernels.
-        dtype: float32, or float64, which onnxruntime has no convolution for.
+        weights: what `Source.folded` returns.
+        dtype: of the weights.
     """
     from onnx import helper
 
-    graph = Graph(weights, eps, np.dtype(dtype))
+    graph = Graph(weights, dtype)
+    graph.constants()
     x = graph.root(IMAGES)
     for stage, units in enumerate(architecture.units, start=1):
         for unit in range(1, units + 1):
-            stride = 2 if stage > 1 and unit == 1 else 1
-            x = graph.unit(x, f"block{stage}/unit{unit:02d}", stride, unit == 1)
+            first = unit == 1
+            x = graph.unit(x, f"block{stage}/unit{unit:02d}", 2 if first and stage > 1 else 1, project=first)
     graph.head(graph.group_norm_relu(x, "group_norm"))
-    images = helper.make_tensor_value_info(IMAGES, graph.kind, ["batch", 3, "height", "width"])
-    logits = helper.make_tensor_value_info(LOGITS, graph.kind, ["batch", architecture.num_classes])
-    made = helper.make_graph(graph.nodes, architecture.name, [images], [logits], graph.initializers)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
+    images = helper.make_tensor_value_info(IMAGES, kind, ["batch", 3, "height", "width"])
+    logits = helper.make_tensor_value_info(LOGITS, kind, ["batch", architecture.num_classes])
+    made = helper.make_graph(graph.nodes, f"BiT {architecture.name}", [images], [logits], graph.initializers)
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(made, opset_imports=[opset], ir_version=IR, producer_name="bit_jax")
+
+
+def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
+    """Writes the graph of `build`, with kernels standardized.
+
+    Args:
+        source: the model.
+        path: the file.
+        dtype: of images, weights and logits.
+        beside: whether the weights go into a file of their own, `path` with ".data", which has to stay beside it.
+
+    Raises:
+        RequestError: onnx is not installed, or the weights do not fit into the file.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise RequestError(MISSING.format(error.name)) from None
+    if not beside:
+        source.require_room(dtype)
+    model = build(source.architecture, source.folded(dtype), np.dtype(dtype))
+    onnx.save(model, path, save_as_external_data=beside, location=path.name + BESIDE if beside else None)
+    if beside:  # onnx makes it readable to nobody else
+        os.chmod(path.with_name(path.name + BESIDE), path.stat().st_mode)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def run(path: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the logits of batches of images [batch, height, width, 3].
+
+    They are computed by onnxruntime; in float64, which its convolution does not have, by the reference implementation
+    of the ONNX project.
+    """
+    try:
+        import onnxruntime
+        from onnx.reference import ReferenceEvaluator
+    except ImportError as error:
+        raise RequestError(MISSING.format(error.name) + ", or add --no-check") from None
+    if batches[0].dtype == np.float64:
+        session: Any = ReferenceEvaluator(str(path))
+    else:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [session.run([LOGITS], {IMAGES: np.ascontiguousarray(images.transpose(0, 3, 1, 2))})[0] for images in batches]

@@ -9,11 +9,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("bit_jax", "input_pipeline", "parity")
 ROOMS = sorted(path.parent for package in ("bit_jax", "parity") for path in (ROOT / package).glob("*/__init__.py"))
-# where each may be imported; TensorFlow prepares datasets and writes SavedModels in processes of their own
+# these read and write another library's files, and import it in a function, when one is asked for
+LAZY = {
+    "torch": {"bit_jax.formats.pickles"},
+    "onnxruntime": {"bit_jax.export.onnx_graph"},
+    "tensorflow": {"input_pipeline.tf_data"},
+}
+# where else each may be imported; tensorflow_graph is a process of its own
 FRAMEWORKS = {
-    "torch": {"parity.in_torch"},
-    "onnxruntime": {"parity.exported", "bit_jax.export"},
-    "tensorflow": {"input_pipeline.tf_data", "bit_jax.export.tensorflow_graph"},
+    "torch": "parity.in_torch",
+    "onnxruntime": "parity.exported",
+    "tensorflow": "bit_jax.export.tensorflow_graph",
 }
 
 
@@ -78,9 +84,20 @@ def test_the_packages_know_only_those_below():
             assert {module.split(".")[0] for module in ours} <= below | {package}, path
 
 
-def test_a_framework_is_imported_in_its_rooms():
+def test_one_room_imports_torch():
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
-            for framework, rooms in FRAMEWORKS.items():
+            for framework, room in FRAMEWORKS.items():
                 if within(framework, {module.split(".")[0] for module in imported(path)}):
-                    assert within(name_of(path), rooms), path
+                    assert within(name_of(path), {room} | LAZY.get(framework, set())), path
+
+
+@pytest.mark.parametrize("framework", LAZY)
+def test_the_exceptions_import_it_only_when_asked(framework):
+    for name in LAZY[framework]:
+        tree = ast.parse((ROOT / name.replace(".", "/")).with_suffix(".py").read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        within_functions = {id(child) for function in functions for child in ast.walk(function)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import) and node.names[0].name == framework]
+        assert imports
+        assert all(id(node) in within_functions for node in imports)

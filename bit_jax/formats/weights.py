@@ -1,4 +1,4 @@
-"""The official BiT `.npz` <-> the parameters of `ResNetV2`: one name table, strict both ways.
+"""Weight files -> the parameters of `ResNetV2` -> the official `.npz`, strict both ways.
 
 A parameter's path, joined by "/" and put behind `resnet/`, is its key in the file; nothing else is translated.
 """
@@ -19,7 +19,8 @@ import numpy as np
 from flax import traverse_util
 
 from bit_jax.formats import comment
-from bit_jax.formats.official import NOT_FINITE, WeightsError, fits_float32, listed, read_arrays, read_members
+from bit_jax.formats.official import NOT_FINITE, WeightsError, fits_float32, listed
+from bit_jax.formats.sources import open_source
 from bit_jax.model.architecture import (
     GROUPS,
     HEAD_BIAS,
@@ -43,13 +44,15 @@ Params = dict[str, Any]
 def load(
     path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.float32, standardize_eps: float | None = None
 ) -> tuple[ResNetV2, Params]:
-    """Reads an official BiT `.npz`; depth, width and head are read off the file.
+    """Reads a BiT: an official `.npz`, or safetensors, a `torch.save` file or a directory of the original code, timm or
+    Hugging Face, whatever its name. Depth, width and head are read off the file.
 
     Args:
-        path: the file; `~` is the home directory.
+        path: the file or directory; `~` is the home directory.
         num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers.
         dtype: what the model computes in. Parameters are float32, or float64 where `dtype` is (which needs x64).
-        standardize_eps: what the model adds to a kernel's variance; None: what the file says, else BiT's 1e-10.
+        standardize_eps: what the model adds to a kernel's variance; None: what the file says, else what such
+            files are computed with: 1e-10, and 1e-8 under the names of timm or Hugging Face.
 
     Returns:
         The model and its parameters, on JAX's default device: `model.apply({"params": params}, images)`.
@@ -90,21 +93,32 @@ def read(
     if standardize_eps is not None:
         _require_eps(standardize_eps)
     path = user_path(path)
-    members = read_members(path)
-    architecture = _architecture_of({key: member.shape for key, member in members.items()}, path)
-    eps = comment.read(path) if standardize_eps is None else standardize_eps
-    architecture = dataclasses.replace(architecture, standardize_eps=eps)
+    source = open_source(path)
+    shapes = source.shapes
     if num_classes is None:
-        return architecture, read_arrays(path, members)
-    architecture = dataclasses.replace(architecture, num_classes=num_classes)
-    body = {key: member for key, member in members.items() if key not in (HEAD_KERNEL, HEAD_BIAS)}
-    shapes = architecture.layout
+        if not {HEAD_KERNEL, HEAD_BIAS} & shapes.keys() and ROOT_KERNEL in shapes:
+            raise WeightsError(f"{path} has no head; give num_classes for a new one", missing=[HEAD_KERNEL, HEAD_BIAS])
+        architecture, kept = _architecture_of(shapes, path), list(shapes)
+    else:
+        kept = [key for key in shapes if key not in (HEAD_KERNEL, HEAD_BIAS)]
+        architecture = _architecture_of(shapes if len(kept) < len(shapes) else _with_head(shapes), path)
+        architecture = dataclasses.replace(architecture, num_classes=num_classes)
+    eps = source.standardize_eps if standardize_eps is None else standardize_eps
+    architecture = dataclasses.replace(architecture, standardize_eps=eps)
 
-    def with_new_head() -> Iterator[tuple[str, np.ndarray]]:
-        yield from read_arrays(path, body)
-        yield from ((key, np.zeros(shapes[key], np.float32)) for key in (HEAD_KERNEL, HEAD_BIAS))
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        yield from source.arrays(kept)
+        for key, shape in architecture.layout.items():
+            if key not in kept:
+                yield key, np.zeros(shape, np.float32)
 
-    return architecture, with_new_head()
+    return architecture, arrays()
+
+
+def _with_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a file without a head, with those of a head for one class."""
+    channels = next((shape for key, shape in shapes.items() if key == f"{PREFIX}group_norm/gamma"), (0,))
+    return {**shapes, HEAD_KERNEL: (1, 1, *channels[:1], 1), HEAD_BIAS: (1,)}
 
 
 def _require_eps(eps: object) -> None:

@@ -10,6 +10,7 @@ from bit_jax.published.fetch import fetch
 from input_pipeline.errors import RequestError
 from input_pipeline.files import is_url, user_path
 
+SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar")  # by which a path that does not exist is known
 EMBEDDED_FILE = Path(__file__).parents[1] / "assets" / "fashion-mnist-R14x0.5" / "final.npz"
 
 
@@ -40,11 +41,11 @@ def resolve(model: str) -> PublishedFile | Path:
             "and other files are fetched first and named by their path"
         )
     path = user_path(model)
-    if path.suffix == ".npz" or os.path.exists(path):
+    if path.suffix in SUFFIXES or os.path.exists(path):
         return path
     nearest = difflib.get_close_matches(model, CATALOGUE, 3, cutoff=0.4)
     hint = f"near it: {', '.join(nearest)}; " if nearest else ""
     raise RequestError(
         f"unknown model {model!r}; {hint}`python -m bit_jax.zoo list` names all {len(CATALOGUE)}, "
-        "and a path must end in .npz"
+        f"and a path must exist or end in {', '.join(SUFFIXES)}"
     )

@@ -170,4 +170,6 @@ def run(path: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
         session: Any = ReferenceEvaluator(str(path))
     else:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [session.run([LOGITS], {IMAGES: np.ascontiguousarray(images.transpose(0, 3, 1, 2))})[0] for images in batches]
+    return [
+        session.run([LOGITS], {IMAGES: np.ascontiguousarray(images.transpose(0, 3, 1, 2))})[0] for images in batches
+    ]

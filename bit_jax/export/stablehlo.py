@@ -56,7 +56,8 @@ def trace(source: Source, dtype: np.dtype, *, beside: bool) -> export.Exported:
 
         shapes = {key: jax.ShapeDtypeStruct(array.shape, dtype) for key, array in source.arrays.items()}
         return export.export(jax.jit(of_both), platforms=PLATFORMS)(shapes, images)
-    params, model = unflatten(source.folded(dtype)), model.clone(standardized=True)
+    params = unflatten({key: jnp.asarray(array) for key, array in source.folded(dtype).items()})
+    model = model.clone(standardized=True)
     return export.export(jax.jit(lambda images: model.apply({"params": params}, images)), platforms=PLATFORMS)(images)
 
 

@@ -7,15 +7,18 @@
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import tensorflow as tf
+import tensorflow
+
+tf: Any = tensorflow  # its types know neither NumPy's arrays nor explicit padding
 
 GROUPS, NORM_EPS = 32, 1e-5  # as `bit_jax.model` has them, which this process does not import
 SIGNATURE = "serving_default"
 
 
-class BiT(tf.Module):
+class BiT(tensorflow.Module):
     """Images [batch, height, width, 3] in [-1, 1] -> {"logits": [batch, classes]}; batch, height and width are open.
 
     Args:
@@ -28,7 +31,7 @@ class BiT(tf.Module):
         self.units = units
         self.weights = {key: tf.Variable(array, trainable=False, name=key) for key, array in weights.items()}
 
-    def weight(self, key: str) -> tf.Variable:
+    def weight(self, key: str) -> Any:
         return self.weights[f"resnet/{key}"]
 
     def std_conv(self, x, place: str, stride: int):
@@ -67,8 +70,8 @@ def write(weights: str, units: str, directory: str) -> None:
     with np.load(weights) as file:
         model = BiT(dict(file), json.loads(units))
     images = tf.TensorSpec([None, None, None, 3], model.weight("head/conv2d/bias").dtype, name="images")
-    model.__call__ = tf.function(model.logits, input_signature=[images], autograph=False)
-    tf.saved_model.save(model, directory, signatures={SIGNATURE: model.__call__})
+    call = tf.function(model.logits, input_signature=[images], autograph=False)
+    tf.saved_model.save(model, directory, signatures={SIGNATURE: call})
 
 
 def run(directory: str, images: str, logits: str) -> None:

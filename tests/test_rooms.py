@@ -11,7 +11,7 @@ PACKAGES = ("bit_jax", "input_pipeline", "parity")
 ROOMS = sorted(path.parent for package in ("bit_jax", "parity") for path in (ROOT / package).glob("*/__init__.py"))
 # what the third package alone may import, and what none may: TensorFlow prepares datasets in a process of its own
 # these read and write another library's files, and import it in a function, when one is asked for
-LAZY = {"torch": {"bit_jax.formats.pickles"}}
+LAZY = {"torch": {"bit_jax.formats.pickles", "bit_jax.conversion.libraries"}}
 FRAMEWORKS = {"torch": "parity.in_torch", "onnxruntime": "parity.exported"}
 
 

@@ -11,7 +11,7 @@ PACKAGES = ("bit_jax", "input_pipeline", "parity")
 ROOMS = sorted(path.parent for package in ("bit_jax", "parity") for path in (ROOT / package).glob("*/__init__.py"))
 # these read and write another library's files, and import it in a function, when one is asked for
 LAZY = {
-    "torch": {"bit_jax.formats.pickles"},
+    "torch": {"bit_jax.formats.pickles", "bit_jax.conversion.libraries"},
     "onnxruntime": {"bit_jax.export.onnx_graph"},
     "tensorflow": {"input_pipeline.tf_data"},
 }

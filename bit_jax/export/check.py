@@ -32,12 +32,14 @@ class Check:
 
     Attributes:
         rmse: of the file, in float32.
+        largest: the largest difference of the file, in float32.
         own_rmse: of the Flax model, in float32.
         apart: the largest difference of the same program, written and run in float64.
         logits: the largest logit.
     """
 
     rmse: float
+    largest: float
     own_rmse: float
     apart: float
     logits: float
@@ -74,6 +76,7 @@ def check(source: Source, path: Path, made: Format, folder: Path) -> Check:
     narrow = made.run(path, [batch.astype(np.float32) for batch in batches])
     return Check(
         _over(narrow, exact, lambda d: np.sqrt((d**2).mean())),
+        _over(narrow, exact, lambda d: np.abs(d).max()),
         _over(own, exact, lambda d: np.sqrt((d**2).mean())),
         _over(proven, exact, lambda d: np.abs(d).max()),
         max(float(np.abs(logits).max()) for logits in exact),

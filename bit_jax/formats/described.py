@@ -1,4 +1,4 @@
-"""Reads the config.json that describes weights: the one that training leaves beside final.npz, Hugging Face's, or timm's.
+"""Reads the config.json that describes weights: one that training leaves beside final.npz, Hugging Face's or timm's.
 
 All three may say which classes the head has and at which size the model was evaluated; they differ in where.
 """

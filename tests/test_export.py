@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from command_line import parity
 from flax import nnx
 from jax import export
 
+from bit_jax.convert import converted
 from bit_jax.export import check, onnx_graph, stablehlo, targets
 from bit_jax.export.source import Source
 from bit_jax.formats import weights
@@ -53,6 +55,10 @@ np.save(sys.argv[3], np.asarray(logits))
 """
 
 
+with mock.patch.object(check, "SHAPES", check.SHAPES[1:]):
+    IMAGES = check.images()  # one size, to compile less; the ladder below gives the files another
+
+
 @pytest.fixture(scope="module")
 def source(small_npz):
     architecture, arrays = weights.read(small_npz)
@@ -61,13 +67,13 @@ def source(small_npz):
 
 @pytest.fixture(scope="module")
 def exact(source):
-    """The model's logits of the images that a check takes, by dtype; compiled once for all tests."""
-    batches = check.images()
-    return {dtype: check.own_logits(source, batches, dtype) for dtype in (np.float64, np.float32)}
+    """The model's logits of `IMAGES`, by dtype; compiled once for all tests."""
+    return {dtype: check.own_logits(source, IMAGES, dtype) for dtype in (np.float64, np.float32)}
 
 
 @pytest.fixture
 def known(exact, monkeypatch):
+    monkeypatch.setattr(check, "images", lambda: IMAGES)
     monkeypatch.setattr(check, "own_logits", lambda source, batches, dtype: exact[dtype])
 
 
@@ -112,7 +118,7 @@ def test_sizes_may_stay_open_and_change_nothing(source, exact, x64):
 @pytest.mark.slow
 def test_gradients_may_leave_the_batch_open(source, x64):
     model, params = source.architecture.model(jnp.float64), weights.unflatten(wide(source))
-    size = IMAGES[1].shape[1:]
+    size = IMAGES[0].shape[1:]
 
     def gradient(params, images):
         return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
@@ -122,16 +128,13 @@ def test_gradients_may_leave_the_batch_open(source, x64):
     exported = export.export(jax.jit(gradient))(shapes, images)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-11 * float(jnp.abs(other).max())),
-        exported.call(params, IMAGES[1]),
-        jax.jit(gradient)(params, IMAGES[1]),
+        exported.call(params, IMAGES[0]),
+        jax.jit(gradient)(params, IMAGES[0]),
     )
 
 
 def wide(source):
     return {key: array.astype(np.float64) for key, array in source.arrays.items()}
-
-
-IMAGES = check.images()
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -241,12 +244,12 @@ def test_the_ladder_holds_for_what_is_written(small_npz, source, tmp_path):
 @pytest.mark.slow
 def test_the_model_works_as_a_module_of_nnx(source, exact):
     """`flax.nnx.bridge.ToNNX`: initialized, given loaded parameters, called, compiled, differentiated, trained."""
-    model, images = source.architecture.model(), jnp.asarray(IMAGES[1], jnp.float32)
+    model, images = source.architecture.model(), jnp.asarray(IMAGES[0], jnp.float32)
     params = weights.unflatten({key: jnp.asarray(array, jnp.float32) for key, array in source.arrays.items()})
     module = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), images)
     nnx.update(module, params)
     for call in (lambda module, images: module(images), nnx.jit(lambda module, images: module(images))):
-        same_predictions(call(module, images), exact[np.float64][1])
+        same_predictions(call(module, images), exact[np.float64][0])
 
     def loss(apply):
         return (apply(images) ** 2).sum()
@@ -261,3 +264,19 @@ def test_the_model_works_as_a_module_of_nnx(source, exact):
     optimizer = nnx.Optimizer(module, optax.sgd(0.003, momentum=0.9), wrt=nnx.Param)
     optimizer.update(module, gradient)
     assert not np.array_equal(module.head["conv2d"]["kernel"], params["head"]["conv2d"]["kernel"])
+
+
+def test_convert_writes_a_program_and_says_how_far_it_is(small_npz, known, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    said = converted(str(small_npz), tmp_path / "model.onnx", beside=True)
+    assert said["kind"] == "ONNX"
+    assert all(entry["difference"] < limit for entry, limit in zip(said["compared"], (1e-11, 1e-4), strict=True))
+    with pytest.raises(RequestError, match="add --overwrite"):
+        converted(str(small_npz), tmp_path / "model.onnx", checked=False)
+    converted(str(small_npz), tmp_path / "model.onnx", checked=False, overwrite=True)
+    for flags, sentence in (
+        ({"naming": "timm"}, "is a program; leave it out"),
+        ({"target": tmp_path / "a.npz", "beside": True}, "--weights-beside is for .stablehlo and .onnx"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            converted(str(small_npz), **({"target": tmp_path / "b.onnx"} | flags))

@@ -166,7 +166,8 @@ def _show(said: dict[str, Any], *, as_json: bool) -> None:
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Yields a path beside the target, which gets the target's name if nothing fails, and is removed otherwise."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # with the target's suffix, by which libraries know what a file is
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     try:
         if not target.parent.is_dir():

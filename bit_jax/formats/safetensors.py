@@ -142,4 +142,4 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
     text += b" " * (-len(text) % LENGTH)
     file.write(len(text).to_bytes(LENGTH, "little") + text)
     for name in names:
-        file.write(np.ascontiguousarray(arrays[name]).data)
+        file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)

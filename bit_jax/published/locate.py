@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from bit_jax.config import EMBEDDED
+from bit_jax.published import hub
 from bit_jax.published.catalogue import CATALOGUE, PublishedFile, lookup
 from bit_jax.published.fetch import fetch
 from input_pipeline.errors import RequestError
@@ -15,12 +16,15 @@ EMBEDDED_FILE = Path(__file__).parents[1] / "assets" / "fashion-mnist-R14x0.5" /
 
 
 def weight_file(model: str) -> Path:
-    """Returns the weight file that `--model` names; a published one is fetched if need be.
+    """Returns the weights that `--model` names, a file or a directory; published ones, and those of the Hugging Face
+    Hub (hf:OWNER/NAME), are fetched if need be.
 
     Raises:
         RequestError: see `resolve`.
         FetchError: it is not in the cache and cannot be fetched.
     """
+    if model.startswith(hub.PREFIX):
+        return hub.directory(model)
     place = resolve(model)
     return fetch(place) if isinstance(place, PublishedFile) else place
 
@@ -33,6 +37,8 @@ def resolve(model: str) -> PublishedFile | Path:
     """
     if model == EMBEDDED:
         return EMBEDDED_FILE
+    if model.startswith(hub.PREFIX):
+        return Path(model)  # the hub's library finds out whether there is such a model
     if published := lookup(model):
         return published
     if is_url(model):

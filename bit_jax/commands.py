@@ -37,6 +37,13 @@ def evaluate() -> int:
     return exit_code(main)
 
 
+def convert() -> int:
+    """Converts weights for another library."""
+    from bit_jax.convert import main
+
+    return exit_code(main)
+
+
 def plan() -> int:
     """Compiles a training step for GPUs and says what memory and time it would take there."""
     from bit_jax.plan.__main__ import main

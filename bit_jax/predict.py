@@ -22,6 +22,7 @@ import input_pipeline
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
 from bit_jax.formats.weights import Params
+from bit_jax.model.architecture import Architecture
 from bit_jax.model.class_names import imagenet, in_words
 from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import ResNetV2
@@ -129,6 +130,8 @@ def predict(weight_file: Path, images: Sequence[Path], *, view: Preprocessing | 
     view = view or Preprocessing()
     known = described(weight_file)
     model, params = weights.load(weight_file)
+    if note := Architecture.of(model).note:
+        print(note, file=sys.stderr)
     names = class_names(known.class_names, model.num_classes)
     size = view.side(known)
     for path in images:

@@ -9,8 +9,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("bit_jax", "input_pipeline", "parity")
 ROOMS = sorted(path.parent for package in ("bit_jax", "parity") for path in (ROOT / package).glob("*/__init__.py"))
-# what the third package alone may import, and what none may: TensorFlow prepares datasets in a process of its own
-FRAMEWORKS = {"torch": "parity.in_torch", "onnxruntime": "parity.exported"}
+# these read and write another library's files, and import it in a function, when one is asked for
+LAZY = {
+    "torch": {"bit_jax.formats.pickles", "bit_jax.conversion.libraries"},
+    "onnxruntime": {"bit_jax.export.onnx_graph"},
+    "tensorflow": {"input_pipeline.tf_data"},
+}
+# where else each may be imported; tensorflow_graph is a process of its own
+FRAMEWORKS = {
+    "torch": "parity.in_torch",
+    "onnxruntime": "parity.exported",
+    "tensorflow": "bit_jax.export.tensorflow_graph",
+}
 
 
 def name_of(path: Path) -> str:
@@ -79,4 +89,15 @@ def test_one_room_imports_torch():
         for path in (ROOT / package).rglob("*.py"):
             for framework, room in FRAMEWORKS.items():
                 if within(framework, {module.split(".")[0] for module in imported(path)}):
-                    assert within(name_of(path), {room}), path
+                    assert within(name_of(path), {room} | LAZY.get(framework, set())), path
+
+
+@pytest.mark.parametrize("framework", LAZY)
+def test_the_exceptions_import_it_only_when_asked(framework):
+    for name in LAZY[framework]:
+        tree = ast.parse((ROOT / name.replace(".", "/")).with_suffix(".py").read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        within_functions = {id(child) for function in functions for child in ast.walk(function)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import) and node.names[0].name == framework]
+        assert imports
+        assert all(id(node) in within_functions for node in imports)

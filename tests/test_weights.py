@@ -492,9 +492,9 @@ def safetensors() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("model.safetensors", safetensors(), "safetensors"),
-        ("x.pth.tar", torch_zip(), "PyTorch"),
-        ("x.pth", pickle.dumps({"w": [1.0]}), "pickle"),
+        ("model.safetensors", safetensors(), "is no BiT in the names of"),
+        ("x.pth.tar", torch_zip(), "holds no state dict of a BiT"),
+        ("x.pth", pickle.dumps({"w": [1.0]}), "damaged PyTorch file"),
         ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
         ("x.npy", npy((10,), bytes(40)), "single NumPy array"),
         ("x.npz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),

@@ -1,4 +1,7 @@
-"""Reads the config.json that training leaves beside final.npz, which describes those weights."""
+"""Reads the config.json that describes weights: one that training leaves beside final.npz, Hugging Face's or timm's.
+
+All three may say which classes the head has and at which size the model was evaluated; they differ in where.
+"""
 
 import dataclasses
 import os
@@ -6,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from input_pipeline.files import DamagedFile, read_json
+from input_pipeline.errors import RequestError
+from input_pipeline.files import DamagedFile, read_json, write_json
 from input_pipeline.resample import Method
 
 REMEDY = "move it away from the weights to go on without it"
@@ -33,7 +37,8 @@ def described(weight_file: Path) -> Description:
     Raises:
         RequestError: the config.json cannot be read, is damaged, or has a value that a run does not write.
     """
-    path = weight_file.parent / "config.json"
+    folder = weight_file if os.path.isdir(weight_file) else weight_file.parent
+    path = folder / "config.json"
     if not os.path.exists(path):
         return Description()
     content = read_json(path, dict, REMEDY)
@@ -48,11 +53,52 @@ def described(weight_file: Path) -> Description:
 
     recipe = entry(content, "recipe", "an object", lambda value: isinstance(value, dict), {})
     config = entry(content, "config", "an object", lambda value: isinstance(value, dict), {})
+    if {"id2label", "pretrained_cfg", "label_names"} & content.keys():
+        return _of_a_hub(content, entry)
     return Description(
         entry(content, "class_names", "a list of names", _are_names, None),
         entry(recipe, "crop", "a number of pixels", _is_side, None),
         entry(config, "data.resize", " or ".join(get_args(Method)), lambda value: value in get_args(Method), "pillow"),
     )
+
+
+def _of_a_hub(content: dict, entry: Callable) -> Description:
+    """Returns what Hugging Face's or timm's config.json says.
+
+    Raises:
+        RequestError: its model wants images in another range than [-1, 1], which all of BiT has.
+    """
+    labels = entry(content, "id2label", "an object", lambda value: isinstance(value, dict), None)
+    names = entry(content, "label_names", "a list of names", _are_names, None)
+    if labels is not None:
+        named = [labels.get(str(label)) for label in range(len(labels))]
+        # transformers writes LABEL_0, LABEL_1, ... where nobody gave names
+        known = _are_names(named) and named != [f"LABEL_{label}" for label in range(len(named))]
+        names = named if known else None
+    config = entry(content, "pretrained_cfg", "an object", lambda value: isinstance(value, dict), {})
+    for key in ("mean", "std"):
+        value = entry(config, key, "three numbers", lambda value: isinstance(value, list), [0.5] * 3)
+        if value != [0.5] * 3:
+            raise RequestError(
+                f"these weights were trained on images with {key} {value}, and a BiT takes images in [-1, 1], whose "
+                f"{key} is [0.5, 0.5, 0.5] in that convention; {REMEDY}"
+            )
+    size = entry(config, "input_size", "[3, side, side]", _is_size, None)
+    return Description(names, None if size is None else size[-1])
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_side, value))
+
+
+def write_description(weight_file: Path, description: Description) -> None:
+    """Writes a config.json beside a weight file from which `described` returns the description again."""
+    content = {
+        "class_names": description.class_names,
+        "recipe": {"crop": description.crop},
+        "config": {"data.resize": description.resize},
+    }
+    write_json(weight_file.parent / "config.json", content)
 
 
 def _are_names(value: Any) -> bool:

@@ -65,7 +65,7 @@ def read_members(path: Path) -> dict[str, Member]:
             raise WeightsError(f"{path} {other}")
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-            _check_sizes(infos, path)
+            check_sizes(infos, path)
             return _read_headers(archive, infos, path)
     except WeightsError:
         raise
@@ -77,7 +77,7 @@ def read_members(path: Path) -> dict[str, Member]:
         raise _unreadable(path, "is truncated or damaged", error) from None
 
 
-def _check_sizes(infos: list[zipfile.ZipInfo], path: Path) -> None:
+def check_sizes(infos: list[zipfile.ZipInfo], path: Path) -> None:
     """Raises WeightsError where members are said to be larger than a file of this size can hold."""
     there = path.stat().st_size
     packed, unpacked = sum(info.compress_size for info in infos), sum(info.file_size for info in infos)

@@ -7,7 +7,10 @@ import zipfile
 from pathlib import Path
 
 OFFICIAL = "the official .npz is wanted; `python -m bit_jax.zoo list` names those that can be fetched"
-CONVERTED = f"PyTorch, timm and TensorFlow weights are not converted: {OFFICIAL}"
+CONVERTED = (
+    "what is read is the official .npz, safetensors, or PyTorch files in the names of the original code, timm or "
+    "Hugging Face"
+)
 
 # (first bytes, description, remedy) of files that people may take for weights
 BEGINNINGS = (
@@ -29,6 +32,9 @@ BEGINNINGS = (
 )
 TAR_MAGIC = slice(257, 262)  # a tar archive has "ustar" here
 START = 1024  # bytes of a file that are read to recognize it
+PICKLE = rb"\x80[\x02-\x05]"  # what a pickle begins with
+# one of these makes a directory one of weights
+WEIGHTS = {"model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 HEADER = 100_000_000  # bytes: the longest header that a safetensors file may have
 
 # (name of an entry, description, remedy) of directories that people may take for weights
@@ -36,10 +42,28 @@ CONTENTS = (
     ("saved_model.pb", "a TensorFlow SavedModel", CONVERTED),
     ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
     ("manifest.ocdbt", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
-    ("model.safetensors", "a directory of safetensors weights", CONVERTED),
-    ("pytorch_model.bin", "a directory of PyTorch weights", CONVERTED),
     ("final.npz", "a run's work directory", "name the final.npz in it"),
 )
+
+
+def container(path: Path) -> str | None:
+    """Returns what may hold a BiT's weights: `npz`, `safetensors`, `pickle` (what torch.save writes), or `directory`
+    (with one of the last two in it, or an index of several). Whatever `recognize` can name better is an `npz`, because
+    its reader says so.
+
+    Raises:
+        OSError: the file or directory cannot be read.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        return "directory" if WEIGHTS & set(os.listdir(path)) else "npz"
+    if not stat.S_ISREG(mode):
+        return "npz"
+    with open(path, "rb") as file:
+        start = file.read(START)
+    if _is_safetensors(start):
+        return "safetensors"
+    return "pickle" if re.match(PICKLE, start) or (start.startswith(b"PK") and _is_torch(path)) else "npz"
 
 
 def recognize(path: Path) -> str | None:
@@ -64,15 +88,27 @@ def recognize(path: Path) -> str | None:
             return f"is {what}; {remedy}"
     if start.startswith(b"PK"):
         return _zip(path)
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER:
-        return f"is a safetensors file; {CONVERTED}"
+    if _is_safetensors(start):
+        return "is a safetensors file, and an .npz is wanted here"
     if not any(start):
         return "begins with zeros, as a file does whose download or copy did not finish; get it again"
-    if re.match(rb"\x80[\x02-\x05]", start):
-        return f"is a Python pickle, as PyTorch's older .pth files are; {CONVERTED}"
+    if re.match(PICKLE, start):
+        return "is a Python pickle, as PyTorch's older .pth files are, and an .npz is wanted here"
     if start[TAR_MAGIC] == b"ustar":
         return "is a tar archive; unpack it first"
     return _text(start)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER
+
+
+def _is_torch(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # damaged directories make zipfile raise many kinds
+        return False
 
 
 def _directory(path: Path) -> str:
@@ -80,7 +116,7 @@ def _directory(path: Path) -> str:
     for name, what, remedy in CONTENTS:
         if name in names:
             return f"is {what}; {remedy}"
-    return "is a directory; name an .npz file"
+    return "is a directory without weights; name a file of weights"
 
 
 def _zip(path: Path) -> str | None:
@@ -90,7 +126,7 @@ def _zip(path: Path) -> str | None:
     except Exception:  # damaged directories make zipfile raise many kinds
         return None
     if any(name.endswith("data.pkl") for name in names):
-        return f"is a PyTorch file; {CONVERTED}"
+        return "is a PyTorch file, and an .npz is wanted here"
     if "model.weights.h5" in names:
         return f"is a Keras model; {CONVERTED}"
     if not any(name.endswith(".npy") for name in names):

@@ -1,4 +1,4 @@
-"""The official BiT `.npz` <-> the parameters of `ResNetV2`: one name table, strict both ways.
+"""Weight files -> the parameters of `ResNetV2` -> the official `.npz`, strict both ways.
 
 A parameter's path, joined by "/" and put behind `resnet/`, is its key in the file; nothing else is translated.
 """
@@ -18,8 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bit_jax.formats.official import NOT_FINITE, WeightsError, fits_float32, listed, read_arrays, read_members
-from bit_jax.model.architecture import GROUPS, HEAD_BIAS, HEAD_KERNEL, PREFIX, ROOT_KERNEL, STAGES, Architecture
+from bit_jax.formats import comment
+from bit_jax.formats.official import NOT_FINITE, WeightsError, fits_float32, listed
+from bit_jax.formats.sources import open_source
+from bit_jax.model.architecture import (
+    GROUPS,
+    HEAD_BIAS,
+    HEAD_KERNEL,
+    PREFIX,
+    ROOT_KERNEL,
+    STAGES,
+    STANDARDIZE_EPS,
+    Architecture,
+)
 from bit_jax.model.layers import param_dtype
 from bit_jax.model.resnetv2 import ResNetV2
 from input_pipeline.errors import RequestError
@@ -30,14 +41,19 @@ COMPUTED = tuple(jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.flo
 Params = dict[str, Any]
 
 
-def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.float32) -> tuple[ResNetV2, Params]:
-    """Reads an official BiT `.npz`; depth, width and head are read off the file.
+def load(
+    path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.float32, standardize_eps: float | None = None
+) -> tuple[ResNetV2, Params]:
+    """Reads a BiT: an official `.npz`, or safetensors, a `torch.save` file or a directory of the original code, timm or
+    Hugging Face, whatever its name. Depth, width and head are read off the file.
 
     Args:
-        path: the file; `~` is the home directory.
+        path: the file or directory; `~` is the home directory.
         num_classes: replaces the file's head by one of this size, of zeros, as BiT transfers. 0: leaves the head out,
             so that the model returns the pooled features. None: keeps the head.
         dtype: what the model computes in. Parameters are float32, or float64 where `dtype` is (which needs x64).
+        standardize_eps: what the model adds to a kernel's variance; None: what the file says, else what such
+            files are computed with: 1e-10, and 1e-8 under the names of timm or Hugging Face.
 
     Returns:
         The model and its parameters, on JAX's default device: `model.apply({"params": params}, images)`.
@@ -49,7 +65,7 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None, dtype=jnp.f
     dtype = _computed(dtype)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise RequestError("float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True), before any array")
-    architecture, arrays = read(path, num_classes=num_classes)
+    architecture, arrays = read(path, num_classes=num_classes, standardize_eps=standardize_eps)
     stored = param_dtype(dtype)
     flat = {key: jnp.asarray(array, stored) for key, array in arrays}
     return architecture.model(dtype), unflatten(flat)
@@ -63,7 +79,7 @@ def _computed(dtype: Any) -> np.dtype:
 
 
 def read(
-    path: str | os.PathLike, *, num_classes: int | None = None
+    path: str | os.PathLike, *, num_classes: int | None = None, standardize_eps: float | None = None
 ) -> tuple[Architecture, Iterator[tuple[str, np.ndarray]]]:
     """Returns the architecture of a file, checked whole, and its arrays one at a time, under their official keys.
 
@@ -77,27 +93,35 @@ def read(
         raise RequestError(
             f"num_classes is {num_classes!r}; give a whole number from 1 for a new head, 0 for none, or None to keep it"
         )
+    if standardize_eps is not None:
+        _require_eps(standardize_eps)
     path = user_path(path)
-    members = read_members(path)
-    architecture = _architecture_of({key: member.shape for key, member in members.items()}, path)
-    if num_classes is None:
-        if not architecture.num_classes:
-            raise WeightsError(
-                f"{path} holds a BiT without a head; give num_classes=0 for its features, or a number of classes for a "
-                "new head",
-                missing=[HEAD_KERNEL, HEAD_BIAS],
-            )
-        return architecture, read_arrays(path, members)
-    architecture = dataclasses.replace(architecture, num_classes=num_classes)
-    body = {key: member for key, member in members.items() if key not in (HEAD_KERNEL, HEAD_BIAS)}
-    shapes = architecture.layout
+    source = open_source(path)
+    architecture, kept = _architecture_of(source.shapes, path), list(source.shapes)
+    if num_classes is not None:
+        kept = [key for key in kept if key not in (HEAD_KERNEL, HEAD_BIAS)]
+        architecture = dataclasses.replace(architecture, num_classes=num_classes)
+    elif not architecture.num_classes:
+        raise WeightsError(
+            f"{path} holds a BiT without a head; give num_classes=0 for its features, or a number of classes for a new "
+            "head",
+            missing=[HEAD_KERNEL, HEAD_BIAS],
+        )
+    eps = source.standardize_eps if standardize_eps is None else standardize_eps
+    architecture = dataclasses.replace(architecture, standardize_eps=eps)
 
-    def with_new_head() -> Iterator[tuple[str, np.ndarray]]:
-        yield from read_arrays(path, body)
-        if num_classes:
-            yield from ((key, np.zeros(shapes[key], np.float32)) for key in (HEAD_KERNEL, HEAD_BIAS))
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        yield from source.arrays(kept)
+        for key, shape in architecture.layout.items():
+            if key not in kept:
+                yield key, np.zeros(shape, np.float32)
 
-    return architecture, with_new_head()
+    return architecture, arrays()
+
+
+def _require_eps(eps: object) -> None:
+    if not comment.is_eps(eps):
+        raise RequestError(f"standardize_eps is {eps!r}; give a positive number below 1, or None")
 
 
 def _is_count(number: object) -> bool:
@@ -153,7 +177,13 @@ def _require_layout(architecture: Architecture, shapes: dict[str, tuple[int, ...
         )
 
 
-def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.ndarray] = np.asarray) -> None:
+def save(
+    path: str | os.PathLike,
+    params: Params,
+    *,
+    standardize_eps: float | None = None,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
+) -> None:
     """Writes parameters in the official layout, atomically, in float32; float64 stays float64.
 
     The same parameters give the same bytes. Narrower floats, such as bfloat16, become float32, which holds all their
@@ -162,6 +192,8 @@ def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.n
     Args:
         path: the file; one that exists is replaced.
         params: the parameter tree; its keys, shapes and dtypes are checked before anything is written.
+        standardize_eps: what the model adds to a kernel's variance, `model.standardize_eps`; None: BiT's 1e-10. Another
+            value is kept in the file, as the zip's comment.
         fetch: brings an array to this host. Values are looked at as they come, and the file gets its name at the end.
 
     Raises:
@@ -169,6 +201,8 @@ def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.n
             at `path` is untouched.
     """
     where = "the parameters to save"
+    if standardize_eps is not None:
+        _require_eps(standardize_eps)
     flat = flatten(params)
     if wrong := {key: leaf for key, leaf in flat.items() if _written_dtype(leaf) is None}:
         kinds = [f"{key} ({getattr(leaf, 'dtype', type(leaf).__name__)})" for key, leaf in wrong.items()]
@@ -177,6 +211,7 @@ def save(path: str | os.PathLike, params: Params, *, fetch: Callable[[Any], np.n
     not_finite = []
     with replacing(user_path(path)) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.comment = comment.written(STANDARDIZE_EPS if standardize_eps is None else standardize_eps)
             for key, array in flat.items():
                 fetched = np.asarray(fetch(array)).astype(_written_dtype(array), copy=False)
                 if not fits_float32(fetched):

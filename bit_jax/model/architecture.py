@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bit_jax.model.resnetv2 import ResNetV2
 
 GROUPS = 32  # of GroupNorm
+STANDARDIZE_EPS = 1e-10  # BiT; timm's and Hugging Face's is 1e-8, which float64 tells apart
 STAGES = 4
 # bottleneck units in each stage, by depth: the number of layers in He et al., arXiv:1512.03385, table 1
 UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -35,11 +36,20 @@ class Architecture:
         units: bottleneck units in each of the four stages.
         width: channels as a multiple of ResNet's 64.
         num_classes: size of the head; 0: there is none, and the model returns the pooled features.
+        standardize_eps: what is added to a kernel's variance when it is standardized. The weights were trained with
+            it, so it comes and goes with them.
     """
 
     units: tuple[int, ...]
     width: float
     num_classes: int
+    standardize_eps: float = STANDARDIZE_EPS
+
+    @classmethod
+    def of(cls, model: ResNetV2) -> Architecture:
+        """Returns the architecture that a Flax model has; `architecture.model()` is its inverse."""
+        eps = STANDARDIZE_EPS if model.standardize_eps is None else model.standardize_eps
+        return cls(tuple(model.units), model.width, model.num_classes, eps)
 
     @classmethod
     def parse(cls, name: str, num_classes: int) -> Architecture:
@@ -72,6 +82,16 @@ class Architecture:
     def __str__(self) -> str:
         return f"{self.name} with {self.num_classes:,} classes" if self.num_classes else f"{self.name} without a head"
 
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user where the model computes otherwise than BiT; None where it does not."""
+        if self.standardize_eps == STANDARDIZE_EPS:
+            return None
+        return (
+            f"these weights' kernels are standardized with {self.standardize_eps:g} added to the variance, as they "
+            f"were trained, and not with BiT's {STANDARDIZE_EPS:g}"
+        )
+
     def model(self, dtype: Any = None, precision: Any = None) -> ResNetV2:
         """The Flax model, without parameters.
 
@@ -89,6 +109,8 @@ class Architecture:
             self.num_classes,
             dtype=jax.numpy.dtype("float32" if dtype is None else dtype),
             precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+            # None leaves BiT's own to the layer, where parity puts in a wrong one to see whether that is noticed
+            standardize_eps=None if self.standardize_eps == STANDARDIZE_EPS else self.standardize_eps,
         )
 
     @property

@@ -6,11 +6,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bit_jax.model import ops
-from bit_jax.model.architecture import GROUPS
+from bit_jax.model.architecture import GROUPS, STANDARDIZE_EPS
 from bit_jax.model.execution import CONVOLVED, Numerics
 
 NORM_EPS = 1e-5  # BiT; Flax's default is 1e-6
-STANDARDIZE_EPS = 1e-10  # BiT; timm's is 1e-8, which float64 tells apart
 
 
 def param_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -152,10 +152,16 @@ def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tu
     def group_mean(of_channels, count):
         return of_channels.reshape(batch, groups, channels // groups).sum(axis=-1) / (count * channels // groups)
 
-    sample = group_mean(x[:, height // 2].astype(dtype).sum(axis=1), width)
+    sample = group_mean(_middle_row(x).astype(dtype).sum(axis=1), width)
     d = x.astype(dtype) - _spread(sample, channels)
     mean, square = (group_mean(array.sum(axis=(1, 2)), height * width) for array in (d, d * d))
     return sample + mean, lax.rsqrt(square - mean * mean + eps)
+
+
+def _middle_row(x: Array) -> Array:
+    """Returns the row [batch, width, channels] at half the height, which may be symbolic (see `jax.export`)."""
+    middle = x.shape[1] // 2
+    return x[:, middle] if isinstance(middle, int) else lax.dynamic_index_in_dim(x, middle, 1, keepdims=False)
 
 
 def _normalized(x: Array, mean: Array, scale: Array, gamma: Array, beta: Array) -> Array:
@@ -185,8 +191,7 @@ def convolve(
     """
     size, (batch, height, width, channels) = kernel.shape[0], x.shape
     pad = (size - 1) // 2
-    few_places = batch * height * width <= channels * stride**2
-    if products and (size == 1 or few_places):
+    if products and (size == 1 or batch * height * width <= channels * stride**2):
         places = _patches(jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))), size, stride)
         return _product(places, kernel.reshape(-1, kernel.shape[-1]), precision)
     return lax.conv_general_dilated(

@@ -18,7 +18,7 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import STANDARDIZE_EPS, Architecture
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
@@ -109,6 +109,10 @@ class Run:
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
         if (pattern := cfg.additions.train) is not None:
             notes += (_trains(architecture, pattern),)
+        if architecture.note:
+            notes = (*notes, architecture.note)
+        # kept only where it is not BiT's, so that runs of BiT's own go on as they were begun
+        constants = {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
         return cls(
             config=cfg,
             recipe=recipe,
@@ -119,7 +123,7 @@ class Run:
             global_batch=global_batch,
             train=train,
             validation=validation,
-            workdir=Workdir.of(cfg, recipe=recipe, global_batch=global_batch, class_names=class_names),
+            workdir=Workdir.of(cfg, recipe=recipe, global_batch=global_batch, class_names=class_names, **constants),
             notes=notes,
         )
 
@@ -288,14 +292,14 @@ def _trained(run: Run, observer: Observer) -> dict[str, Any]:
         if int(state.step) > start:
             checkpoints.save(state)
         checkpoints.close()
-        save_final(workdir, evaluated(state))
+        save_final(workdir, evaluated(state), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
         write_json(workdir.result, result)
     return result
 
 
-def save_final(workdir: Workdir, params: Params) -> None:
+def save_final(workdir: Workdir, params: Params, standardize_eps: float = STANDARDIZE_EPS) -> None:
     """Writes final.npz on the first host; the others help to bring split arrays there, one at a time.
 
     Raises:
@@ -303,7 +307,7 @@ def save_final(workdir: Workdir, params: Params) -> None:
     """
     if hosts.is_first():
         try:
-            weights.save(workdir.final, params, fetch=sharding.fetch)
+            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=sharding.fetch)
         except weights.WeightsError as error:
             raise RunFailed(f"training ended with parameters that cannot be used: {error}") from None
     else:

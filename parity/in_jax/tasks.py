@@ -4,6 +4,7 @@ Every task returns (values, {name: array}), either of which may be None. Arrays 
 NHWC, kernels HWIO, names as the file's keys.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -84,8 +85,9 @@ class JaxSide:
         if self._fault not in self._loaded:
             architecture, arrays = weights.read(self.weight_file)
             placed = {key: self._param(array) for key, array in arrays}
-            model = self.target.model(architecture)
-            model = model.clone(norm_eps=self.side.norm_eps, standardize_eps=self.side.standardize_eps)
+            if self.side.standardize_eps is not None:
+                architecture = dataclasses.replace(architecture, standardize_eps=self.side.standardize_eps)
+            model = self.target.model(architecture).clone(norm_eps=self.side.norm_eps)
             self._loaded = {self._fault: (model, weights.unflatten(placed))}
         return self._loaded[self._fault]
 
@@ -99,7 +101,7 @@ class JaxSide:
             program: whether to compile the forward pass, and to give the hash of the optimized program.
         """
         model, params = self.model()
-        architecture = Architecture(model.units, model.width, model.num_classes)
+        architecture = Architecture.of(model)
         matrix, convolution = products(self.precision)
         device = self.mesh.devices.flat[0]
         return {
@@ -418,7 +420,7 @@ class JaxSide:
         return Training(update_step, _advanced(state, self._held(start, added), count), self.target)
 
     def _initial_state(self, model: resnetv2.ResNetV2, params: Any, sgd: Any) -> steps.TrainState:
-        architecture = Architecture(model.units, model.width, model.num_classes)
+        architecture = Architecture.of(model)
         scales_loss = self.precision.scales_loss
         like = program.abstract_state(architecture, self.dtype, sgd, self.mesh, scales_loss=scales_loss)
         return program.initial_state(params, sgd, like)

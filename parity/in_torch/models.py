@@ -4,7 +4,7 @@ import importlib
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bit_jax.formats.states import WRAPPERS, state_dicts, unwrapped
 from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 from parity.in_torch import resnetv2
@@ -19,9 +20,6 @@ from parity.sides.side import Side
 from parity.sides.tasks import UNKNOWN
 
 LISTED = 4  # names that a message spells out
-DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched through
-# DataParallel, DistributedDataParallel and torch.compile put these before the names of the model that they wrap
-WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
 
 
 def build(side: Side, weight_file: str) -> nn.Module:
@@ -95,7 +93,7 @@ def fill(model: nn.Module, path: Path) -> None:
     expected = model.state_dict()
     content = _loaded(path)
     names = {WRAPPERS.sub("", name): name for name in expected}
-    candidates = [_unwrapped(state, names) for state in _state_dicts(content)]
+    candidates = [unwrapped(state, names) for state in state_dicts(content)]
     best = max(candidates, key=lambda state: len(names.keys() & state.keys()), default={})
     if not names.keys() & best.keys():
         raise RequestError(f"--torch-weights {path} holds no state dict of this model: it is {_described(content)}")
@@ -187,29 +185,6 @@ def _unreadable(path: Path, error: Exception) -> str:
     }
     reason = next((kind for kind, applies in kinds.items() if applies), None)
     return f"{reason or f'is no PyTorch checkpoint ({_sentence(error)})'}; {wanted}"
-
-
-def _state_dicts(content: Any, depth: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Yields the tensors of every dict in a checkpoint that has any."""
-    if not isinstance(content, Mapping) or depth > DEEPEST:
-        return
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if tensors:
-        yield tensors
-    for value in content.values():
-        yield from _state_dicts(value, depth + 1)
-
-
-def _unwrapped(state: dict[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """Returns the tensors under the names that they have in a model that nothing wraps."""
-    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    while not wanted.keys() & state.keys():
-        first = {name.partition(".")[0] for name in state}
-        if len(first) != 1 or not all("." in name for name in state):
-            break
-        # a prefix such as "model." or "net.": the model was an attribute of the module that was saved
-        state = {WRAPPERS.sub("", name.partition(".")[2]): tensor for name, tensor in state.items()}
-    return state
 
 
 def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:

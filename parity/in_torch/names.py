@@ -1,7 +1,7 @@
 """Pairs a PyTorch BiT's parameters with the checkpoint's arrays.
 
-A parameter is recognized by its name, if that is the name in the reference, in the original code or in timm, and
-otherwise by its values.
+A parameter is recognized by its name, if that is the name in the reference, in the original code, in timm or in
+Hugging Face, and otherwise by its values.
 """
 
 import re
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bit_jax.formats.names import PEERS
 from input_pipeline.errors import RequestError
 from parity.in_torch import units
 from parity.in_torch.arrays import HEAD_KERNEL, to_official
@@ -53,35 +54,14 @@ def official_keys(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, 
 
 
 def by_name(name: str) -> str | None:
-    """Returns the key of a parameter named as in the reference, the original code or timm; None for another name."""
+    """Returns the key of a parameter named as in the reference, the original code, timm or Hugging Face; None for
+    another name."""
     if re.match(r"(root_block|block\d|group_norm|head\.conv2d)\.", name):
         return f"resnet/{name.replace('.', '/')}"
-    fixed = {
-        r"(root|stem)\.conv\.weight": "root_block/standardized_conv2d/kernel",
-        r"(head\.gn|norm)\.weight": "group_norm/gamma",
-        r"(head\.gn|norm)\.bias": "group_norm/beta",
-        r"head\.(conv|fc)\.weight": "head/conv2d/kernel",
-        r"head\.(conv|fc)\.bias": "head/conv2d/bias",
-    }
-    for pattern, key in fixed.items():
-        if re.fullmatch(pattern, name):
-            return f"resnet/{key}"
-    original = re.fullmatch(r"body\.block(\d)\.unit(\d+)\.(\w+)\.(?:conv\.)?(weight|bias)", name)
-    timm = re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(\w+)\.(?:conv\.)?(weight|bias)", name)
-    match = original or timm
-    if match is None:
-        return None
-    first = 0 if original else 1  # timm counts from 0
-    unit = f"resnet/block{int(match[1]) + first}/unit{int(match[2]) + first:02d}"
-    if match[3] == "downsample":
-        return f"{unit}/a/proj/standardized_conv2d/kernel"
-    layer = re.fullmatch(r"(conv|gn|norm)([123])", match[3])
-    if layer is None:
-        return None
-    part = f"{unit}/{' abc'[int(layer[2])]}"
-    if layer[1] == "conv":
-        return f"{part}/standardized_conv2d/kernel"
-    return f"{part}/group_norm/{'gamma' if match[4] == 'weight' else 'beta'}"
+    # a port may keep a convolution within a module of its own, or a projection without one
+    spellings = (name, name.replace(".conv.", "."), name.replace(".downsample.weight", ".downsample.conv.weight"))
+    found = (peer.official(spelling) for spelling in spellings for peer in PEERS.values())
+    return next((key for key in found if key), None)
 
 
 def _by_content(parameters: dict[str, nn.Parameter], arrays: dict[str, np.ndarray]) -> dict[str, str]:

@@ -4,7 +4,9 @@ It is written from the paper (arXiv:1912.11370) and the file layout alone and sh
 tree is the checkpoint: a parameter's name, with "/" for ".", is its key in the file without the leading `resnet/`.
 """
 
+import json
 import re
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -155,7 +157,8 @@ def load(path: str, *, norm_eps: float | None = None, standardize_eps: float | N
 
     Args:
         path: the file.
-        norm_eps, standardize_eps: see `Constants`; None: BiT's.
+        norm_eps: see `Constants`; None: BiT's.
+        standardize_eps: see `Constants`; None: the file's, which has it in its zip comment where it is not BiT's.
 
     Raises:
         RuntimeError: the file's names or shapes are not a BiT's; PyTorch's message lists them.
@@ -169,11 +172,17 @@ def load(path: str, *, norm_eps: float | None = None, standardize_eps: float | N
     root, head = arrays["root_block.standardized_conv2d.kernel"], arrays["head.conv2d.kernel"]
     constants = Constants(
         NORM_EPS if norm_eps is None else norm_eps,
-        STANDARDIZE_EPS if standardize_eps is None else standardize_eps,
+        _standardize_eps(path) if standardize_eps is None else standardize_eps,
     )
     model = ResNetV2(units, root.shape[-1], head.shape[-1], constants)
     model.load_state_dict({name: torch.from_numpy(to_torch(array)) for name, array in arrays.items()}, assign=True)
     return model
+
+
+def _standardize_eps(path: str) -> float:
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+    return float(json.loads(comment)["standardize_eps"]) if b'"standardize_eps"' in comment else STANDARDIZE_EPS
 
 
 def official(key: str) -> str:

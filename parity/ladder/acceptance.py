@@ -14,6 +14,7 @@ from input_pipeline.errors import RequestError
 from parity.ladder.ladder import ROLES, Ladder
 from parity.sides.side import ACCEPTABLE
 
+# what this project's model computes with, unless a side or the weight file says otherwise
 BIT = {"standardization eps": layers.STANDARDIZE_EPS, "group norm eps": layers.NORM_EPS}
 
 
@@ -46,16 +47,21 @@ def accept(ladder: Ladder, attested: Callable[[str], dict[str, Any]]) -> tuple[l
     if ladder.exported == other:
         raise RequestError(f"--accept {entries[0]!r}: no constant can be read from the file of {ladder.names[other]}")
     theirs, accepted, same = attested(other), [], []
+    ours = BIT | {"standardization eps": ladder.architecture.standardize_eps}
     for entry in entries:
         value = theirs[entry]
         if not isinstance(value, float):
             raise RequestError(
                 f"--accept {entry!r}: {ladder.names[other]} has {value} there, and one number is needed to compute with"
             )
-        if value == BIT[entry]:
+        if value == ours[entry]:
             same.append(f"{entry} was to be accepted, but does not differ: it is {value:g} on both sides")
             continue
         side = dataclasses.replace(side, **{ACCEPTABLE[entry]: value})
-        accepted.append(f"{entry} {value:g} instead of BiT's {BIT[entry]:g}, put into {side}")
+        accepted.append(f"{entry} {value:g} instead of {_whose(entry, ours)} {ours[entry]:g}, put into {side}")
     ladder.sides[role] = side
     return accepted, same
+
+
+def _whose(entry: str, ours: dict[str, float]) -> str:
+    return "BiT's" if ours[entry] == BIT[entry] else "the weight file's"

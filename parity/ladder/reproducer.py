@@ -185,7 +185,7 @@ def _question(ladder: Ladder, wrong: str, precision: str) -> Suspect | None:
         return None
     match = re.match(r"root_block|block\d/unit\d+", name)
     strided = re.match(r"root_block|block[234]/unit01/(b|a/proj)/", name)
-    constants = {
+    constants: dict[str, Any] = {"standardize_eps": ladder.architecture.standardize_eps} | {
         field: value
         for side in ladder.sides.values()
         for field in ("norm_eps", "standardize_eps")

@@ -198,7 +198,7 @@ class Examiner:
         """Makes a comparison on the run's batches from a state on."""
         options, run = self.request, self.run
         with working_folder() as folder:
-            weight_file = state.save_weights(folder / f"parameters {state.step}.npz")
+            weight_file = state.save_weights(folder / f"parameters {state.step}.npz", run.standardize_eps)
             flags = _options(options, run, str(weight_file))
             ladder = RunLadder(flags, folder, self.console, run=run, source=source, step=state.step, batch=batch)
             with ladder:

@@ -15,6 +15,7 @@ import numpy as np
 import input_pipeline
 from bit_jax.config import Additions
 from bit_jax.formats import weights
+from bit_jax.model.architecture import STANDARDIZE_EPS
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
 from bit_jax.published.catalogue import PublishedFile
@@ -67,9 +68,10 @@ class State:
         np.savez(path, **self.named)
         return path
 
-    def save_weights(self, path: Path) -> Path:
+    def save_weights(self, path: Path, standardize_eps: float) -> Path:
         """Writes the parameters as an official weight file, in float32, and returns its path."""
-        weights.save(path, weights.unflatten({key: array.astype(np.float32) for key, array in self.params.items()}))
+        params = weights.unflatten({key: array.astype(np.float32) for key, array in self.params.items()})
+        weights.save(path, params, standardize_eps=standardize_eps)
         return path
 
 
@@ -84,6 +86,7 @@ class RecordedRun:
         global_batch: rows of a batch, over all hosts.
         class_names: names of the training classes in label order.
         dataset, data_dir: where the dataset is now.
+        standardize_eps: what the run's model adds to the variance of kernels.
     """
 
     workdir: Path
@@ -93,6 +96,7 @@ class RecordedRun:
     class_names: list[str]
     dataset: str
     data_dir: Path | None
+    standardize_eps: float = STANDARDIZE_EPS
 
     @classmethod
     def of(cls, workdir: Path, *, dataset: str | None = None, data_dir: Path | None = None) -> "RecordedRun":
@@ -120,6 +124,7 @@ class RecordedRun:
                 class_names=content["class_names"],
                 dataset=dataset or flags["data.dataset"],
                 data_dir=data_dir,
+                standardize_eps=float(content.get("standardize_eps", STANDARDIZE_EPS)),
             )
             run._check()
         except (KeyError, TypeError, ValueError) as error:

@@ -39,7 +39,8 @@ class Side:
         channels_last: torch: whether images and kernels have the channels_last memory format.
         model: torch: `package.module:factory` of a model in place of the reference.
         state_dict: torch: file that the model's parameters are loaded from.
-        norm_eps, standardize_eps: jax and torch: constants that this project's model computes with; None: BiT's.
+        norm_eps, standardize_eps: jax and torch: constants that this project's model computes with; None: BiT's, and
+            what the weight file says.
         file: onnx and stablehlo: the exported file.
     """
 

@@ -1,0 +1,111 @@
+"""The kinds of targets, in one table: how each is known, written, and held against its source."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bit_jax.conversion import check, layouts
+from bit_jax.conversion.check import Compared
+from bit_jax.conversion.conversion import Conversion
+from bit_jax.formats import comment, pickles, safetensors, weights
+from bit_jax.formats.names import PEERS
+from input_pipeline.errors import RequestError
+from input_pipeline.files import write_json
+
+AUTO = "auto"
+OFFICIAL = "official"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of target.
+
+    Attributes:
+        title: its name for people.
+        suffixes: of the target's name, by which it is known; none: a directory.
+        namings: names of arrays that it may have (--format), the first where nothing else is asked for.
+        write: function (conversion, path, naming): writes the target, of which nothing is there yet.
+        check: function (conversion, path, naming) -> what was compared with the source.
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    namings: tuple[str, ...]
+    write: Callable[[Conversion, Path, str], None]
+    check: Callable[[Conversion, Path, str], list[Compared]]
+
+    def naming(self, asked: str) -> str:
+        """Returns the naming for --format.
+
+        Raises:
+            RequestError: this kind of target has no such names.
+        """
+        if asked != AUTO and asked not in self.namings:
+            raise RequestError(f"--format {asked} is not written to {self.title}; choose of {', '.join(self.namings)}")
+        return self.namings[0] if asked == AUTO else asked
+
+
+def kind_of(target: Path) -> Kind:
+    """Returns the kind of a target by its name's suffix; without one it is a directory.
+
+    Raises:
+        RequestError: nothing is written under that suffix.
+    """
+    suffix = target.suffix if not target.is_dir() else ""
+    for kind in KINDS:
+        if suffix in kind.suffixes or not (suffix or kind.suffixes):
+            return kind
+    known = ", ".join(suffix for kind in KINDS for suffix in kind.suffixes)
+    raise RequestError(
+        f"{target} has suffix {suffix}, and what is written ends in {known}, .stablehlo, .onnx, .savedmodel, or in "
+        "none (a directory)"
+    )
+
+
+def _state(conversion: Conversion, naming: str) -> dict[str, np.ndarray]:
+    peer = PEERS[naming]
+    return {peer.name(key): peer.array(key, array) for key, array in conversion.arrays.items()}
+
+
+def _write_official(conversion: Conversion, path: Path, naming: str) -> None:
+    params = weights.unflatten(dict(conversion.arrays))
+    weights.save(path, params, standardize_eps=conversion.architecture.standardize_eps)
+
+
+def _write_safetensors(conversion: Conversion, path: Path, naming: str) -> None:
+    said = {"format": "pt", comment.KEY: repr(float(conversion.architecture.standardize_eps))}
+    with open(path, "wb") as file:
+        safetensors.write(file, _state(conversion, naming), said)
+
+
+def _write_pickle(conversion: Conversion, path: Path, naming: str) -> None:
+    with open(path, "wb") as file:
+        pickles.write(file, _state(conversion, naming))
+
+
+def _write_directory(conversion: Conversion, path: Path, naming: str) -> None:
+    config = layouts.timm(conversion) if naming == "timm" else layouts.hugging_face(conversion)
+    path.mkdir()
+    _write_safetensors(conversion, path / "model.safetensors", naming)
+    write_json(path / "config.json", config)
+
+
+def _check_weights(conversion: Conversion, path: Path, naming: str) -> list[Compared]:
+    compared = [check.read_back(conversion, path)]
+    return compared if naming == OFFICIAL else compared + check.by_library(conversion, path, PEERS[naming])
+
+
+KINDS = (
+    Kind("an official .npz", (".npz",), (OFFICIAL,), _write_official, _check_weights),
+    Kind("safetensors", (".safetensors",), ("timm", "original", "huggingface"), _write_safetensors, _check_weights),
+    Kind(
+        "a PyTorch file",
+        (".pth", ".pt", ".bin", ".tar"),
+        ("original", "timm", "huggingface"),
+        _write_pickle,
+        _check_weights,
+    ),
+    Kind("a directory", (), ("huggingface", "timm"), _write_directory, _check_weights),
+)

@@ -46,14 +46,15 @@ def main() -> None:
 
 def predict_files(
     images: tyro.conf.Positional[tuple[UserPath, ...]],
-    weights: Annotated[str, tyro.conf.arg(metavar="NPZ|NAME")],
+    weights: Annotated[str, tyro.conf.arg(metavar="PATH|NAME")],
     size: int | None = None,
 ) -> None:
     """Prints the five likeliest classes of each image.
 
     Args:
         images: Image files to classify.
-        weights: Weights of the model: an .npz in the official layout, or a published name or address.
+        weights: Weights of the model: a file or directory of the official layout, the original PyTorch code, timm or
+            Hugging Face; a published name or address; or hf:OWNER/NAME.
         size: Side in pixels of the square that images are resized to. None: the size that the weights were fine-tuned
             at, where the config.json beside them says so, else BiT-HyperRule's size for the image.
     """

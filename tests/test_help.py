@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent
 FRAGMENTS = {"of", "that", "what", "whose", "how", "as", "by", "in"}  # first words of a text without a subject
 
 SCRIPTS = (
-    *(f"benchmarks/{name}.py" for name in ("bandwidth", "cost_growth", "gpu", "load_weights", "parity_tables")),
+    *(
+        f"benchmarks/{name}.py"
+        for name in ("bandwidth", "cost_growth", "doors", "gpu", "load_weights", "parity_tables")
+    ),
     *(f"benchmarks/{name}.py" for name in ("photographs", "plans")),
     *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
     "examples/demo.py",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from bit_jax import config, launch, predict, train, zoo
+from bit_jax import config, convert, launch, predict, train, zoo
 from bit_jax.compiled import profile
 from bit_jax.plan import __main__ as plan
 from input_pipeline import __main__ as input_pipeline_main
@@ -35,6 +35,7 @@ SCRIPTS = (
 COMMANDS = {
     **{f"train.py {preset}": train.main for preset in config.PRESETS},
     **{f"bit_jax.zoo {name}": zoo.main for name in ("list", "fetch")},
+    "bit_jax.convert": convert.main,
     "bit_jax.predict": predict.main,
     "bit_jax.plan": plan.main,
     "bit_jax.launch": launch.main,

@@ -24,7 +24,9 @@ class ModelConfig:
     """The model to train."""
 
     model: str = EMBEDDED
-    """Model to train: a published name (`python -m bit_jax.zoo list`), the path of an .npz, or `embedded`.
+    """Model to train: a published name (`python -m bit_jax.zoo list`), the path of weights, or `embedded`.
+    Weights are an official .npz, or files of the original PyTorch code, of timm or of Hugging Face (docs/weights.md).
+    hf:OWNER/NAME fetches a model of the Hugging Face Hub.
     With --init random also an architecture: R50x1, R152x4, R14x0.5."""
     init: Literal["checkpoint", "random"] = "checkpoint"
     """Initial parameters: the file's weights with a new head of zeros, or random ones in the same architecture."""

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from PIL import Image
 
-from bit_jax.formats import described, weights
+from bit_jax.formats import described, safetensors, weights
+from bit_jax.formats.names import PEERS
 from bit_jax.model.architecture import Architecture
 from bit_jax.training import checkpoint, log
 from input_pipeline import Views, claims, typical_area
@@ -146,7 +148,20 @@ def weight_doors(folder: Path) -> list[Door]:
         _, found = weights.read(path)
         collections.deque(found, maxlen=0)
 
-    return [Door("weights", good, read, "w.npz")]
+    peer, state = PEERS["timm"], io.BytesIO()
+    named = {peer.name(key): peer.array(key, array) for key, array in arrays.items()}
+    safetensors.write(state, named, {"format": "pt"})
+    pickled = []
+    for zipped in (True, False):
+        held = io.BytesIO()
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in named.items()}
+        torch.save({"model": tensors}, held, _use_new_zipfile_serialization=zipped)
+        pickled.append(held.getvalue())
+    return [
+        Door("weights", good, read, "w.npz"),
+        Door("safetensors", [state.getvalue()], read, "w.safetensors"),
+        Door("torch.save", pickled, read, "w.pth"),
+    ]
 
 
 def side_doors(folder: Path) -> list[Door]:

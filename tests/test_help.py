@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from bit_jax import config, evaluate, launch, predict, train, zoo
+from bit_jax import config, convert, evaluate, launch, predict, train, zoo
 from bit_jax.compiled import profile
 from bit_jax.plan import __main__ as plan
 from bit_jax.report import __main__ as report
@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 FRAGMENTS = {"of", "that", "what", "whose", "how", "as", "by", "in"}  # first words of a text without a subject
 
 SCRIPTS = (
-    *(f"benchmarks/{name}.py" for name in ("bandwidth", "cost_growth", "gpu", "load_weights", "parity_tables")),
+    *(
+        f"benchmarks/{name}.py"
+        for name in ("bandwidth", "cost_growth", "doors", "gpu", "load_weights", "parity_tables")
+    ),
     *(f"benchmarks/{name}.py" for name in ("photographs", "plans")),
     *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
     "examples/demo.py",
@@ -33,6 +36,7 @@ SCRIPTS = (
 COMMANDS = {
     **{f"train.py {preset}": train.main for preset in config.PRESETS},
     **{f"bit_jax.zoo {name}": zoo.main for name in ("list", "fetch")},
+    "bit_jax.convert": convert.main,
     "bit_jax.predict": predict.main,
     "bit_jax.evaluate": evaluate.main,
     "bit_jax.plan": plan.main,

@@ -4,6 +4,7 @@ The library decides where the hub is (`HF_ENDPOINT`), where files are kept (`HF_
 (`HF_HUB_OFFLINE`).
 """
 
+# pyright: reportMissingImports=false
 import hashlib
 from pathlib import Path
 

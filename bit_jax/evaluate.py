@@ -54,8 +54,9 @@ class Devices:
 class Request:
     """A model and the split that it is evaluated on."""
 
-    weights: Annotated[str, tyro.conf.arg(metavar="NPZ|NAME")]
-    """Weights of the model: an .npz in the official layout, `embedded`, or a published name or address."""
+    weights: Annotated[str, tyro.conf.arg(metavar="PATH|NAME")]
+    """Weights of the model: a file or directory of the official layout, the original PyTorch code, timm or Hugging
+    Face; `embedded`, a published name or address, or hf:OWNER/NAME."""
     dataset: str
     """Dataset, written like train.py's --dataset: digits, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY,
     or a tfds name prepared as array_record, such as imagenet2012."""

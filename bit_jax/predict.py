@@ -63,8 +63,8 @@ class Request:
     images: tyro.conf.Positional[tuple[UserPath, ...]]
     """Image files, or directories of them: of images, or of one directory of images for each class."""
     weights: Annotated[str, tyro.conf.arg(metavar="PATH|NAME")]
-    """Weights of the model: a file or directory of the official layout, the original PyTorch code, timm or Hugging Face;
-    `embedded`, a published name or address, or hf:OWNER/NAME."""
+    """Weights of the model: a file or directory of the official layout, the original PyTorch code, timm or Hugging
+    Face; `embedded`, a published name or address, or hf:OWNER/NAME."""
     view: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     html: UserPath | None = None
     """File to write a page to that shows the images with the likeliest classes of each."""

@@ -15,6 +15,7 @@ from input_pipeline.errors import RequestError
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that gets `path`'s name once it is complete and on disk; after an error nothing of it remains.
+    Folders that are missing on the way to it are made.
 
     A symbolic link stays, and the file that it leads to is replaced. What is no file, such as /dev/null or a pipe, is
     written to as it is: to replace it, as root can, would take it away from everybody.
@@ -24,6 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield stream
         return
     path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -54,6 +54,14 @@ def test_after_an_error_the_old_content_is_there(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_could_be_written_at_the_start_is_written_at_the_end(tmp_path):
+    file = tmp_path / "not" / "there" / "r.json"
+    writable(file)
+    assert list(tmp_path.iterdir()) == []
+    write_json(file, 1)
+    assert file.read_text() == "1\n"
+
+
 def test_a_directory_is_no_place_for_a_file(tmp_path):
     with pytest.raises(RequestError, match="is a directory, and a file is to be written there"):
         writable(tmp_path)

@@ -47,11 +47,11 @@ def convert(
             or hf:OWNER/NAME.
         target: Target to write, known by its suffix: .npz (official), .safetensors, .pth (also .pt, .bin, .tar; these
             need PyTorch), or a name without a suffix for a directory with config.json, as Hugging Face and timm load.
-        format: Naming of the arrays in the target. auto: official in an .npz, timm's in .safetensors, the original PyTorch
-            code's in .pth, and Hugging Face's in a directory.
+        format: Naming of the arrays in the target. auto: official in an .npz, timm's in .safetensors, the original
+            PyTorch code's in .pth, and Hugging Face's in a directory.
         num_classes: Size of a new head of zeros, in place of the source's or where the source has none.
-        standardize_eps: Number that the model adds to the variance of kernels. None: what the source says, else 1e-8 for
-            weights under timm's or Hugging Face's names and 1e-10 for others.
+        standardize_eps: Number that the model adds to the variance of kernels. None: what the source says, else 1e-8
+            for weights under timm's or Hugging Face's names and 1e-10 for others.
         check: Compare the target with the source before it gets its name.
         overwrite: Replace a target that exists.
         json: Print one JSON object instead of sentences.

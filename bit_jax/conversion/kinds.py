@@ -1,6 +1,7 @@
 """The kinds of targets, in one table: how each is known, written, and held against its source."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def kind_of(target: Path) -> Kind:
     Raises:
         RequestError: nothing is written under that suffix.
     """
-    suffix = target.suffix if not target.is_dir() else ""
+    # the dot of R26x0.5 or resnetv2_50x1_bit.goog_in21k begins no suffix
+    suffix = target.suffix if re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]*", target.suffix) and not target.is_dir() else ""
     for kind in KINDS:
         if suffix in kind.suffixes or not (suffix or kind.suffixes):
             return kind

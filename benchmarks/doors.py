@@ -1,7 +1,6 @@
 """Takes weights through every door and prints how far each is from float64: `python benchmarks/doors.py`.
 
-Random weights of two small architectures are converted to every kind of target under every naming that it may have,
-read back, and, where timm and transformers are installed, loaded and run by the library that the target is for. What
+Random weights are converted to every kind of target under every naming that it may have, read back or run, and, where timm and transformers are installed, loaded and run by the library that the target is for. What
 bears the original code's names is held against this project's own PyTorch reference, because the original code's loader
 is in no package. The output is the Markdown table of docs/weights.md.
 """
@@ -18,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bit_jax import convert
 from bit_jax.conversion.conversion import Conversion, images
 from bit_jax.conversion.kinds import KINDS
+from bit_jax.export.targets import PROGRAMS
 from parity.sides.inputs import random_weights
 
-ARCHITECTURES = ("R14x1", "R26x0.5")
+ARCHITECTURES = ("R50x1",)  # timm builds models from directories in the published sizes only
 CLASSES = 10
 
 
@@ -40,15 +40,21 @@ def main(architectures: tuple[str, ...] = ARCHITECTURES) -> None:
             for kind in KINDS:
                 for naming in kind.namings:
                     _door(architecture, source, folder, kind, naming)
+            for suffix, title in PROGRAMS.items():
+                _program(architecture, source, folder / f"{architecture}{suffix}", title)
 
 
 def _door(architecture: str, source: Path, folder: Path, kind, naming: str) -> None:
     target = folder / f"{architecture}-{naming}{(kind.suffixes or ('',))[0]}"
-    if naming == "timm" and not kind.suffixes:
-        return  # timm builds models of its own list from directories, and small ones are not in it
     said = convert.converted(str(source), target, naming=naming)
     for entry in said["compared"]:
         _row(f"{architecture} .npz", f"{kind.title}, {naming}", entry["what"], entry["difference"])
+
+
+def _program(architecture: str, source: Path, target: Path, title: str) -> None:
+    """Exports the model; docs/exporting.md has what the program makes of float32."""
+    entry = convert.converted(str(source), target)["compared"][0]
+    _row(f"{architecture} .npz", title, f"{entry['what']}, logits", entry["difference"])
 
 
 def _reference(source: Path) -> float | None:

@@ -92,7 +92,7 @@ def test_all_that_is_wrong_is_in_one_error(peer, state, official, tmp_path):
 
 def test_without_a_head(peer, state, tmp_path):
     torch.save({name: tensor for name, tensor in state.items() if not name.startswith(peer.head)}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="has no head; give num_classes"):
+    with pytest.raises(WeightsError, match="without a head; give num_classes=0"):
         weights.read(tmp_path / "x.pth")
     architecture, arrays = weights.read(tmp_path / "x.pth", num_classes=3)
     assert architecture.num_classes == 3

@@ -10,10 +10,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from bit_jax.conversion import layouts, libraries
 from bit_jax.conversion.conversion import Conversion, images
 from bit_jax.formats.names import Peer
+from bit_jax.model.architecture import Architecture
 from input_pipeline.errors import RunFailed
 
 # of a float64 difference, as a share of the largest logit: rounding makes some 1e-14, a wrong constant 1e-7
@@ -75,7 +77,7 @@ def by_library(conversion: Conversion, target: Path, peer: Peer) -> list[Compare
     missing = [name for name in (package, "torch") if importlib.util.find_spec(name) is None]
     if missing:
         return [Compared(f"not compared with {peer.title}'s own model: {' and '.join(missing)} not installed", None)]
-    theirs = _library(conversion, target, peer)
+    theirs = library_logits(conversion.architecture, target, peer, images())
     if isinstance(theirs, str):
         return [Compared(f"not compared with {peer.title}'s own model: {theirs}", None)]
     ours = conversion.logits(peer.standardize_eps)
@@ -91,17 +93,27 @@ def by_library(conversion: Conversion, target: Path, peer: Peer) -> list[Compare
     return result
 
 
-def _library(conversion: Conversion, target: Path, peer: Peer) -> np.ndarray | str:
-    """Returns the library's logits, or a clause that says why it cannot be imported."""
+def library_logits(
+    architecture: Architecture, target: Path, peer: Peer, images: Float[np.ndarray, "batch height width 3"]
+) -> Float[np.ndarray, "batch classes"] | str:
+    """Returns the float64 logits of the peer's library, or a clause that says why it cannot be imported.
+
+    Args:
+        target: the weights as that library loads them.
+        images: float64 images in [-1, 1].
+
+    Raises:
+        RunFailed: the library does not load the target.
+    """
     with tempfile.TemporaryDirectory(prefix="bit_jax_convert_") as name:
         folder = Path(name)
-        np.save(folder / "images.npy", images())
+        np.save(folder / "images.npy", images)
         question = {
             "target": str(target.absolute()),
             "directory": target.is_dir(),
             "images": str(folder / "images.npy"),
-            "sizes": layouts.sizes(conversion.architecture),
-            "num_classes": conversion.architecture.num_classes,
+            "sizes": layouts.sizes(architecture),
+            "num_classes": architecture.num_classes,
         }
         (folder / "question.json").write_text(json.dumps(question))
         command = [sys.executable, "-P", "-S", libraries.__file__, peer.key]

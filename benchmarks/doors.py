@@ -1,8 +1,9 @@
 """Takes weights through every door and prints how far each is from float64: `python benchmarks/doors.py`.
 
-Random weights are converted to every kind of target under every naming that it may have, read back or run, and, where timm and transformers are installed, loaded and run by the library that the target is for. What
-bears the original code's names is held against this project's own PyTorch reference, because the original code's loader
-is in no package. The output is the Markdown table of docs/weights.md.
+Random weights are converted to every kind of target under every naming that it may have, read back or run, and, where
+timm and transformers are installed, loaded and run by the library that the target is for. What bears the original
+code's names is held against this project's own PyTorch reference, because the original code's loader is in no package.
+The output is the Markdown table of docs/weights.md.
 """
 
 import sys

@@ -51,6 +51,13 @@ def launch() -> int:
     return exit_code(main)
 
 
+def report() -> int:
+    """Shows what became of runs."""
+    from bit_jax.report.__main__ import main
+
+    return exit_code(main)
+
+
 def profile() -> int:
     """Shows where the time of a run's traced steps went."""
     import tyro

@@ -5,8 +5,10 @@ fields' docstrings with their line breaks, so each line of one is a whole senten
 """
 
 import dataclasses
+import math
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -91,6 +93,66 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Additions:
+    """Additions to BiT's recipe, which has none of them. docs/fine_tuning.md has the formulas, and what proves them.
+
+    Raises:
+        RequestError: a number is out of its range, or --train is no regular expression.
+    """
+
+    weight_decay: float = 0.0
+    """Weight decay of the kernels of convolutions and head, not of biases and of GroupNorm's parameters; 0 is none.
+    A weight-standardized kernel computes the same at any length, so that there it only changes the effective rate."""
+    weight_decay_kind: Literal["coupled", "decoupled"] = "coupled"
+    """coupled: it is added to the gradient before the momentum, as in torch.optim.SGD(weight_decay=).
+    decoupled: p -= lr weight_decay p beside the momentum's step, as AdamW does (SGDW of arXiv:1711.05101)."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; a longer one is scaled to it, as by torch.nn.utils.clip_grad_norm_.
+    The norm is over all devices, parts of a batch and trained parameters, before weight decay. None: no clipping."""
+    label_smoothing: float = 0.0
+    """Share of every target that is spread evenly over all classes, as in torch.nn.CrossEntropyLoss; 0 is none.
+    Evaluation's loss is not smoothed."""
+    schedule: Literal["staircase", "cosine"] = "staircase"
+    """Learning rate after the warm-up: BiT's staircase of --decay-steps,
+    or half a cosine from --base-lr to 0 at --steps, for which --decay-steps do not matter."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the parameters, such as 0.999, updated after every step.
+    Evaluations and final.npz are then of the average; checkpoints hold both. None: no average."""
+    crop_style: Literal["bit", "inception"] = "bit"
+    """Training crop: bit resizes to --resize-to and crops a square of --crop pixels;
+    inception resizes a random 8 to 100 % of the image's area, of a ratio of 3:4 to 4:3, to --crop pixels,
+    as torchvision's RandomResizedCrop does."""
+    train: str | None = None
+    """Regular expression of the parameters to train, matched against whole parts of their official paths:
+    head, or 'block4|head', or group_norm. The others get no gradient, momentum or update. None: all of them train."""
+
+    def __post_init__(self):
+        if not 0 <= self.weight_decay < math.inf:
+            raise RequestError(f"--weight-decay {self.weight_decay} must be a number from 0")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise RequestError(f"--clip-norm {self.clip_norm} must be greater than 0; leave it out to clip nothing")
+        if not 0 <= self.label_smoothing < 1:
+            raise RequestError(f"--label-smoothing {self.label_smoothing} must be at least 0 and below 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RequestError(f"--ema {self.ema} must be between 0 and 1, such as 0.999; leave it out for no average")
+        try:
+            re.compile(self.train or "")
+        except re.error as error:
+            raise RequestError(f"--train {self.train!r} is no regular expression: {error}") from None
+
+    def changed(self) -> dict[str, Any]:
+        """Returns {field: value} of those that are not off."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+
+NO_ADDITIONS = Additions()
+
+
+@dataclasses.dataclass(frozen=True)
 class ScaleConfig:
     """Devices, hosts and memory; none of these flags changes what is computed."""
 
@@ -145,6 +207,13 @@ class RunConfig:
     profile: int = 0
     """Number of steps, after the first few, to trace into WORKDIR/profile, for TensorBoard and for a table by
     kind of work, which `python -m bit_jax.profile WORKDIR` shows again."""
+    flagperf_compat: Annotated[
+        tuple[Literal["accuracy", "schedule", "p_core"], ...], tyro.conf.arg(metavar="SWITCH...")
+    ] = ()
+    """FlagPerf's own definitions, for comparisons with figures that were taken by them; see docs/flagperf.md.
+    accuracy: report the accuracy of the first device's share of the examples, too.
+    schedule: begin the learning rate's schedule, warm-up included, anew with every epoch; this changes the training.
+    p_core: report images/s over the time in which steps were handed to the devices, without waiting for them, too."""
     deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
     """Make a repeated run on GPUs end with the same bytes, even if it was killed and continued.
     Steps may take longer. CPUs always do so."""
@@ -163,6 +232,7 @@ class Config:
     optimizer: OptimizerConfig
     run: RunConfig
     scale: ScaleConfig = ScaleConfig()
+    additions: Additions = NO_ADDITIONS
 
     def __post_init__(self):
         positive = {
@@ -195,6 +265,11 @@ class Config:
             raise RequestError(f"--keep-checkpoints {self.run.keep_checkpoints} must be at least 2")
         if not 0 <= self.optimizer.momentum < 1:
             raise RequestError(f"--momentum {self.optimizer.momentum} must be at least 0 and below 1")
+        if "schedule" in self.run.flagperf_compat and self.additions.schedule == "cosine":
+            raise RequestError(
+                "--flagperf-compat schedule restarts FlagPerf's staircase, and --schedule cosine is another schedule; "
+                "leave out one of them"
+            )
         if self.optimizer.mixup is not None and self.optimizer.mixup < 0:
             raise RequestError(f"--mixup {self.optimizer.mixup} must not be negative")
 
@@ -211,17 +286,22 @@ _FREE_TO_CHANGE = {
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.profile",
+    "run.flagperf_compat",  # what `schedule` changes is compared with the recipe
 }
 
 
 def identity(cfg: Config) -> dict[str, object]:
-    """Returns {"section.field": value} for every field that decides what the run computes, as JSON types."""
+    """Returns {"section.field": value} for every field that decides what the run computes, as JSON types.
+
+    Additions that are off are left out, so that a run from before there was one is continued.
+    """
     flat = {
         f"{section.name}.{name}": value
         for section in dataclasses.fields(cfg)
         for name, value in dataclasses.asdict(getattr(cfg, section.name)).items()
-        if section.name != "scale"
+        if section.name not in ("scale", "additions")
     }
+    flat |= {f"additions.{name}": value for name, value in cfg.additions.changed().items()}
     kept = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 

@@ -6,6 +6,8 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
@@ -22,6 +24,7 @@ from bit_jax.compiled import profile
 from bit_jax.published import fetch
 from bit_jax.scale import hosts
 from bit_jax.training import figures, run
+from bit_jax.training.timeline import Observer, nobody
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -29,21 +32,49 @@ from input_pipeline.limits import raise_descriptor_limit
 
 
 def main() -> None:
-    cfg = tyro.extras.overridable_config_cli(config.PRESETS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    raise_descriptor_limit()
-    keep_compiled_programs()
-    with hosts.joined(cfg.scale):
-        if cfg.scale.doctor:
+    cfg = configuration()
+    if cfg.scale.doctor:
+        with _joined(cfg):
             return doctor.examine(cfg)
-        result = run.finetune(run.Run.of(cfg))
-        first = hosts.is_first()
-    if first:
+    if result := train(cfg):
         with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
-            terminal.console(width=120).print(figures.flagperf_row(result))
+            title = f"{result['model']} on {result['dataset']}"
+            terminal.console(width=120).print(figures.table([figures.flagperf_row(result)], title))
             if cfg.run.profile:
                 with contextlib.suppress(RequestError):  # the log says why there is no table
                     profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
             print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
+
+
+def configuration(arguments: Sequence[str] | None = None) -> config.Config:
+    """Returns the configuration that a command line asks for: a preset and flags; by default this process's own."""
+    return tyro.extras.overridable_config_cli(
+        config.PRESETS, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | None:
+    """Trains as this host of the configured run, for programs that start training themselves.
+
+    Args:
+        observer: see `run.finetune`.
+
+    Returns:
+        The content of result.json on the first host, None on the others.
+    """
+    with _joined(cfg):
+        result = run.finetune(run.Run.of(cfg), observer)
+        first = hosts.is_first()
+    return result if first else None
+
+
+@contextlib.contextmanager
+def _joined(cfg: config.Config) -> Iterator[None]:
+    """Prepares this process for the run and joins the run's other hosts while the `with` block runs."""
+    raise_descriptor_limit()
+    keep_compiled_programs()
+    with hosts.joined(cfg.scale):
+        yield
 
 
 def keep_compiled_programs() -> None:

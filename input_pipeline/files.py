@@ -14,7 +14,16 @@ from input_pipeline.errors import RequestError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that gets `path`'s name once it is complete and on disk; after an error nothing of it remains."""
+    """Opens a file that gets `path`'s name once it is complete and on disk; after an error nothing of it remains.
+
+    A symbolic link stays, and the file that it leads to is replaced. What is no file, such as /dev/null or a pipe, is
+    written to as it is: to replace it, as root can, would take it away from everybody.
+    """
+    if _is_stream(path):
+        with open(path, "wb") as stream:
+            yield stream
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -26,6 +35,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def _is_stream(path: Path) -> bool:
+    """Whether something that is neither a file nor a directory has this path."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def writable(path: Path) -> None:
     """Tries to write where a file will be written later, and leaves nothing there.
 
@@ -34,6 +48,10 @@ def writable(path: Path) -> None:
     """
     if path.is_dir():
         raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
+    if _is_stream(path):  # to open a pipe would wait for its reader
+        if not os.access(path, os.W_OK):
+            raise RequestError(f"{path} cannot be written (Permission denied); give another path")
+        return
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

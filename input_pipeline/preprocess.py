@@ -7,12 +7,14 @@ taken from its first bytes, never from its name. docs/imagenet.md compares this 
 
 import dataclasses
 import statistics
+from typing import Literal
 
 import numpy as np
 import simplejpeg
 
 from input_pipeline.examples import DamagedImage, DatasetError, Source, first_undamaged
 from input_pipeline.image_file import check_pixels, damaged, opened
+from input_pipeline.inception import Box, draw_box
 from input_pipeline.resample import Method, Window, resample, scratch
 
 JPEG = b"\xff\xd8"
@@ -31,12 +33,15 @@ class Views:
         flip: whether half of the training views are mirrored.
         resize: method of resizing and decoding: `pillow`, as in BiT's PyTorch code, or `tf`, as in its TensorFlow and
             JAX code.
+        crop_style: `bit`, or `inception` for training views that show a random part of the image resized to the square,
+            see `inception.py`; `resize_to` does not matter then.
     """
 
     resize_to: int
     crop: int
     flip: bool
     resize: Method = "pillow"
+    crop_style: Literal["bit", "inception"] = "bit"
 
     def __post_init__(self):
         if not 0 < self.crop <= self.resize_to:
@@ -52,6 +57,8 @@ class Views:
             DamagedImage: the image cannot be decoded; nothing was drawn from `rng`.
         """
         pixels = self.pixels(image)
+        if self.crop_style == "inception":
+            return self.of_box(pixels, self.draw_box(rng, *pixels.shape[:2]), into)
         return resample(pixels, self.resize_to, self.draw(rng), self.resize, into)
 
     def draw(self, rng: np.random.Generator) -> Window:
@@ -59,6 +66,19 @@ class Views:
         top, left = rng.integers(self.resize_to - self.crop + 1, size=2)
         mirrored = rng.random() < 0.5
         return Window(int(top), int(left), self.crop, bool(self.flip and mirrored))
+
+    def draw_box(self, rng: np.random.Generator, height: int, width: int) -> Box:
+        """Draws the part of an image of height x width pixels that a training view in Inception's style shows."""
+        box = draw_box(rng, height, width)
+        return box if self.flip else box._replace(mirrored=False)
+
+    def of_box(self, pixels: np.ndarray, box: Box, into: np.ndarray | None = None) -> np.ndarray:
+        """Returns a box of the image, cut out and then resized, so that no pixel beyond it counts, as in torchvision:
+        uint8 [crop, crop, 3]."""
+        top, left, height, width, mirrored = box
+        cut = scratch("cut", height, width)
+        cut[...] = pixels[top : top + height, left : left + width]
+        return resample(cut, self.crop, Window(0, 0, self.crop, mirrored), self.resize, into)
 
     def evaluation(self, image: np.ndarray | bytes, into: np.ndarray | None = None) -> np.ndarray:
         """Returns the evaluation view, uint8 [crop, crop, 3], in `into` if that is given; see `train`."""

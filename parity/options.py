@@ -5,10 +5,11 @@
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from bit_jax.config import NO_ADDITIONS, Additions
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath, require_positive, typed
 from parity.sides.side import ACCEPTABLE
@@ -98,6 +99,9 @@ class Options:
     fail_fast: bool = False
     """End a rung at the first array that differs."""
 
+    additions: Additions = NO_ADDITIONS
+    """Additions to BiT's recipe, as train.py takes them; both sides then compute with them."""
+
     # name of a fault that the self-test injects into one side, see `faults.py`
     fault: Annotated[str | None, tyro.conf.Suppress] = None
 
@@ -125,11 +129,18 @@ class Options:
         return int(height), int(width or height)
 
     @property
-    def schedule(self) -> dict:
+    def schedule(self) -> dict[str, Any]:
         """Fields of a `Schedule`, as JSON's types."""
-        return {
+        cosine = self.additions.schedule == "cosine"
+        fields = {
             "base_lr": self.base_lr,
             "warmup_steps": self.warmup_steps,
-            "decay_steps": list(self.decay_steps),
+            "decay_steps": [] if cosine else list(self.decay_steps),
             "steps": self.steps,
         }
+        return fields | ({"kind": "cosine"} if cosine else {})
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """The argument `additions` of the tasks that train; nothing if all of them are off."""
+        return {"additions": changed} if (changed := self.additions.changed()) else {}

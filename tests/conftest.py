@@ -81,11 +81,21 @@ def small_npz(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """Environment variables with which processes take programs that other tests' processes have compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Has the processes that a module's tests start take programs that others of them have compiled."""
+def compiled_once(compilation_cache):
+    """Gives these variables to all processes that a module's tests start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        for name, value in compilation_cache.items():
+            patch.setenv(name, value)
         yield
 
 

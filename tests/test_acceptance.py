@@ -24,6 +24,8 @@ from parity.options import Options
 from parity.report import saved
 from parity.sides.side import Side
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "1", "--disturbances", "1", "--precision", "fp64"]
 ACCEPT = ["--accept", "standardization eps"]

@@ -1,4 +1,4 @@
-"""Every command that README and the pages show runs as typed: its own parser takes it."""
+"""Every command of README, of the pages and of benchmarks/gpu.py runs as typed: its own parser takes it."""
 
 import contextlib
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tyro
+from conftest import benchmark
 
 from bit_jax.process import hugepages
 
@@ -111,7 +112,15 @@ def parse(monkeypatch) -> Callable[[list[str]], None]:
     return run
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
+def steps() -> list[tuple[str, str]]:
+    """(gpu.py, command) of each step of benchmarks/gpu.py on a GPU."""
+    gpu = benchmark("gpu")
+    found = [step.command for step in gpu.steps(gpu.LARGE)]
+    paths = {"{json}": "F", "{dir}": "DIR"}
+    return [("gpu.py", re.sub("{json}|{dir}", lambda match: paths[match[0]], command)) for command in found]
+
+
+@pytest.mark.parametrize(("page", "command"), [*commands(), *steps()])
 def test_a_shown_command_is_taken_by_its_parser(page, command, parse):
     words = arguments(command)
     if words[0] == "-m" and words[1] in OF_OTHERS:

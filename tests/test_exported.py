@@ -27,6 +27,8 @@ from parity.options import Options
 from parity.report import saved
 from parity.sides.side import Side, parse_side
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parent.parent
 ROWS, SIZE = 4, 32
 QUICK = ["--size", str(SIZE), "--rows", str(ROWS), "--batches", "1", "--disturbances", "1", "--limit", "18"]

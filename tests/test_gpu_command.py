@@ -124,12 +124,13 @@ def test_results_in_a_few_words(gpu):
 
 
 @pytest.mark.slow
-def test_the_command_works_without_a_gpu(gpu, tmp_path, capsys):
+def test_the_command_works_without_a_gpu(gpu, tmp_path):
+    """That each step's command is one that its program takes is seen in test_docs_commands.py."""
     gpu.main(
         tmp_path / "out",
         minutes=30,
         scale="small",
-        only=("machine", "train-R14x0.5-bf16", "loop", "eager-forward-R14x0.5-bf16", "parity-R14x0.5-tf32"),
+        only=("machine", "train-R14x0.5-bf16", "eager-forward-R14x0.5-bf16"),
     )
     steps = json.loads((tmp_path / "out" / "gpu.json").read_text())["steps"]
     assert {step["outcome"] for step in steps.values()} == {"done"}
@@ -137,6 +138,4 @@ def test_the_command_works_without_a_gpu(gpu, tmp_path, capsys):
     assert steps["train-R14x0.5-bf16"]["result"]["p_core"] > 0
     assert steps["train-R14x0.5-bf16"]["profile"]["steps"] == 5
     assert set(steps["eager-forward-R14x0.5-bf16"]["result"]["arms"]) == {*gpu.EAGER, "jax"}
-    assert steps["parity-R14x0.5-tf32"]["result"]["holds"]
-    assert "HOLDS" in capsys.readouterr().out
     gpu.show(gpu.Record(tmp_path / "out"), Console())

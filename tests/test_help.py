@@ -15,6 +15,7 @@ import tyro
 from bit_jax import config, evaluate, launch, predict, train, zoo
 from bit_jax.compiled import profile
 from bit_jax.plan import __main__ as plan
+from bit_jax.report import __main__ as report
 from input_pipeline import __main__ as input_pipeline_main
 from parity import __main__ as parity_main
 from parity.ladder import rungs
@@ -36,6 +37,7 @@ COMMANDS = {
     "bit_jax.evaluate": evaluate.main,
     "bit_jax.plan": plan.main,
     "bit_jax.launch": launch.main,
+    "bit_jax.report": report.main,
     "bit_jax.profile": lambda: tyro.cli(profile.main),
     **{f"input_pipeline {name}": input_pipeline_main.main for name in ("prepare", "convert", "check", "bench")},
     **{f"parity {name}": parity_main.main for name in ("show", "diff")},

@@ -1,7 +1,6 @@
 """`python -m parity step`: a real run whose update begins to round at step 120, found from what the run recorded."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from rich.console import Console
 
 from parity.ladder import step
 from parity.report import saved
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 # from update 120 on, parameters are rounded to bfloat16, as if the device had begun to keep them so
 ROUNDS_FROM_120 = """
@@ -35,30 +36,16 @@ QUICK = ["--candidate", "jax", "--rows", "4"]  # the code at hand is judged on f
 EVERY = ["--checkpoint-every", "40", "--keep-checkpoints", "9", "--mixup", "0.1"]
 
 
-def train(*command: object, cache: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    pipes = {"capture_output": True, "text": True}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, **pipes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The comparisons below compile the same programs."""
-    folder = tmp_path_factory.mktemp("xla")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        yield folder
+def train(*command: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def drifting(small_npz, cache, tmp_path_factory):
+def drifting(small_npz, tmp_path_factory):
     """The folder of a run of 202 steps with the fault."""
     folder = tmp_path_factory.mktemp("drifting") / "run"
     flags = ["--model", small_npz, "--steps", 202, *EVERY, "--workdir", folder]
-    done = train("-c", ROUNDS_FROM_120, *DIGITS.split(), *flags, cache=cache)
+    done = train("-c", ROUNDS_FROM_120, *DIGITS.split(), *flags)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -149,10 +136,10 @@ def test_a_fault_of_the_code_at_hand_is_found_at_a_step_between_checkpoints(undi
 
 
 @pytest.mark.slow
-def test_a_step_whose_loss_was_not_finite_leads_to_the_step_that_left_the_range(small_npz, cache, tmp_path):
+def test_a_step_whose_loss_was_not_finite_leads_to_the_step_that_left_the_range(small_npz, tmp_path):
     run = tmp_path / "run"
     flags = ["--model", small_npz, "--steps", "6", "--base-lr", "1e30", "--checkpoint-every", "2", "--workdir", run]
-    done = train("-m", "bit_jax.train", *DIGITS.split(), *flags, cache=cache)
+    done = train("-m", "bit_jax.train", *DIGITS.split(), *flags)
     assert done.returncode == 1, done.stderr
     (left,) = run.glob("failed_step*.npz")
     number = int(left.name.removeprefix("failed_step").split(".")[0])

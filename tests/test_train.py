@@ -44,21 +44,13 @@ SHORT = (
 )
 
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
 @pytest.fixture
 def command(small_npz, compilation_cache):
     """(flags, devices) -> what `subprocess` needs to train the smallest BiT for six steps."""
 
     def of(*flags, devices=1) -> dict:
-        environment = os.environ | {
-            "XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        flags_of_xla = f"{COMPILES_FAST} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | compilation_cache | {"XLA_FLAGS": flags_of_xla}
         arguments = ["train.py", "digits", "--model", small_npz, *SHORT.split(), *flags]
         return {"args": [sys.executable, *map(str, arguments)], "cwd": REPOSITORY, "env": environment}
 

@@ -157,6 +157,7 @@ def test_every_command_starts(installed, command):
         "bit-jax-launch --hosts 2",
         "bit-jax-plan --model nowhere",
         "bit-jax-profile nowhere",
+        "bit-jax-report nowhere",
         "bit-jax-input check digitz --data-dir nowhere",
         "bit-jax-parity show nowhere",
     ],

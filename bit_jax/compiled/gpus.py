@@ -99,6 +99,11 @@ ACCELERATORS = {
 }
 
 
+def memory_of(title: str) -> int | None:
+    """Returns the bytes of memory of the GPU that the driver calls so, or None if the table does not have it."""
+    return next((gpu.memory for gpu in ACCELERATORS.values() if gpu.title == title), None)
+
+
 def accelerator(name: str) -> Accelerator:
     """Returns the GPU of that name; raises RequestError for a name that is not in the table."""
     if name not in ACCELERATORS:

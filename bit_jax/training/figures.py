@@ -3,7 +3,9 @@
 import importlib.metadata
 import platform
 import resource
+import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,8 @@ def figures(timeline: Timeline, *, trained: int, evaluation_before: float) -> di
         "trained_examples": trained,
         "mem_gib": memory,
         "mem_of": memory_of,
+        "mem_limit_gib": memory_limit(),
+        "mem_total_gib": card_memory(),
     }
 
 
@@ -59,31 +63,63 @@ def peak_memory() -> tuple[float, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, "process"
 
 
+def memory_limit() -> float | None:
+    """Returns the GiB that JAX may use of the local device that has least, or None if devices set no limit, as CPUs."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return min(limit for limit in limits if limit is not None) / GIB if None not in limits else None
+
+
+def card_memory() -> float | None:
+    """Returns the GiB of memory of this machine's smallest NVIDIA GPU, as `nvidia-smi` says, which is also where
+    FlagPerf reads it. None on other devices, or if `nvidia-smi` cannot be asked."""
+    if jax.default_backend() != "gpu":
+        return None
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(float(line) for line in said.split()) / 1024  # MiB
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
 def versions() -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def flagperf_row(result: dict[str, Any]) -> Table:
-    """Returns a table with one row in FlagPerf's format, and compilation time in a column of its own."""
+def table(rows: Sequence[dict[str, str]], title: str) -> Table:
+    """Returns a table of the rows, {column: cell}, which all have the same columns."""
+    made = Table(title=title)
+    for name in rows[0]:
+        made.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        made.add_row(*row.values())
+    return made
 
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
 
-    columns = {
-        "case": f"{result['hosts']}x{result['devices'] // result['hosts']}",
-        "precision": result["precision"],
-        "batch a device": f"{result['batch_per_device']:g}",
-        "e2e s": shown(result["e2e_time"], ".1f"),
-        "compile s": shown(result["compile_time"], ".1f"),
-        "p_whole": shown(result["p_whole"], ",.1f"),
-        "p_train": shown(result["p_train"], ",.1f"),
-        "p_core": shown(result["p_core"], ",.1f"),
-        "acc1": shown(result["final_acc1"], ".5f"),
-        "GiB": shown(result["mem_gib"], ".2f"),
+def flagperf_row(result: dict[str, Any]) -> dict[str, str]:
+    """Returns {column: cell} of FlagPerf's row for a result.json, and compilation time in a column of its own. What the
+    result does not say stays empty."""
+
+    def shown(name: str, form: str) -> str:
+        return "" if result.get(name) is None else format(result[name], form)
+
+    return {
+        "case": case(result),
+        "precision": shown("precision", ""),
+        "batch a device": shown("batch_per_device", "g"),
+        "e2e s": shown("e2e_time", ".1f"),
+        "compile s": shown("compile_time", ".1f"),
+        "p_whole": shown("p_whole", ",.1f"),
+        "p_train": shown("p_train", ",.1f"),
+        "p_core": shown("p_core", ",.1f"),
+        "acc1": shown("final_acc1", ".5f"),
+        "GiB": shown("mem_gib", ".2f"),
     }
-    table = Table(title=f"{result['model']} on {result['dataset']}")
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_row(*columns.values())
-    return table
+
+
+def case(result: dict[str, Any]) -> str:
+    """Returns FlagPerf's name of the machine's size: hosts x devices of each, such as 2x8; empty if it is not known."""
+    if not result.get("hosts") or not result.get("devices"):
+        return ""
+    return f"{result['hosts']}x{result['devices'] // result['hosts']}"

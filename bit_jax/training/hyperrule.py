@@ -1,6 +1,7 @@
 """BiT-HyperRule: resolution, mixup and schedule from the dataset alone (arXiv:1912.11370, section 3.3)."""
 
 import dataclasses
+from typing import Any, Literal
 
 from bit_jax.config import Config
 
@@ -9,13 +10,24 @@ SMALL_IMAGE = 96 * 96  # pixels
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The learning rate by step: it rises linearly from 0 to `base_lr` over `warmup_steps`, and is then divided by ten
-    for each of `decay_steps` that is below the step. Training ends before step `steps`."""
+    """The learning rate by step: it rises linearly from 0 to `base_lr` over `warmup_steps`. In a staircase, it is then
+    divided by ten for each of `decay_steps` that is below the step; a cosine falls to 0 at step `steps`, at which
+    training ends. If `restart_every` is not None, a staircase begins anew, warm-up included, after each such number of
+    steps."""
 
     base_lr: float
     warmup_steps: int
     decay_steps: tuple[int, ...]
     steps: int
+    kind: Literal["staircase", "cosine"] = "staircase"
+    restart_every: int | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Returns the fields as JSON's types. A staircase's kind and a missing restart are left out, as in runs from
+        before there were others."""
+        fields = dataclasses.asdict(self) | {"decay_steps": list(self.decay_steps)}
+        left_out = {"kind": "staircase", "restart_every": None}
+        return {name: value for name, value in fields.items() if name not in left_out or value != left_out[name]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +38,10 @@ class Recipe:
     crop: int
     mixup: float
     schedule: Schedule
+
+    def described(self) -> dict[str, Any]:
+        """Returns the fields as config.json keeps them."""
+        return dataclasses.asdict(self) | {"schedule": self.schedule.described()}
 
 
 def needs_native_area(cfg: Config) -> bool:
@@ -49,11 +65,14 @@ def recipe(cfg: Config, *, train_examples: int, native_area: int | None) -> Reci
     steps = _or(optimizer.steps, numbers[-1])
     # a run shorter than the rule's keeps the rule's proportions
     scale = min(1.0, steps / numbers[-1])
+    decay_steps = _or(optimizer.decay_steps, tuple(round(number * scale) for number in numbers[1:-1]))
+    kind = cfg.additions.schedule
     schedule = Schedule(
         base_lr=optimizer.base_lr,
         warmup_steps=_or(optimizer.warmup_steps, round(numbers[0] * scale)),
-        decay_steps=_or(optimizer.decay_steps, tuple(round(number * scale) for number in numbers[1:-1])),
+        decay_steps=decay_steps if kind == "staircase" else (),
         steps=steps,
+        kind=kind,
     )
     return Recipe(_or(data.resize_to, resize_to), _or(data.crop, crop), _or(optimizer.mixup, mixup), schedule)
 

@@ -23,9 +23,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ign
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from bit_jax.training import metrics
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, parse_json, replacing
+from input_pipeline.files import replacing
 from input_pipeline.terminal import printable
 
 WAITING = 1000  # reports that may wait for a slow terminal or disk; further ones are dropped
@@ -102,7 +103,7 @@ class Log:
             transient=True,
         )
         self._task = self._progress.add_task("training", total=stop, completed=start, rate="")
-        kept, bad = _earlier_lines(self._path, start)
+        kept, bad = metrics.read(self._path, last=start)
         self._last = [entry for entry in kept if entry["step"] == start]
         if bad:
             self.note(f"{self._path}: {bad} damaged line(s) dropped")
@@ -241,25 +242,3 @@ def _own_stderr() -> Any:
         return open(own, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     except OSError:  # standard error is closed
         return io.StringIO()
-
-
-def _earlier_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Returns the entries of metrics.jsonl up to step `start`, and the number of damaged lines. A last line without an
-    end, which a killed process leaves, is dropped and not counted."""
-    if not path.is_file():
-        return [], 0
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RequestError(f"cannot read {path} ({error.strerror}); mend that and start again") from None
-    entries, bad = [], 0
-    for line in lines:
-        try:
-            entry = parse_json(line, dict, path, "")
-        except DamagedFile:
-            entry = {}
-        if isinstance(entry.get("step"), int):
-            entries.append(entry)
-        else:
-            bad += 1
-    return [entry for entry in entries if entry["step"] <= start], bad

@@ -17,7 +17,7 @@ from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
-from bit_jax.training.steps import TrainState
+from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.timeline import Timeline
 from input_pipeline.errors import RunFailed, Stopped
 from input_pipeline.exits import signal_asked
@@ -124,9 +124,10 @@ class Loop:
                     self.log.note(sentence)
                 with self.timeline("steps"):
                     stopped = begun[-1].metrics["failed"] if begun else self.going_on
-                    batch = self.with_signal(batch) | {"stopped": stopped}
                     previous_state = [state]
-                    state, metrics = self.program.train_step(state, batch)
+                    with self.timeline("dispatch"):
+                        batch = self.with_signal(batch) | {"stopped": stopped}
+                        state, metrics = self.program.train_step(state, batch)
                     # the state before the step is let go while the devices work, and not by this thread, which has to
                     # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
                     # input's for Python's lock
@@ -188,7 +189,9 @@ class Loop:
             self.end(signal, state)
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
-        """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`."""
+        """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.
+
+        Where a moving average of the parameters is kept, the accuracy is the average's."""
 
         def check(sums: dict) -> None:
             if number := int(sums["signal"]):
@@ -197,11 +200,12 @@ class Loop:
         with self.timeline(activity):
             batches = (self.with_signal(batch) for _, batch in self.validation.evaluation())
             try:
-                params = self.program.for_evaluation(state.params)
+                params = self.program.for_evaluation(evaluated(state))
                 accuracy = evaluate(self.program.eval_step, params, batches, len(self.run.validation), check)
             except _Asked as asked:
                 self.end(asked.number, state)
-        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss)
+        of_share = {} if accuracy.rank0_acc1 is None else {"val_rank0_acc1": accuracy.rank0_acc1}
+        self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss, **of_share)
         return accuracy
 
     def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -12,11 +12,13 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
 from bit_jax.scale import sharding
 from bit_jax.training import steps
+from bit_jax.training.flagperf import Rank0Share
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.optimizer import sgd
 from bit_jax.training.target import Target
@@ -28,7 +30,7 @@ class Program:
 
     Attributes:
         train_step: (state, batch) -> (next state, the metrics of `steps.make_train_step`); it uses up its state.
-        for_evaluation: parameters -> the standardized parameters that `eval_step` takes.
+        for_evaluation: parameters of `steps.evaluated` -> the standardized parameters that `eval_step` takes.
         eval_step: (standardized parameters, batch) -> sums.
         state_shape: shapes, dtypes, shardings and layouts of the state.
         optimizer: the optimizer of the training step.
@@ -105,17 +107,25 @@ def lower_step(step: Callable[..., tuple[Any, Any]], state: steps.TrainState, *b
 
 
 def make_steps(
-    target: Target, architecture: Architecture, recipe: Recipe, *, momentum: float, seed: int, global_batch: int
+    target: Target,
+    architecture: Architecture,
+    recipe: Recipe,
+    *,
+    momentum: float,
+    seed: int,
+    global_batch: int,
+    share: Rank0Share | None = None,
+    additions: Additions = NO_ADDITIONS,
 ) -> Steps:
     """Makes the steps of a run for the target's devices, which need not be here; no array is made."""
     model = target.model(architecture)
-    optimizer = sgd(recipe.schedule, momentum)
-    microbatches, mesh = target.microbatches, target.mesh
+    optimizer, mesh = sgd(recipe.schedule, momentum, additions), target.mesh
+    settings: dict[str, Any] = {"microbatches": target.microbatches, "additions": additions}
     return Steps(
         target=target,
-        train_step=steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=seed, microbatches=microbatches),
-        update_step=steps.make_update_step(model, optimizer, microbatches=microbatches),
-        eval_step=steps.make_eval_step(model),
+        train_step=steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=seed, **settings),
+        update_step=steps.make_update_step(model, optimizer, **settings),
+        eval_step=steps.make_eval_step(model, share),
         optimizer=optimizer,
         state=abstract_state(
             architecture, target.param_dtype, optimizer, mesh, scales_loss=target.precision.scales_loss
@@ -136,7 +146,7 @@ def compile_program(made: Steps) -> Program:
     for_evaluation = jax.jit(steps.standardized, out_shardings=sharding.formats(standard))
     return Program(
         train_step=train_step,
-        for_evaluation=for_evaluation.lower(state.params).compile(compiler_options=options),
+        for_evaluation=for_evaluation.lower(steps.evaluated(state)).compile(compiler_options=options),
         eval_step=eval_step,
         state_shape=state,
         optimizer=made.optimizer,

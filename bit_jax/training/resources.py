@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import psutil
 
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.architecture import Architecture
+from bit_jax.training.trained import trains
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError
 from input_pipeline.limits import RESERVED, raise_descriptor_limit
@@ -41,7 +43,14 @@ class Need:
         return self.needed <= self.available
 
 
-def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: int, files: int) -> list[Need]:
+def needs(
+    architecture: Architecture,
+    dtype: np.dtype,
+    workdir: Workdir,
+    keep: int,
+    files: int,
+    additions: Additions = NO_ADDITIONS,
+) -> list[Need]:
     """Returns all needs that are known before a run starts.
 
     Args:
@@ -49,9 +58,12 @@ def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: i
         workdir: work directory, which receives the checkpoints.
         keep: number of checkpoints to keep; there is one more while a checkpoint is written.
         files: number of files that stay open while the datasets are read.
+        additions: which parameters train, and whether an average of them is kept.
     """
-    parameters = sum(int(np.prod(shape)) for shape in architecture.layout.values()) * np.dtype(dtype).itemsize
-    state = 2 * parameters  # parameters and momentum
+    sizes = {key: int(np.prod(shape)) * np.dtype(dtype).itemsize for key, shape in architecture.layout.items()}
+    parameters = sum(sizes.values())
+    training = sum(size for key, size in sizes.items() if trains(key, additions.train))
+    state = parameters + training * (1 if additions.ema is None else 2)  # parameters, momentum and their average
     return [
         Need(
             "open files (ulimit -n)",
@@ -68,7 +80,7 @@ def needs(architecture: Architecture, dtype: np.dtype, workdir: Workdir, keep: i
         Need(
             "host memory, GiB",
             # on a CPU the state and the gradients; elsewhere the copy of the state that a checkpoint is written from
-            (state + parameters if jax.default_backend() == "cpu" else state) / GIB,
+            (state + training if jax.default_backend() == "cpu" else state) / GIB,
             _free_memory() / GIB,
             "end other programs, or give the container more",
         ),

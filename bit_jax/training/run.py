@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -21,20 +22,22 @@ from bit_jax.model.architecture import Architecture
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures, hyperrule, resources
+from bit_jax.training import figures, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
-from bit_jax.training.log import Log
+from bit_jax.training.log import Log, Reporter
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
-from bit_jax.training.steps import TrainState
+from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
-from bit_jax.training.timeline import Timeline
+from bit_jax.training.timeline import Observer, Timeline, nobody, p_core_unsynchronized
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
+
+OBSERVED = (BEFORE, "whole")  # activities of the timeline: the evaluation before training, and training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +96,23 @@ class Run:
         if data.examples_per_class is not None:
             train = input_pipeline.few_shot(train, data.examples_per_class, cfg.run.seed)
         recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+        if "schedule" in cfg.run.flagperf_compat:
+            every = flagperf.epoch_steps(len(train), mesh.size, global_batch // mesh.size)
+            schedule = dataclasses.replace(recipe.schedule, restart_every=every)
+            recipe = dataclasses.replace(recipe, schedule=schedule)
+            notes = (*notes, f"--flagperf-compat schedule: the schedule begins anew every {every} steps")
         if recipe.mixup and global_batch % 2:
             raise RequestError(
                 f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0"
             )
         class_names = list(train.class_names)
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
+        if (pattern := cfg.additions.train) is not None:
+            notes += (_trains(architecture, pattern),)
         return cls(
             config=cfg,
             recipe=recipe,
-            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize),
+            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style),
             architecture=architecture,
             weight_file=weight_file,
             target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
@@ -141,7 +151,16 @@ class Run:
             momentum=self.config.optimizer.momentum,
             seed=self.config.run.seed,
             global_batch=self.global_batch,
+            share=self.rank0_share,
+            additions=self.config.additions,
         )
+
+    @property
+    def rank0_share(self) -> flagperf.Rank0Share | None:
+        """The examples whose accuracy is reported besides that of all, if `--flagperf-compat accuracy` asks for it."""
+        if "accuracy" not in self.config.run.flagperf_compat:
+            return None
+        return flagperf.Rank0Share(self.mesh.size, len(self.validation))
 
     def initial_params(self, like: Params) -> Params:
         """Makes the parameters that training starts from; each device makes its own part.
@@ -164,8 +183,8 @@ class Run:
     def needs(self) -> list[resources.Need]:
         """Lists what the run will need of this machine."""
         files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
-        keep = self.config.run.keep_checkpoints
-        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files)
+        keep, additions = self.config.run.keep_checkpoints, self.config.additions
+        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
 
 
 def starts_from_nothing(model: ModelConfig) -> bool:
@@ -183,6 +202,17 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
     return architecture, path
 
 
+def _trains(architecture: Architecture, pattern: str) -> str:
+    """Returns a sentence on how many parameters train; see `trained.require` for the error."""
+    sizes = {key: int(np.prod(shape)) for key, shape in architecture.layout.items()}
+    keys = trained.require(sizes, pattern)
+    count, total = sum(sizes[key] for key in keys), sum(sizes.values())
+    return (
+        f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the "
+        "others get no gradient, no momentum and no update"
+    )
+
+
 def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Source]:
     """Opens the training split and the evaluation split, whose labels get the numbers that training's classes of the
     same names have."""
@@ -195,9 +225,13 @@ def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Sou
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
 
 
-def finetune(run: Run) -> dict[str, Any]:
+def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
     """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
     that is finished there is left alone.
+
+    Args:
+        observer: function that is told when the activities in `OBSERVED` begin and end, as by a `Timeline`. It is
+            called in a thread, and neither an exception in it nor its waiting stops the run.
 
     Returns:
         The content of result.json.
@@ -213,13 +247,24 @@ def finetune(run: Run) -> dict[str, Any]:
         return result
     resources.require(run.needs())
     with run.workdir.owned():
-        return _trained(run)
+        return _trained(run, observer)
 
 
-def _trained(run: Run) -> dict[str, Any]:
+def told_by(reporter: Reporter, observer: Observer) -> Observer:
+    """Returns an observer that has the reporter's thread tell `observer` of the activities in `OBSERVED`."""
+
+    def tell(activity: str, seconds: float | None) -> None:
+        if activity in OBSERVED:
+            reporter(functools.partial(observer, activity, seconds))
+
+    return tell
+
+
+def _trained(run: Run, observer: Observer) -> dict[str, Any]:
     """Does what `finetune` says, in a work directory that this process owns."""
-    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline()
-    with deferring_signals():
+    reporter = Reporter("observer")
+    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(told_by(reporter, observer))
+    with contextlib.closing(reporter), deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
         start = checkpoints.newest or 0
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
@@ -237,10 +282,13 @@ def _trained(run: Run) -> dict[str, Any]:
                 log.note(sentence)
             loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log)
             state, accuracy = loop.train(state, start, batches)
+            reporter.close()
+            if reporter.failure:
+                log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
         if int(state.step) > start:
             checkpoints.save(state)
         checkpoints.close()
-        save_final(workdir, state.params)
+        save_final(workdir, evaluated(state))
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
         write_json(workdir.result, result)
@@ -288,8 +336,8 @@ def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: 
         "resumed_from_step": start,
         "replaced_examples": loop.replaced,
     }
-    trained = (stop - start) * run.global_batch
-    measured = figures.figures(loop.timeline, trained=trained, evaluation_before=loop.timeline[BEFORE])
+    examples = (stop - start) * run.global_batch
+    measured = figures.figures(loop.timeline, trained=examples, evaluation_before=loop.timeline[BEFORE])
     outcome: dict[str, Any] = {
         "final_acc1": accuracy.acc1,
         "final_acc5": accuracy.acc5,
@@ -299,4 +347,19 @@ def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: 
     }
     if state.loss_scale is not None:
         outcome["skipped_steps"] = int(state.loss_scale.skipped)
-    return described | measured | outcome
+    if cfg.additions.ema is not None:
+        outcome["weights"] = f"moving average with decay {cfg.additions.ema}, in final.npz and in the accuracies"
+    return described | measured | outcome | _compat(run, loop, accuracy, examples)
+
+
+def _compat(run: Run, loop: Loop, accuracy: Accuracy, examples: int) -> dict[str, Any]:
+    """Returns what result.json says of `--flagperf-compat`: its switches, and the figures that they add."""
+    switches = run.config.run.flagperf_compat
+    added: dict[str, Any] = {"flagperf_compat": sorted(set(switches))}
+    if "accuracy" in switches:
+        added |= {"rank0_acc1": accuracy.rank0_acc1, "rank0_examples": accuracy.rank0_examples}
+    if "schedule" in switches:
+        added |= {"schedule_restarts_every": run.recipe.schedule.restart_every}
+    if "p_core" in switches:
+        added |= {"p_core_unsynchronized": p_core_unsynchronized(loop.timeline, examples)}
+    return added

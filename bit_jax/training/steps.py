@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.architecture import STANDARDIZED
 from bit_jax.model.layers import param_dtype, standardize
 from bit_jax.model.resnetv2 import GENERATOR, ResNetV2
+from bit_jax.training.flagperf import Rank0Share
+from bit_jax.training.optimizer import Averaged
+from bit_jax.training.trained import overlaid, restricted, trained
 
 TOP_K = (1, 5)
 NO_EXAMPLE = -1  # the index of a row that only fills a batch; see `input_pipeline.Batch`
@@ -44,7 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
         step: number of steps that were taken, int32 [].
         params: the parameters.
-        opt_state: the optimizer's state.
+        opt_state: the optimizer's state, of the parameters that train; it has their average, if one is kept.
         loss_scale: a `LossScale` in float16, otherwise None.
     """
 
@@ -59,6 +63,12 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, *, scales_l
     zero = jnp.zeros((), jnp.int32)
     loss_scale = LossScale(jnp.float32(FIRST_SCALE), zero, zero) if scales_loss else None
     return TrainState(zero, params, optimizer.init(params), loss_scale)
+
+
+def evaluated(state: TrainState) -> Any:
+    """Returns the parameters that evaluation and final.npz show: where averages are kept, they replace what trains."""
+    averages = [part.ema for part in state.opt_state if isinstance(part, Averaged)]
+    return overlaid(state.params, averages[0]) if averages else state.params
 
 
 def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) -> Float[Array, "batch height width 3"]:
@@ -107,9 +117,12 @@ def one_hot(label: Int[Array, " batch"], num_classes: int, dtype: jnp.dtype) -> 
 
 
 def cross_entropy(
-    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"], smoothing: float = 0.0
 ) -> Float[Array, " batch"]:
-    """Returns the cross-entropy of each row, in nats."""
+    """Returns the cross-entropy of each row, in nats. Of every target, the share `smoothing` is spread over all
+    classes: (1 - smoothing) target + smoothing / classes."""
+    if smoothing:
+        targets = (1 - smoothing) * targets + smoothing / targets.shape[1]
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 
 
@@ -128,23 +141,27 @@ def loss_and_gradients(
     targets: Float[Array, "batch classes"],
     microbatches: int = 1,
     scale: Float[Array, ""] | None = None,
+    additions: Additions = NO_ADDITIONS,
 ) -> tuple[Float[Array, ""], Any]:
-    """Returns the batch's mean cross-entropy and its gradient.
+    """Returns the batch's mean cross-entropy and its gradient by the parameters that train.
 
     Args:
         microbatches: number of passes one after the other, each over an equal share of every device's rows; a divisor
             of the batch.
         scale: factor of the loss while it is differentiated; loss and gradient are divided by it afterwards.
+        additions: label smoothing, and which parameters train; the backward pass ends behind the last of them.
     """
+    own = trained(params, additions.train)
 
-    def loss_of(params, images, targets):
-        loss = cross_entropy(apply_model(model, params, images), targets).mean()
+    def loss_of(own, images, targets):
+        logits = apply_model(model, overlaid(params, own), images)
+        loss = cross_entropy(logits, targets, additions.label_smoothing).mean()
         return loss if scale is None else loss * scale
 
     if scale is not None:
-        scaled = _accumulated(loss_of, params, images, targets, microbatches)
+        scaled = _accumulated(loss_of, own, images, targets, microbatches)
         return jax.tree.map(lambda leaf: leaf / scale, scaled)
-    return _accumulated(loss_of, params, images, targets, microbatches)
+    return _accumulated(loss_of, own, images, targets, microbatches)
 
 
 def _accumulated(
@@ -170,9 +187,14 @@ def update(
     optimizer: optax.GradientTransformationExtraArgs,
     finite: Bool[Array, ""] | bool = True,
 ) -> TrainState:
-    """Returns the next state. If `finite` is False, only its step changes, and not its parameters and momentum."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
-    params = optax.apply_updates(state.params, updates)
+    """Returns the next state. If `finite` is False, only its step changes, and not its parameters and momentum.
+
+    Args:
+        gradients: gradients of the parameters that train; the others stay as they are.
+    """
+    own = restricted(state.params, gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, own, finite=finite)
+    params = overlaid(state.params, optax.apply_updates(own, updates))
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 
@@ -223,7 +245,11 @@ def _failed(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Bool[Arra
 
 
 def make_update_step(
-    model: ResNetV2, optimizer: optax.GradientTransformationExtraArgs, *, microbatches: int = 1
+    model: ResNetV2,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    microbatches: int = 1,
+    additions: Additions = NO_ADDITIONS,
 ) -> Callable[..., tuple[TrainState, dict]]:
     """Makes the part of a training step that comes after the batch is prepared: (state, images, targets, stopped) ->
     (next state, metrics), where `stopped` is False unless given.
@@ -239,7 +265,7 @@ def make_update_step(
         stopped: Bool[Array, ""] | bool = False,
     ) -> tuple[TrainState, dict]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale)
+        loss, gradients = loss_and_gradients(model, state.params, images, targets, microbatches, scale, additions)
         metrics = {"loss": loss} if scale is None else {"loss": loss, "scale": scale}
         metrics |= {"failed": _failed(loss, scale) | stopped}
         return update_if_finite(state, loss, gradients, optimizer, stopped), metrics
@@ -254,6 +280,7 @@ def make_train_step(
     mixup: float,
     seed: int,
     microbatches: int = 1,
+    additions: Additions = NO_ADDITIONS,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Makes a training step: (state, batch) -> (next state, metrics).
 
@@ -264,7 +291,7 @@ def make_train_step(
     so that a step can be begun before anybody has looked at the metrics of the one before it.
     """
     dtype = param_dtype(model.dtype)
-    update_step = make_update_step(model, optimizer, microbatches=microbatches)
+    update_step = make_update_step(model, optimizer, microbatches=microbatches, additions=additions)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         weight = mixup_weight(seed, state.step, mixup) if mixup else None
@@ -290,13 +317,19 @@ def standardized(params: Any, eps: float | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def make_eval_step(model: ResNetV2) -> Callable[[Any, dict], dict]:
+def make_eval_step(model: ResNetV2, share: Rank0Share | None = None) -> Callable[[Any, dict], dict]:
     """Makes an evaluation step: (parameters after `standardized` with the model's eps, batch) -> `evaluation_sums`, and
-    the largest "signal" of the batch, if it has any."""
+    the largest "signal" of the batch, if it has any.
+
+    Args:
+        share: the examples whose own sums `share_sums` adds; None: none are added.
+    """
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        return evaluation_sums(apply_model(model, params, normalize(batch["image"], dtype)), batch) | _signal(batch)
+        logits = apply_model(model, params, normalize(batch["image"], dtype))
+        of_share = {} if share is None else share_sums(logits, batch, share)
+        return evaluation_sums(logits, batch) | of_share | _signal(batch)
 
     return eval_step
 
@@ -315,6 +348,13 @@ def evaluation_sums(logits: Float[Array, "batch classes"], batch: dict) -> dict:
         "loss": jnp.where(batch["mask"], losses, 0).sum(),
         "seen": batch["mask"].sum(dtype=jnp.int32),
     }
+
+
+def share_sums(logits: Float[Array, "batch classes"], batch: dict, share: Rank0Share) -> dict:
+    """Returns "rank0_correct" and "rank0_seen": how many examples of the share are predicted right, and are there."""
+    of_share = batch["mask"] & share.holds(batch["index"])
+    correct = of_share & (label_rank(logits, batch["label"]) < 1)
+    return {"rank0_correct": correct.sum(dtype=jnp.int32), "rank0_seen": of_share.sum(dtype=jnp.int32)}
 
 
 def label_rank(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> Int[Array, " batch"]:

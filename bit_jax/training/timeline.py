@@ -2,18 +2,29 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+Observer = Callable[[str, float | None], None]  # it is told an activity's name, and its seconds where it ends
+
+
+def nobody(activity: str, seconds: float | None) -> None:
+    """The observer that does nothing."""
 
 
 class Timeline:
     """Seconds by activity. To time work of a device, wait for it before the end of the `with` block.
+
+    Args:
+        observer: function that is called where an activity begins, with its name and None, and where it ends without
+            an exception, with its name and the seconds since then.
 
     Attributes:
         seconds: {activity: seconds that it took in total}.
         began: {activity: time when it first began, in seconds since 1970}.
     """
 
-    def __init__(self):
+    def __init__(self, observer: Observer = nobody):
+        self._observer = observer
         self.seconds: dict[str, float] = {}
         self.began: dict[str, float] = {}
 
@@ -21,10 +32,13 @@ class Timeline:
     def __call__(self, activity: str) -> Iterator[None]:
         start = time.perf_counter()
         self.began.setdefault(activity, time.time())
+        self._observer(activity, None)
         try:
             yield
         finally:
-            self.add(activity, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.add(activity, seconds)
+        self._observer(activity, seconds)
 
     def add(self, activity: str, seconds: float) -> None:
         self.seconds[activity] = self[activity] + seconds
@@ -42,6 +56,15 @@ class Timeline:
                 except StopIteration:
                     return
             yield item
+
+
+def p_core_unsynchronized(timeline: Timeline, trained: int) -> float | None:
+    """Returns images/s over the activity `dispatch`, or None if nothing was trained.
+
+    This is FlagPerf's clock for p_core: it runs from the moment that a step has its batch until the step's work has
+    been handed to the devices, and does not wait for that work. It is no rate of training.
+    """
+    return trained / timeline["dispatch"] if trained else None
 
 
 def rates(timeline: Timeline, trained: int) -> dict[str, float | None]:

@@ -138,7 +138,7 @@ class Workdir:
 
 def _plain(value: Any) -> Any:
     """Converts values that JSON cannot express: the recipe to an object, paths to text."""
-    return dataclasses.asdict(value) if isinstance(value, Recipe) else str(value)
+    return value.described() if isinstance(value, Recipe) else str(value)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

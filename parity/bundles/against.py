@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from bit_jax.config import Additions
 from bit_jax.formats import weights
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.flags import UserPath
@@ -74,6 +75,8 @@ class Against:
         try:
             recorded = {name: bundle.manifest["options"][name] for name in RECORDED}
             recorded["decay_steps"] = tuple(recorded["decay_steps"])
+            # bundles from before there were any have no entry
+            recorded["additions"] = Additions(**bundle.manifest["options"].get("additions", {}))
             options = Options(**recorded, **{name: getattr(self, name) for name in _OWN})
             last = names.index(bundle.manifest["until"])
             for entry in ENTRIES:
@@ -224,7 +227,7 @@ class RecordedLadder(Ladder):
         return self.ask("candidate", "fp64", "mix", batches=self.dataset_batches(look)).arrays.path
 
     def gradients(self) -> Path:
-        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches}
+        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches} | self.options.added
         return self.ask("candidate", "fp64", "gradients", **arguments).arrays.path
 
     def matching(self, split: str) -> Matching:

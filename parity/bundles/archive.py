@@ -22,7 +22,9 @@ from input_pipeline.terminal import printable
 from parity.ladder.kept import SAMPLE, SMALL, Kept, Sketch, Whole
 
 FORMAT = "parity bundle"
-VERSION = 1
+# Version 2 may have `additions` among its options, which programs that read version 1 alone would not ask for. What has
+# none is still written as version 1, which those programs read.
+VERSION, PLAIN = 2, 1
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20  # bytes read at a time
 EPOCH = (1980, 1, 1, 0, 0, 0)  # date of every member: the same content gives the same file

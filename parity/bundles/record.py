@@ -19,7 +19,7 @@ from bit_jax.formats import weights
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
-from parity.bundles.archive import Entry, Writer, writing
+from parity.bundles.archive import PLAIN, VERSION, Entry, Writer, writing
 from parity.ladder import accuracy
 from parity.ladder.attestation import PRODUCTS, attested, precisions_of
 from parity.ladder.kept import SAMPLE, Kept, Whole
@@ -88,9 +88,10 @@ def record(options: Options, request: Record, console: Console) -> bool:
         arguments, precisions = attested(ladder, rungs=names), precisions_of(ladder)
         ladder.start(*precisions)
         manifest: dict[str, Any] = {
+            "version": VERSION if options.added else PLAIN,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "-m", "parity", *sys.argv[1:]]),
-            "options": {name: getattr(options, name) for name in RECORDED},
+            "options": {name: getattr(options, name) for name in RECORDED} | options.added,
             "until": request.until,
             "side": ladder.names["reference"],
             "architecture": str(ladder.architecture),

@@ -230,10 +230,10 @@ def summed_loss() -> Any:
 
     mean = steps.loss_and_gradients
 
-    def summed(model, params, images, *rest):
+    def summed(model, params, images, *rest, **more):
         import jax
 
-        return jax.tree.map(lambda leaf: leaf * images.shape[0], mean(model, params, images, *rest))
+        return jax.tree.map(lambda leaf: leaf * images.shape[0], mean(model, params, images, *rest, **more))
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", summed)
 
@@ -265,7 +265,7 @@ def _optimizer(**settings: Any) -> Any:
     shift = settings.pop("shift", 0)
     scale = settings.pop("momentum_scale", 1.0)
 
-    def sgd(schedule, momentum):
+    def sgd(schedule, momentum, additions=None):
         rate = learning_rate(schedule)
         chain = optax.sgd(lambda step: rate(step + shift), momentum=momentum * scale, **settings)
         if not decay:
@@ -311,9 +311,9 @@ def decay() -> Any:
 
     sgd = optimizer.sgd
 
-    def early(schedule, momentum):
+    def early(schedule, *rest):
         decays = tuple(step - 1 for step in schedule.decay_steps)
-        return sgd(dataclasses.replace(schedule, decay_steps=decays), momentum)
+        return sgd(dataclasses.replace(schedule, decay_steps=decays), *rest)
 
     return mock.patch("bit_jax.training.optimizer.sgd", early)
 

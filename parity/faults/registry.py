@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from input_pipeline.errors import RequestError
@@ -21,6 +21,7 @@ class Fault:
         framework: framework of the side that has the fault.
         attested: entry of the attestation in which the sides must differ, or empty if they need not.
         operation: operation that must be named, and what of it is wrong, or empty if the fault is not one operation's.
+        additions: fields of `Additions` with which both sides compute when it is looked for.
     """
 
     patch: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -31,6 +32,7 @@ class Fault:
     framework: str = "jax"
     attested: str = ""
     operation: str = ""
+    additions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -41,7 +43,7 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(description: str, rung: str, line: str, **attributes: str) -> Callable:
+def fault(description: str, rung: str, line: str, **attributes: Any) -> Callable:
     """Decorates a function that becomes the `patch` of a fault in `FAULTS`; the arguments are attributes of `Fault`."""
 
     def enter(patch: Callable) -> Callable:

@@ -16,6 +16,7 @@ import optax
 
 import input_pipeline
 from bit_jax.compiled import hlo
+from bit_jax.config import Additions
 from bit_jax.formats import weights
 from bit_jax.model import layers, resnetv2
 from bit_jax.model.architecture import Architecture
@@ -24,6 +25,7 @@ from bit_jax.scale import sharding
 from bit_jax.training import figures, optimizer, program, steps
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.target import Target
+from bit_jax.training.trained import trained
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
@@ -39,7 +41,9 @@ from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
 FORWARD_PROGRAM = "forward program sha256"  # entry of the attestation
-MOMENTUM_FROM_PARAMS = 0.1  # the momentum that the optimizer rung starts from, as a share of the parameters
+# the momentum and the average that the optimizer rung starts from, as shares of the parameters
+MOMENTUM_FROM_PARAMS, EMA_FROM_PARAMS = 0.1, 0.8
+Added = dict[str, Any] | None  # fields of `Additions`; None: all of them are off
 
 
 class JaxSide:
@@ -130,7 +134,16 @@ class JaxSide:
         _, params = self.model()
         return None, self._named(params)
 
-    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
+    def pixels(
+        self,
+        files: Sequence[str],
+        resize: int,
+        crop: int,
+        epochs: int,
+        seed: int,
+        draws: list[Any],
+        crop_style: Any = "bit",
+    ) -> Result:
         """Returns each image file as evaluation and as each epoch of training show it, normalized.
 
         Args:
@@ -139,9 +152,10 @@ class JaxSide:
             epochs: number of epochs.
             seed: seed of the loader's random draws.
             draws: not used: PyTorch's side takes these, which are the same as the loader's own.
+            crop_style: see `Views`.
         """
         source = Files(files)
-        views = input_pipeline.Views(resize, crop, flip=True)
+        views = input_pipeline.Views(resize, crop, flip=True, crop_style=crop_style)
         loader = input_pipeline.Loader(source, views, global_batch=len(source), seed=seed)
         saved = {}
         for _number, batch in loader.evaluation():
@@ -196,32 +210,38 @@ class JaxSide:
             saved |= {f"images/{number}": np.asarray(images), f"targets/{number}": np.asarray(targets)}
         return None, saved
 
-    def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+    def loss(self, mixed: str, disturb: Disturb | None = None, additions: Added = None) -> Result:
         """Returns the loss of each row of the first batch, and their mean."""
         model, params = self.model()
         images, targets = self._mixed(mixed, 0, disturb)
+        added = _additions(additions)
 
         def losses(params, images, targets):
-            rows = steps.cross_entropy(steps.apply_model(model, params, images), targets)
-            mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches)
+            rows = steps.cross_entropy(steps.apply_model(model, params, images), targets, added.label_smoothing)
+            mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, additions=added)
             return {"loss of each row": rows, "mean loss": mean}
 
         computed = self._jit(losses)(self._disturbed_params(params, disturb), images, targets)
         return None, {name: np.asarray(loss) for name, loss in computed.items()}
 
     def gradients(
-        self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = steps.FIRST_SCALE
+        self,
+        mixed: str,
+        count: int,
+        disturb: Disturb | None = None,
+        scale: float = steps.FIRST_SCALE,
+        additions: Added = None,
     ) -> Result:
-        """Returns the gradient by every parameter of each batch's mean loss, and {"overflows": number of batches with
-        gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are divided by
-        it."""
+        """Returns the gradient by every parameter that trains of each batch's mean loss, and {"overflows": number of
+        batches with gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are
+        divided by it."""
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
-        microbatches = self.side.microbatches
+        microbatches, added = self.side.microbatches, _additions(additions)
 
         @self._jit
         def gradients(params, images, targets, scale):
-            return steps.loss_and_gradients(model, params, images, targets, microbatches, scale)[1]
+            return steps.loss_and_gradients(model, params, images, targets, microbatches, scale, added)[1]
 
         loss_scale = jnp.float32(scale) if self.precision.scales_loss else None
         saved, overflows = {}, 0
@@ -273,20 +293,34 @@ class JaxSide:
         options = self.target.compiler_options
         return {"compiler_options": options}, {name: np.asarray(a) for name, a in (results | plain).items()}
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
-        """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
-        before it is that of the file `start`, or `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
+    def optimizer(
+        self,
+        gradients: str,
+        schedule: dict,
+        momentum: float,
+        step: int,
+        start: str | None = None,
+        additions: Added = None,
+    ) -> Result:
+        """Returns parameters, momentum and average, if one is kept, after update number `step` with the first batch's
+        gradients. The momentum and the average before it are those of the file `start`, or `MOMENTUM_FROM_PARAMS` and
+        `EMA_FROM_PARAMS` times the parameters, so that neither is zero or the parameters themselves."""
         _, params = self.model()
-        sgd = optimizer.sgd(_schedule(schedule), momentum)
+        added = _additions(additions)
+        sgd = optimizer.sgd(_schedule(schedule), momentum, added)
 
-        def update(params: Any, trace: Any, gradients: Any) -> steps.TrainState:
-            state = _advanced(steps.init_state(params, sgd), trace, jnp.asarray(step, jnp.int32))
+        def update(params: Any, held: dict[str, Any], gradients: Any) -> steps.TrainState:
+            state = _advanced(steps.init_state(params, sgd), held, jnp.asarray(step, jnp.int32))
             return steps.update(state, gradients, sgd)
 
-        trace = jax.tree.map(lambda leaf: MOMENTUM_FROM_PARAMS * leaf, params)
-        trace = trace if start is None else self._read(start, "momentum/")
-        state = jax.jit(update)(params, trace, self._read(gradients, "0/"))
-        return None, self._named(state.params, "params/") | self._named(_momentum(state), "momentum/")
+        if start is None:
+            own = trained(params, added.train)
+            shares = {"trace": MOMENTUM_FROM_PARAMS} | ({} if added.ema is None else {"ema": EMA_FROM_PARAMS})
+            held = {name: jax.tree.map(lambda leaf, share=share: share * leaf, own) for name, share in shares.items()}
+        else:
+            held = self._held(start, added)
+        state = jax.jit(update)(params, held, self._read(gradients, "0/"))
+        return None, self._named(state.params, "params/") | self._state(state)
 
     def curve(
         self,
@@ -298,18 +332,20 @@ class JaxSide:
         scale: float = steps.FIRST_SCALE,
         start: str | None = None,
         step: int = 0,
+        additions: Added = None,
     ) -> Result:
-        """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
-        {"overflows": number of skipped steps}. In float16 a `LossScale` scales the loss, by `scale` at first.
+        """Returns the loss of each of `count` training steps on the file's batches, the parameters and the average, if
+        one is kept, after them, and {"overflows": number of skipped steps}. In float16 a `LossScale` scales the loss,
+        by `scale` at first.
 
         With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
         steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
         of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
         """
         if start is None:
-            training = self.training(schedule, momentum, disturb=disturb)
+            training = self.training(schedule, momentum, disturb=disturb, additions=additions)
         else:
-            training = self._training_from(start, step, schedule, momentum, disturbed=disturb is not None)
+            training = self._training_from(start, step, schedule, momentum, additions, disturbed=disturb is not None)
         loss_scale = training.state.loss_scale
         if loss_scale is not None:
             training.state = training.state.replace(loss_scale=loss_scale.replace(scale=jnp.float32(scale)))
@@ -324,11 +360,17 @@ class JaxSide:
         state = training.state
         overflows = 0 if state.loss_scale is None else int(state.loss_scale.skipped)
         ended = self._named(state.params, "params/")
-        ended |= {} if start is None else self._named(_momentum(state), "momentum/")
+        ended |= self._state(state, momentum=start is not None)
         return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
 
     def training(
-        self, schedule: dict[str, Any], momentum: float, *, mixup: float | None = None, disturb: Disturb | None = None
+        self,
+        schedule: dict[str, Any],
+        momentum: float,
+        *,
+        mixup: float | None = None,
+        disturb: Disturb | None = None,
+        additions: Added = None,
     ) -> Training:
         """Prepares training from the weight file's parameters. Steps donate their buffers, so the next task reads the
         file again.
@@ -339,19 +381,22 @@ class JaxSide:
             mixup: alpha of mixup for steps that take the loader's batches, as in train.py; None for steps that take
                 images and targets that are already mixed.
             disturb: disturbance of the parameters, see `inputs.disturbance`.
+            additions: fields of `Additions`.
         """
         model, params = self.model()
         params = self._disturbed_params(params, disturb)
         self._loaded = {}
-        sgd, microbatches = optimizer.sgd(_schedule(schedule), momentum), self.side.microbatches
+        added = _additions(additions)
+        sgd = optimizer.sgd(_schedule(schedule), momentum, added)
+        settings: dict[str, Any] = {"microbatches": self.side.microbatches, "additions": added}
         if mixup is None:
-            step = steps.make_update_step(model, sgd, microbatches=microbatches)
+            step = steps.make_update_step(model, sgd, **settings)
         else:
-            step = steps.make_train_step(model, sgd, mixup=mixup, seed=0, microbatches=microbatches)
+            step = steps.make_train_step(model, sgd, mixup=mixup, seed=0, **settings)
         return Training(step, self._initial_state(model, params, sgd), self.target)
 
     def _training_from(
-        self, start: str, step: int, schedule: dict[str, Any], momentum: float, *, disturbed: bool
+        self, start: str, step: int, schedule: dict[str, Any], momentum: float, additions: Added, *, disturbed: bool
     ) -> "Training":
         """Prepares training from the file of the state after `step` steps.
 
@@ -359,16 +404,18 @@ class JaxSide:
             disturbed: whether a step takes the parameters that its gradients are taken at after images and targets.
         """
         model, _ = self.model()
-        sgd, microbatches = optimizer.sgd(_schedule(schedule), momentum), self.side.microbatches
+        added, microbatches = _additions(additions), self.side.microbatches
+        sgd = optimizer.sgd(_schedule(schedule), momentum, added)
 
         def elsewhere(state: steps.TrainState, images: Any, targets: Any, params: Any) -> tuple[steps.TrainState, dict]:
-            loss, gradients = steps.loss_and_gradients(model, params, images, targets, microbatches)
+            loss, gradients = steps.loss_and_gradients(model, params, images, targets, microbatches, additions=added)
             return steps.update_if_finite(state, loss, gradients, sgd), {"loss": loss}
 
-        update_step = elsewhere if disturbed else steps.make_update_step(model, sgd, microbatches=microbatches)
+        usual = steps.make_update_step(model, sgd, microbatches=microbatches, additions=added)
+        update_step = elsewhere if disturbed else usual
         state = self._initial_state(model, self._read(start, "params/"), sgd)
         count = jax.device_put(jnp.asarray(step, jnp.int32), sharding.replicated(self.mesh))
-        return Training(update_step, _advanced(state, self._read(start, "momentum/"), count), self.target)
+        return Training(update_step, _advanced(state, self._held(start, added), count), self.target)
 
     def _initial_state(self, model: resnetv2.ResNetV2, params: Any, sgd: Any) -> steps.TrainState:
         architecture = Architecture(model.units, model.width, model.num_classes)
@@ -437,6 +484,11 @@ class JaxSide:
             named = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
         return weights.unflatten({key: self._param(array) for key, array in named.items()})
 
+    def _held(self, start: str, additions: Additions) -> dict[str, Any]:
+        """Reads a state's momentum and its average, if one is kept, under the names that they have in `opt_state`."""
+        averages = {} if additions.ema is None else {"ema": self._read(start, "ema/")}
+        return {"trace": self._read(start, "momentum/")} | averages
+
     def _mixed(self, mixed: str, number: int, disturb: Disturb | None) -> tuple[jax.Array, ...]:
         """Reads batch `number` of a file and disturbs its images; returns images and targets on the mesh."""
         with np.load(mixed) as file:
@@ -466,16 +518,23 @@ class JaxSide:
     def _named(self, params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         return {prefix + key: np.asarray(array) for key, array in weights.flatten(params).items()}
 
+    def _state(self, state: steps.TrainState, *, momentum: bool = True) -> dict[str, np.ndarray]:
+        """Returns the momentum, if that is asked for, and the average, if one is kept, of the parameters that train."""
+        tree_get = optax.tree_utils.tree_get
+        named = self._named(tree_get(state.opt_state, "trace"), "momentum/") if momentum else {}
+        average = tree_get(state.opt_state, "ema")
+        return named | ({} if average is None else self._named(average, "ema/"))
 
-def _advanced(state: steps.TrainState, trace: Any, count: jax.Array) -> steps.TrainState:
-    """Returns the state with that momentum, after that many steps."""
+
+def _advanced(state: steps.TrainState, held: dict[str, Any], count: jax.Array) -> steps.TrainState:
+    """Returns the state after that many steps, with that momentum and average; see `JaxSide._held`."""
     # the optimizer's count is a copy, because a step that uses up its state cannot use up one array twice
-    opt_state: Any = optax.tree_utils.tree_set(state.opt_state, trace=trace, count=jnp.array(count))
+    opt_state: Any = optax.tree_utils.tree_set(state.opt_state, **held, count=jnp.array(count))
     return state.replace(step=count, opt_state=opt_state)
 
 
-def _momentum(state: steps.TrainState) -> Any:
-    return optax.tree_utils.tree_get(state.opt_state, "trace")
+def _additions(fields: Added) -> Additions:
+    return Additions(**(fields or {}))
 
 
 def _schedule(fields: dict[str, Any]) -> Schedule:

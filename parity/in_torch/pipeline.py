@@ -27,6 +27,15 @@ def train(image: Image.Image, resize: int, crop: int, top: int, left: int, mirro
     return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
 
 
+def train_inception(
+    image: Image.Image, crop: int, top: int, left: int, height: int, width: int, mirrored: bool
+) -> np.ndarray:
+    """Transforms an image as training with Inception's crop does, with draws that are given: RandomResizedCrop(crop),
+    which crops before it resizes, and RandomHorizontalFlip()."""
+    image = image.crop((left, top, left + width, top + height)).resize((crop, crop), Image.Resampling.BILINEAR)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
+
+
 def to_tensor(pixels: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Turns uint8 [..., height, width, 3] into [..., 3, height, width] in [-1, 1]: ToTensor(), Normalize(0.5, 0.5)."""
     return ((torch.tensor(pixels).to(dtype) / 255 - 0.5) / 0.5).movedim(-1, -3).contiguous()

@@ -18,6 +18,7 @@ from parity.in_torch import devices, models, names, operations, pipeline, resnet
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
 from parity.in_torch.schedule import learning_rate
+from parity.in_torch.updates import Updates, freeze
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -28,7 +29,8 @@ from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
-MOMENTUM_FROM_PARAMS = 0.1  # as in in_jax/tasks.py
+MOMENTUM_FROM_PARAMS, EMA_FROM_PARAMS = 0.1, 0.8  # as in in_jax/tasks.py
+Added = dict[str, Any] | None  # fields of `Additions`; None: all of them are off
 
 
 class TorchSide:
@@ -124,22 +126,34 @@ class TorchSide:
         """Returns every array of the weight file, as the model holds it."""
         return None, _named(*self.model())
 
-    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
+    def pixels(
+        self,
+        files: Sequence[str],
+        resize: int,
+        crop: int,
+        epochs: int,
+        seed: int,
+        draws: list[Any],
+        crop_style: str = "bit",
+    ) -> Result:
         """Returns each image file as evaluation and as each epoch of training show it, normalized.
 
         Args:
             files: paths of image files.
             resize, crop: sides in pixels of the images that training crops, and of the views.
             epochs, seed: not used: JAX's loader draws by them, and here the draws are given.
-            draws: (top, left, mirrored) for [epoch][file].
+            draws: (top, left, mirrored) for [epoch][file], or of a crop of another style `Box`'s fields.
+            crop_style: `bit` or `inception`.
         """
         source, saved = Files(files), {}
+        sides = (crop,) if crop_style == "inception" else (resize, crop)
+        train: Callable[..., np.ndarray] = pipeline.train_inception if crop_style == "inception" else pipeline.train
         for index in range(len(source)):
             example = source[index]
             image = rgb(example, source.name)
             views = {"evaluation": pipeline.evaluation(image, crop)}
             for epoch, windows in enumerate(draws):
-                views[f"train, epoch {epoch}"] = pipeline.train(image, resize, crop, *windows[index])
+                views[f"train, epoch {epoch}"] = train(image, *sides, *windows[index])
             saved |= {
                 f"{view}: {example['id']}": to_nhwc(pipeline.to_tensor(pixels, self.dtype))
                 for view, pixels in views.items()
@@ -182,26 +196,36 @@ class TorchSide:
             saved |= {f"images/{number}": to_nhwc(images), f"targets/{number}": to_nhwc(targets)}
         return None, saved
 
-    def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+    def loss(self, mixed: str, disturb: Disturb | None = None, additions: Added = None) -> Result:
         """Returns the loss of each row of the first batch, and their mean."""
+        smoothing = (additions or {}).get("label_smoothing", 0.0)
         model = self._replica(disturb)
         images, targets = self._mixed(mixed, 0, disturb)
         with torch.no_grad(), self.precision.autocast(self.device):
             logits = self.devices.gather(model(images).to(targets.dtype))
         targets = self.devices.gather(targets)
-        rows = F.cross_entropy(logits, targets, reduction="none")
-        return None, {"loss of each row": to_numpy(rows), "mean loss": to_numpy(F.cross_entropy(logits, targets))}
+        rows = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        mean = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return None, {"loss of each row": to_numpy(rows), "mean loss": to_numpy(mean)}
 
-    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = FIRST_SCALE) -> Result:
-        """Returns the gradient by every parameter of each batch's mean loss, and {"overflows": number of batches with
-        gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are divided by
-        it."""
+    def gradients(
+        self,
+        mixed: str,
+        count: int,
+        disturb: Disturb | None = None,
+        scale: float = FIRST_SCALE,
+        additions: Added = None,
+    ) -> Result:
+        """Returns the gradient by every parameter that trains of each batch's mean loss, and {"overflows": number of
+        batches with gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are
+        divided by it."""
         _, keys = self.model()
-        model = self._replica(disturb)
+        added = additions or {}
+        model = self._replica(disturb, added.get("train"))
         saved, overflows = {}, 0
         for number in range(count):
             model.zero_grad()
-            loss = self._loss(model, *self._mixed(mixed, number, disturb))
+            loss = self._loss(model, *self._mixed(mixed, number, disturb), added.get("label_smoothing", 0.0))
             if self.precision.scales_loss:
                 (loss * scale).backward()
                 for parameter in model.parameters():
@@ -209,7 +233,7 @@ class TorchSide:
                         parameter.grad /= scale
             else:
                 loss.backward()
-            named = _named(model, keys, lambda parameter: parameter.grad, f"{number}/")
+            named = _named(model, keys, lambda parameter: parameter.grad, f"{number}/", training=True)
             saved |= named
             overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)
@@ -246,21 +270,32 @@ class TorchSide:
             f"plain {name}": array for name, array in script.plain(question, arrays).items()
         }
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
-        """Returns parameters and momentum after update number `step` with the first batch's gradients. The momentum
-        before it is that of the file `start`, or `MOMENTUM_FROM_PARAMS` times the parameters, not zero."""
+    def optimizer(
+        self,
+        gradients: str,
+        schedule: dict,
+        momentum: float,
+        step: int,
+        start: str | None = None,
+        additions: Added = None,
+    ) -> Result:
+        """Returns parameters, momentum and average, if one is kept, after update number `step` with the first batch's
+        gradients. The momentum and the average before it are those of the file `start`, or `MOMENTUM_FROM_PARAMS` and
+        `EMA_FROM_PARAMS` times the parameters, so that neither is zero or the parameters themselves."""
         _, keys = self.model()
-        model = self._disturbed_model(None)
-        sgd = torch.optim.SGD(model.parameters(), lr=learning_rate(schedule, step), momentum=momentum)
-        for parameter in model.parameters():
-            sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
+        added = additions or {}
+        model = self._disturbed_model(None, added.get("train"))
+        updates = Updates(model, keys, momentum, added)
+        for _, parameter in updates.training():
+            updates.sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
+        for mean in updates.averages().values():
+            mean.detach().mul_(EMA_FROM_PARAMS)
         if start is not None:
-            for parameter, momentums in _read(start, "momentum/", model, keys):
-                sgd.state[parameter]["momentum_buffer"] = momentums
-        for parameter, gradient in _read(gradients, "0/", model, keys):
+            _continue_from(start, model, keys, updates)
+        for parameter, gradient in _read(gradients, "0/", model, keys, training=True):
             parameter.grad = gradient
-        sgd.step()
-        return None, _named(model, keys, prefix="params/") | _momentums(model, keys, sgd)
+        updates.step(learning_rate(schedule, step))
+        return None, _named(model, keys, prefix="params/") | _state(model, keys, updates)
 
     def curve(
         self,
@@ -272,33 +307,40 @@ class TorchSide:
         scale: float = FIRST_SCALE,
         start: str | None = None,
         step: int = 0,
+        additions: Added = None,
     ) -> Result:
-        """Returns the loss of each of `count` training steps on the file's batches, the parameters after them, and
-        {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by `scale` at first.
+        """Returns the loss of each of `count` training steps on the file's batches, the parameters and the average, if
+        one is kept, after them, and {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by
+        `scale` at first.
 
         With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
         steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
         of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
         """
         _, keys = self.model()
-        model = self._replica(disturb if start is None else None)
-        sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
+        added = additions or {}
+        model = self._replica(disturb if start is None else None, added.get("train"))
         if start is not None:
-            _start_from(start, model, keys, sgd)
+            with torch.no_grad():
+                for parameter, values in _read(start, "params/", model, keys):
+                    parameter.copy_(values)
+        updates = Updates(model, keys, momentum, added)
+        if start is not None:
+            _continue_from(start, model, keys, updates)
         scaler = self._scaler(scale)
         losses, overflows = [], 0
         for number in range(count):
-            sgd.param_groups[0]["lr"] = learning_rate(schedule, step + number)
             before = scaler.get_scale()
-            sgd.zero_grad()
+            updates.sgd.zero_grad()
             with _at_disturbed(model, keys, disturb if start is not None else None):
-                loss = self._loss(model, *self._mixed(mixed, number, disturb))
+                batch = self._mixed(mixed, number, disturb)
+                loss = self._loss(model, *batch, added.get("label_smoothing", 0.0))
                 scaler.scale(loss).backward()
-            _apply(sgd, scaler)
+            updates.step(learning_rate(schedule, step + number), scaler)
             losses.append(to_numpy(self.devices.mean(loss)))
             overflows += scaler.get_scale() < before
             self.progress(number + 1, count)
-        ended = _named(model, keys, prefix="params/") | ({} if start is None else _momentums(model, keys, sgd))
+        ended = _named(model, keys, prefix="params/") | _state(model, keys, updates, momentum=start is not None)
         return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
 
     def accuracy(
@@ -337,10 +379,10 @@ class TorchSide:
             "examples": len(source),
         }, saved
 
-    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         with self.precision.autocast(self.device):
             logits = model(images)
-        return F.cross_entropy(logits.to(targets.dtype), targets)
+        return F.cross_entropy(logits.to(targets.dtype), targets, label_smoothing=smoothing)
 
     def _scaler(self, scale: float = FIRST_SCALE) -> torch.amp.GradScaler:
         """Returns the scaler of float16's loss; in other precisions it changes nothing."""
@@ -368,9 +410,10 @@ class TorchSide:
         model, keys = self.model()
         return next(param.shape[0] for name, param in model.named_parameters() if keys[name] == HEAD_KERNEL)
 
-    def _disturbed_model(self, disturb: Disturb | None) -> nn.Module:
+    def _disturbed_model(self, disturb: Disturb | None, train: str | None = None) -> nn.Module:
         """Returns a copy of the model with disturbed parameters, as the side runs it on one device."""
         model = self._eager(disturb)
+        freeze(model, self.model()[1], train)
         if self.side.compile and self.devices.count == 1:
             model.compile()
         return model
@@ -386,9 +429,13 @@ class TorchSide:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
-    def _replica(self, disturb: Disturb | None) -> nn.Module:
-        """Returns a copy of the model with disturbed parameters, as the side runs it on all of its devices."""
-        replica = self.devices.replica(self._disturbed_model(disturb))
+    def _replica(self, disturb: Disturb | None, train: str | None = None) -> nn.Module:
+        """Returns a copy of the model with disturbed parameters, as the side runs it on all of its devices.
+
+        Args:
+            train: the parameters to train, see `updates.freeze`.
+        """
+        replica = self.devices.replica(self._disturbed_model(disturb, train))
         if self.side.compile and self.devices.count > 1:
             # compile the replica, not the model in it: its graph is then cut where devices exchange gradients
             replica.compile()
@@ -398,29 +445,32 @@ class TorchSide:
 def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
     """Makes one update by the gradient of the loss, or none if the scaler is enabled and a gradient is not finite."""
     scaler.scale(loss).backward()
-    _apply(sgd, scaler)
-
-
-def _apply(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     scaler.step(sgd)
     scaler.update()
 
 
-def _read(path: str, prefix: str, model: nn.Module, keys: dict[str, str]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each parameter with the file's array of that prefix and the parameter's key, in the parameter's shape."""
+def _read(
+    path: str, prefix: str, model: nn.Module, keys: dict[str, str], *, training: bool = False
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields each parameter, or each that trains, with the file's array of that prefix and the parameter's key, in the
+    parameter's shape."""
     with np.load(path) as file:
         for name, parameter in devices.unwrapped(model).named_parameters():
+            if training and not parameter.requires_grad:
+                continue
             tensor = torch.from_numpy(resnetv2.to_torch(file[prefix + keys[name]]))
             yield parameter, tensor.reshape(parameter.shape).to(parameter)  # a dense head has two axes
 
 
-def _start_from(start: str, model: nn.Module, keys: dict[str, str], sgd: torch.optim.Optimizer) -> None:
-    """Gives the model and the optimizer the parameters and the momentum of a state's file."""
-    with torch.no_grad():
-        for parameter, values in _read(start, "params/", model, keys):
-            parameter.copy_(values)
-    for parameter, momentums in _read(start, "momentum/", model, keys):
-        sgd.state[parameter]["momentum_buffer"] = momentums
+def _continue_from(start: str, model: nn.Module, keys: dict[str, str], updates: Updates) -> None:
+    """Gives the optimizer the momentum and the average of a state's file."""
+    for parameter, momentums in _read(start, "momentum/", model, keys, training=True):
+        updates.sgd.state[parameter]["momentum_buffer"] = momentums
+    means = updates.averages()
+    if means:
+        names = [name for name, _ in updates.training()]
+        for name, (_, values) in zip(names, _read(start, "ema/", model, keys, training=True), strict=True):
+            means[name].detach().copy_(values)
 
 
 @contextlib.contextmanager
@@ -449,8 +499,13 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
     return tensor * factor.to(tensor.device, tensor.dtype)
 
 
-def _momentums(model: nn.Module, keys: dict[str, str], sgd: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    return _named(model, keys, lambda parameter: sgd.state[parameter]["momentum_buffer"], "momentum/")
+def _state(model: nn.Module, keys: dict[str, str], updates: Updates, *, momentum: bool = True) -> dict[str, np.ndarray]:
+    """Returns the momentum, if that is asked for, and the average, if one is kept, of the parameters that train."""
+    held = updates.sgd.state
+    named = _named(model, keys, lambda param: held[param]["momentum_buffer"], "momentum/", training=True)
+    means = {keys[name]: to_numpy(mean) for name, mean in updates.averages().items()}
+    averages = {f"ema/{key}": np.array(to_official(mean, key)) for key, mean in means.items()}
+    return (named if momentum else {}) | averages
 
 
 def _named(
@@ -458,10 +513,15 @@ def _named(
     keys: dict[str, str],
     value: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter,
     prefix: str = "",
+    *,
+    training: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Returns {prefix + key: array in the checkpoint's layout} of a value of each parameter; None becomes zeros."""
+    """Returns {prefix + key: array in the checkpoint's layout} of a value of each parameter, or of each that trains;
+    None becomes zeros."""
     named: dict[str, np.ndarray] = {}
     for name, parameter in devices.unwrapped(model).named_parameters():
+        if training and not parameter.requires_grad:
+            continue
         tensor = value(parameter)
         array = to_numpy(torch.zeros_like(parameter) if tensor is None else tensor)
         named[prefix + keys[name]] = np.array(to_official(array, keys[name]))  # a copy: later steps change the tensor

@@ -69,13 +69,13 @@ def ends(result: RungResult) -> bool:
 def _first(ladder: Ladder, role: str, precision: str, update: dict[str, Any]) -> str | None:
     """Returns the first that is not finite of a side's units, its loss, its gradients on the way back, and its update;
     None if all are."""
-    mixed = ladder.mixed_pictures()
-    losses = ladder.ask(role, precision, "loss", mixed=mixed).arrays
+    mixed, added = ladder.mixed_pictures(), ladder.options.added
+    losses = ladder.ask(role, precision, "loss", mixed=mixed, **added).arrays
     if not _all_finite(losses, losses.names):
         units = ladder.ask(role, precision, "forward", images=mixed).arrays
         return next((site for site in units.names if not _all_finite(units, [site])), "the loss")
     if precision != "fp16":  # its gradients are those of a scaled loss, and training lowers the scale until they are
-        gradients = ladder.ask(role, precision, "gradients", mixed=mixed, count=1).arrays
+        gradients = ladder.ask(role, precision, "gradients", mixed=mixed, count=1, **added).arrays
         names = sorted(gradients.names, key=lambda name: depth(name.removeprefix("0/")), reverse=True)
         broken = next((name for name in names if not _all_finite(gradients, [name])), None)
         if broken is not None:

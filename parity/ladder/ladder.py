@@ -92,6 +92,8 @@ class Ladder:
                 "float64, which judges them; give torch or jax for one of them"
             )
         self.exported: str | None = files[0] if files else None
+        if files and options.additions.label_smoothing:
+            raise RequestError("--label-smoothing is training's, and an exported file does not train; leave it out")
         for side in self.sides.values():
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
@@ -236,7 +238,7 @@ class Ladder:
 
     def gradients(self) -> Path:
         """Returns the file of the picture batches' float64 gradients, which both sides' optimizers are given."""
-        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches}
+        arguments = {"mixed": self.mixed_pictures(), "count": self.options.batches} | self.options.added
         return self.ask("reference", "fp64", "gradients", **arguments).arrays.path
 
     def source(self, split: str) -> Source:

@@ -112,7 +112,7 @@ class Replay:
             "momentum": run.momentum,
             "start": start,
             "step": window.start,
-        }
+        } | ladder.options.added
 
     def exact(self) -> dict[str, np.ndarray]:
         """Returns the losses of the window's steps, and the state after them, in float64."""
@@ -123,10 +123,15 @@ class Replay:
         """Returns the state after the window in float64, rounded to the numbers that the run keeps."""
         exact = self.exact()
         wide = next(iter(self.state.params.values())).dtype
-        params, momentum = (
-            {key: exact[f"{kind}/{key}"].astype(wide) for key in self.state.params} for kind in ("params", "momentum")
+        params, momentum, ema = (
+            {key: exact[f"{kind}/{key}"].astype(wide) for key in arrays}
+            for kind, arrays in (
+                ("params", self.state.params),
+                ("momentum", self.state.momentum),
+                ("ema", self.state.ema),
+            )
         )
-        return State(self.window.stop, params, momentum)
+        return State(self.window.stop, params, momentum, ema)
 
     def judge(self, ended: State | None) -> Judged:
         """Judges what the run recorded.

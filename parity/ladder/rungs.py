@@ -161,9 +161,11 @@ def of_pixels(ladder: Ladder) -> Question:
     crop = max(options.height_width)
     full_resize, full_crop = resolution(crop * crop)
     resize = max(crop, round(crop * full_resize / full_crop))
-    draws = inputs.draws(Views(resize, crop, flip=True), len(files), EPOCHS, options.seed)
+    style = options.additions.crop_style
+    views = Views(resize, crop, flip=True, crop_style=style)
+    draws = inputs.draws(views, inputs.Files(files), EPOCHS, options.seed)
     shared = {"files": [str(path) for path in files], "resize": resize, "crop": crop, "seed": options.seed}
-    arguments = shared | {"epochs": EPOCHS, "draws": draws}
+    arguments = shared | {"epochs": EPOCHS, "draws": draws} | ({} if style == "bit" else {"crop_style": style})
     return Question(ladder, "pixels", "pixels", lambda look: arguments, judged=False)
 
 
@@ -179,7 +181,8 @@ def of_mixup(ladder: Ladder) -> Question:
 
 def of_losses(ladder: Ladder) -> Question:
     """Asks for the loss of each row of a batch, and for their mean."""
-    return Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)})
+    added = ladder.options.added
+    return Question(ladder, "loss", "loss", lambda look: {"mixed": ladder.mixed_pictures(look)} | added)
 
 
 def of_gradients(ladder: Ladder) -> Question:
@@ -187,7 +190,7 @@ def of_gradients(ladder: Ladder) -> Question:
     count = ladder.options.batches
 
     def arguments(look: int) -> dict[str, Any]:
-        return {"mixed": ladder.mixed_pictures(look), "count": count}
+        return {"mixed": ladder.mixed_pictures(look), "count": count} | ladder.options.added
 
     return Question(ladder, "gradients", "gradients", arguments, by_batch, differentiates=True)
 
@@ -196,7 +199,7 @@ def of_update(ladder: Ladder) -> Question:
     """Asks for parameters and momentum after one step, inside the warm-up."""
     options = ladder.options
     schedule = options.schedule | {"warmup_steps": max(options.warmup_steps, SCHEDULE_STEP + 1)}
-    shared = {"schedule": schedule, "momentum": options.momentum, "step": SCHEDULE_STEP}
+    shared = {"schedule": schedule, "momentum": options.momentum, "step": SCHEDULE_STEP} | options.added
 
     def arguments(look: int) -> dict[str, Any]:
         return {"gradients": ladder.gradients()} | shared
@@ -207,7 +210,7 @@ def of_update(ladder: Ladder) -> Question:
 def of_curve(ladder: Ladder) -> Question:
     """Asks for the losses of some steps of training, and for the parameters after them."""
     options = ladder.options
-    training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum}
+    training = {"count": options.steps, "schedule": options.schedule, "momentum": options.momentum} | options.added
 
     def arguments(look: int) -> dict[str, Any]:
         return {"mixed": ladder.mixed_batches(look)} | training

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from bit_jax.config import Additions
 from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 from parity.faults import FAULTS, Fault
+from parity.faults.additions import ADDED
 from parity.ladder import rungs
 from parity.ladder.attestation import attest
 from parity.ladder.ladder import Ladder, RungResult, working_folder
@@ -35,6 +37,8 @@ CLEAN = (
     ("random:R14x2", "17x64"),
 )
 CLEAN_RUNGS = ("weights", "forward", "loss", "gradients")
+# what additions to the recipe can change; a pair without a fault climbs these with all of them, and their faults, too
+ADDED_RUNGS = ("pixels", "loss", "gradients", "optimizer", "curve")
 
 
 def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
@@ -50,15 +54,14 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
         raise RequestError(f"unknown fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
     passed = True
     console.print("faults injected into one side, and the first array that differs:")
-    ladders: dict[str, Ladder] = {}
+    ladders: dict[Options, Ladder] = {}
     with contextlib.ExitStack() as stack:
         for fault in [FAULTS[name] for name in names or FAULTS]:
-            precision = "fp16" if fault.precision == "fp16" else SMALL.precision  # float64 is part of either
-            if precision not in ladders:
-                options = dataclasses.replace(SMALL, precision=precision)
+            options = options_for(fault)
+            if options not in ladders:
                 ladder = Ladder(options, stack.enter_context(working_folder()), console)
-                ladders[precision] = stack.enter_context(ladder)
-            failed, detected = inject(ladders[precision], fault)
+                ladders[options] = stack.enter_context(ladder)
+            failed, detected = inject(ladders[options], fault)
             passed = passed and detected
             where = f"{failed.name}: {first_bug(failed)}, {_size(failed)}" if failed else "nothing failed"
             if not detected:
@@ -67,8 +70,17 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
             console.print(Text.assemble("  ", _mark(detected), f"  {fault.description:<66} {printable(where)}"))
     if clean:
         passed = untouched(console) and passed
+        passed = untouched_with_additions(console) and passed
     console.print("all as required" if passed else "NOT all as required", style="bold green" if passed else "bold red")
     return passed
+
+
+def options_for(fault: Fault) -> Options:
+    """Returns the options of a small comparison that must find the fault."""
+    if fault.additions:  # what is wrong in an addition shows in float64, in half the time
+        return dataclasses.replace(SMALL, precision="fp64", additions=Additions(**fault.additions))
+    # float64 is part of either
+    return dataclasses.replace(SMALL, precision="fp16" if fault.precision == "fp16" else SMALL.precision)
 
 
 def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
@@ -78,7 +90,7 @@ def inject(ladder: Ladder, fault: Fault) -> tuple[RungResult | None, bool]:
     try:
         mismatches = attest(ladder, rungs=rungs.RUNGS)["mismatches"]
         attested = not fault.attested or any(sentence.startswith(fault.attested) for sentence in mismatches)
-        failed = climb(ladder)
+        failed = climb(ladder, ADDED_RUNGS if fault.additions else tuple(rungs.RUNGS))
     finally:
         ladder.fault = None
     if failed is None:
@@ -123,6 +135,17 @@ def untouched(console: Console, pairs: Sequence[tuple[str, str]] = CLEAN) -> boo
         console.print(Text.assemble("  ", _mark(failed is None), f"  {weights:<20} {size:<8} {printable(where)}"))
         passed = passed and failed is None
     return passed
+
+
+def untouched_with_additions(console: Console, options: Options = SMALL) -> bool:
+    """Climbs without a fault but with every addition to the recipe, prints a line, and returns whether that passes."""
+    options = dataclasses.replace(options, additions=Additions(**ADDED))
+    with working_folder() as folder, Ladder(options, folder, console) as ladder:
+        failed = climb(ladder, ADDED_RUNGS)
+    where = f"{failed.name}: {first_bug(failed)}" if failed else f"passed {', '.join(ADDED_RUNGS)}"
+    what = "with every addition to the recipe"
+    console.print(Text.assemble("  ", _mark(failed is None), f"  {what}: {printable(where)}"))
+    return failed is None
 
 
 def _mark(good: bool) -> tuple[str, str]:

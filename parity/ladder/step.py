@@ -370,14 +370,15 @@ def _update(ladder: Ladder, run: RecordedRun, step: int, start: str) -> dict[str
     Args:
         start: file of the state before the step.
     """
-    gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=1)
+    added = ladder.options.added
+    gradients = ladder.ask("reference", "fp64", "gradients", mixed=ladder.mixed_pictures(), count=1, **added)
     return {
         "gradients": gradients.arrays.path,
         "schedule": run.schedule,
         "momentum": run.momentum,
         "step": step - 1,
         "start": start,
-    }
+    } | added
 
 
 def _optimizer(ladder: Ladder, update: dict[str, Any]) -> RungResult:
@@ -408,5 +409,6 @@ def _options(request: Step, run: RecordedRun, weight_file: str) -> Options:
         momentum=run.momentum,
         warmup_steps=schedule.warmup_steps,
         decay_steps=schedule.decay_steps,
+        additions=run.additions,
         fault=request.fault,
     )

@@ -94,14 +94,19 @@ def described(splits: Sequence[Sequence[Any]]) -> dict[str, str]:
     return entries
 
 
-def draws(views: Views, count: int, epochs: int, seed: int) -> list[list[tuple[int, int, bool]]]:
-    """Returns (top, left, mirrored) for [epoch][example], drawn from (seed, epoch, example) alone as in the loader."""
+def draws(views: Views, files: Files, epochs: int, seed: int) -> list[list[tuple[Any, ...]]]:
+    """Returns (top, left, mirrored), or the fields of a `Box` in Inception's style, for [epoch][example], drawn from
+    (seed, epoch, example) alone as in the loader."""
+    sizes = [images.rgb(files[index], files.name).size for index in range(len(files))]
 
-    def draw(epoch: int, index: int) -> tuple[int, int, bool]:
-        window = views.draw(np.random.default_rng((seed, epoch, index)))
+    def draw(epoch: int, index: int) -> tuple[Any, ...]:
+        rng, (width, height) = np.random.default_rng((seed, epoch, index)), sizes[index]
+        if views.crop_style == "inception":
+            return tuple(views.draw_box(rng, height, width))
+        window = views.draw(rng)
         return window.top, window.left, window.mirrored
 
-    return [[draw(epoch, index) for index in range(count)] for epoch in range(epochs)]
+    return [[draw(epoch, index) for index in range(len(files))] for epoch in range(epochs)]
 
 
 @dataclasses.dataclass(frozen=True)

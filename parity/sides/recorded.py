@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
+from bit_jax.config import Additions
 from bit_jax.formats import weights
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
@@ -20,11 +21,13 @@ from bit_jax.published.catalogue import PublishedFile
 from bit_jax.training import checkpoint
 from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.steps import FIRST_SCALE, mixup_weight
+from bit_jax.training.trained import trains
 from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, parse_json, read_json
 from parity.sides.inputs import Batches
 
 OPTIMIZER = {"base_lr", "momentum", "mixup", "warmup_steps", "decay_steps", "steps"}  # what both sides know of one
+ADDITIONS = "additions."  # how the flags of additions begin
 REMEDY = "give the --workdir of a run of train.py"
 
 
@@ -34,7 +37,9 @@ class State:
 
     Attributes:
         step: number of steps that were taken.
-        params, momentum: {key in the checkpoint's layout: array}, float32, or float64 of a run in fp64.
+        params, momentum: {key in the checkpoint's layout: array}, float32, or float64 of a run in fp64. There is a
+            momentum of the parameters that train.
+        ema: the average of the same parameters, if the run keeps one.
         skipped: number of steps so far that changed nothing, because float16's gradients overflowed.
         scale: float16's loss scale; None in other precisions.
     """
@@ -42,14 +47,15 @@ class State:
     step: int
     params: dict[str, np.ndarray]
     momentum: dict[str, np.ndarray]
+    ema: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     scale: float | None = None
 
     @property
     def named(self) -> dict[str, Any]:
-        """The arrays as both sides' tasks name them: `params/KEY` and `momentum/KEY`."""
-        params = {f"params/{key}": array for key, array in self.params.items()}
-        return params | {f"momentum/{key}": array for key, array in self.momentum.items()}
+        """The arrays as both sides' tasks name them: `params/KEY`, `momentum/KEY` and `ema/KEY`."""
+        kinds = {"params": self.params, "momentum": self.momentum, "ema": self.ema}
+        return {f"{kind}/{key}": array for kind, arrays in kinds.items() for key, array in arrays.items()}
 
     @property
     def not_finite(self) -> list[str]:
@@ -142,6 +148,13 @@ class RecordedRun:
             )
         for name in ("train_split", "examples_per_class", "resize", "flip"):
             self.flags[f"data.{name}"]
+        known = {field.name for field in dataclasses.fields(Additions)}
+        if unknown := sorted(self._added.keys() - known):
+            raise RequestError(
+                f"{self.workdir} was trained with --{unknown[0].replace('_', '-')} {self._added[unknown[0]]}, which "
+                "parity does not know; use the version of parity that came with that train.py"
+            )
+        Additions(**self._added)
 
     @property
     def precision(self) -> Any:
@@ -152,9 +165,18 @@ class RecordedRun:
         return self.flags["optimizer.momentum"]
 
     @property
+    def _added(self) -> dict[str, Any]:
+        return {name.removeprefix(ADDITIONS): value for name, value in self.flags.items() if name.startswith(ADDITIONS)}
+
+    @property
+    def additions(self) -> Additions:
+        """What the run adds to BiT's recipe."""
+        return Additions(**self._added)
+
+    @property
     def schedule(self) -> dict[str, Any]:
         """Fields of a `Schedule`, as JSON's types."""
-        return dataclasses.asdict(self.recipe.schedule)
+        return self.recipe.schedule.described()
 
     def checkpoints(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the oldest first."""
@@ -185,20 +207,29 @@ class RecordedRun:
             wide = np.float64 if self.precision == "fp64" else np.float32
             params = {key: array.astype(wide) for key, array in params.items()}
             scale = FIRST_SCALE if self.precision == "fp16" else None
-            return State(0, params, {key: np.zeros_like(array) for key, array in params.items()}, scale=scale)
+            own = {key: array for key, array in params.items() if trains(key, self.additions.train)}
+            momentum = {key: np.zeros_like(array) for key, array in own.items()}
+            return State(0, params, momentum, own if self.additions.ema is not None else {}, scale=scale)
         tree = checkpoint.read(self.workdir / "checkpoints", step)
         params = weights.flatten(tree["params"])
         traces = [part["trace"] for part in tree["opt_state"] if isinstance(part, dict) and "trace" in part]
         momentum = weights.flatten(traces[0]) if len(traces) == 1 else {}
-        if momentum.keys() != params.keys():
+        averages = [part["ema"] for part in tree["opt_state"] if isinstance(part, dict) and "ema" in part]
+        ema = weights.flatten(averages[0]) if averages else {}
+        own = {key for key in params if trains(key, self.additions.train)}
+        if momentum.keys() != own:
             raise RequestError(
-                f"checkpoint {step} of {self.workdir} does not hold one momentum for each parameter, as SGD with "
-                "momentum does, and parity has no other optimizer"
+                f"checkpoint {step} of {self.workdir} does not hold one momentum for each parameter that trains, as "
+                "SGD with momentum does, and parity has no other optimizer"
+            )
+        if ema.keys() != (own if self.additions.ema is not None else set()):
+            raise RequestError(
+                f"checkpoint {step} of {self.workdir} does not hold the averages that its config.json speaks of"
             )
         scale = tree.get("loss_scale")
         if scale is None:
-            return State(step, params, momentum)
-        return State(step, params, momentum, int(scale["skipped"]), float(scale["scale"]))
+            return State(step, params, momentum, ema)
+        return State(step, params, momentum, ema, int(scale["skipped"]), float(scale["scale"]))
 
     def losses(self) -> dict[int, float]:
         """Returns {step: its loss} of the steps that metrics.jsonl has. Lines that are damaged, or not yet whole, are
@@ -235,7 +266,11 @@ class RecordedRun:
         """Returns the batches of steps `first` + 1 to `first` + `count`, with the augmentation and the mixup that the
         run gave them."""
         views = input_pipeline.Views(
-            self.recipe.resize_to, self.recipe.crop, self.flags["data.flip"], self.flags["data.resize"]
+            self.recipe.resize_to,
+            self.recipe.crop,
+            self.flags["data.flip"],
+            self.flags["data.resize"],
+            self.additions.crop_style,
         )
         # a run without --skip-damaged has met no damaged image, so for it this changes nothing
         loader = input_pipeline.Loader(source, views, self.global_batch, self.flags["run.seed"], skip_damaged=True)

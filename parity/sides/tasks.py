@@ -60,14 +60,24 @@ class Tasks(ForwardTasks, Protocol):
     """One side, in a process that has imported its framework.
 
     `mixed` is a file of batches after normalization and mixup, of which `count` are used; `start` is a file of a state,
-    with arrays `params/KEY` and `momentum/KEY`; `seconds` is how long something is timed.
+    with arrays `params/KEY`, `momentum/KEY` and, if an average is kept, `ema/KEY`; `seconds` is how long something is
+    timed; `additions` has the fields of `Additions` that are not off, or is None.
     """
 
     def weights(self) -> Result:
         """Returns every array of the weight file, as the model holds it."""
         ...
 
-    def pixels(self, files: Sequence[str], resize: int, crop: int, epochs: int, seed: int, draws: list[Any]) -> Result:
+    def pixels(
+        self,
+        files: Sequence[str],
+        resize: int,
+        crop: int,
+        epochs: int,
+        seed: int,
+        draws: list[Any],
+        crop_style: str = "bit",
+    ) -> Result:
         """Returns what evaluation and `epochs` epochs of training show of image files. JAX's loader draws by the seed;
         PyTorch is told the draws."""
         ...
@@ -81,12 +91,19 @@ class Tasks(ForwardTasks, Protocol):
         """Returns every batch after normalization and mixup."""
         ...
 
-    def loss(self, mixed: str, disturb: Disturb | None = None) -> Result:
+    def loss(self, mixed: str, disturb: Disturb | None = None, additions: dict | None = None) -> Result:
         """Returns the loss of each row of the first batch, and their mean."""
         ...
 
-    def gradients(self, mixed: str, count: int, disturb: Disturb | None = None, scale: float = ...) -> Result:
-        """Returns the gradient of each batch's mean loss by every parameter; in float16 the loss is scaled."""
+    def gradients(
+        self,
+        mixed: str,
+        count: int,
+        disturb: Disturb | None = None,
+        scale: float = ...,
+        additions: dict | None = None,
+    ) -> Result:
+        """Returns the gradient of each batch's mean loss by what trains; in float16 the loss is scaled."""
         ...
 
     def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
@@ -101,9 +118,17 @@ class Tasks(ForwardTasks, Protocol):
         begin with `plain`, by the framework's public functions; writes the module's program into a folder."""
         ...
 
-    def optimizer(self, gradients: str, schedule: dict, momentum: float, step: int, start: str | None = None) -> Result:
-        """Returns parameters and momentum after update number `step` with the given gradients, from the momentum in
-        `start` or else from one that is not zero."""
+    def optimizer(
+        self,
+        gradients: str,
+        schedule: dict,
+        momentum: float,
+        step: int,
+        start: str | None = None,
+        additions: dict | None = None,
+    ) -> Result:
+        """Returns parameters, momentum and average after update number `step` with the given gradients, from momentum
+        and average in `start` or else from such that are not zero."""
         ...
 
     def curve(
@@ -116,9 +141,10 @@ class Tasks(ForwardTasks, Protocol):
         scale: float = ...,
         start: str | None = None,
         step: int = 0,
+        additions: dict | None = None,
     ) -> Result:
-        """Returns the loss of each of `count` training steps, and the parameters after them; from the state `start`
-        after `step` steps, the momentum too."""
+        """Returns the loss of each of `count` training steps, and parameters and average after them; from the state
+        `start` after `step` steps, the momentum too."""
         ...
 
     def forward_time(self, mixed: str, count: int, seconds: float) -> Result:

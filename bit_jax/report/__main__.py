@@ -1,0 +1,64 @@
+"""What became of runs: `python -m bit_jax.report WORKDIR...`.
+
+Prints a row for each run that is finished or under way, from its config.json, result.json and metrics.jsonl. Nothing is
+computed again, and no device is needed.
+"""
+
+import dataclasses
+import sys
+
+import tyro
+
+from bit_jax.report import card, overview
+from bit_jax.report.record import Record, read
+from input_pipeline import terminal
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
+from input_pipeline.files import writable, write_json
+from input_pipeline.flags import UserPath
+from input_pipeline.terminal import printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    workdirs: tyro.conf.Positional[tuple[UserPath, ...]]
+    """Work directories of the runs: what they were given as --workdir."""
+    flagperf: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print FlagPerf's card instead, in Markdown, with the columns of FlagPerf's own pages."""
+    json: UserPath | None = None
+    """File that receives everything as JSON, too."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m bit_jax.report", description=__doc__)
+    if not arguments.workdirs:
+        raise RequestError("no run to report; name the --workdir of at least one")
+    if arguments.json is not None:
+        writable(arguments.json)
+    records = [read(workdir) for workdir in arguments.workdirs]
+    for record in records:
+        if record.damaged_lines:
+            said = f"{record.workdir / 'metrics.jsonl'}: {record.damaged_lines} damaged line(s) left out"
+            print(printable(said), file=sys.stderr)
+    if arguments.flagperf:
+        for line in card.lines(records):
+            print(printable(line))
+    else:
+        terminal.console(width=140).print(overview.table(records))
+    if arguments.json is not None:
+        write_json(arguments.json, [_content(record) for record in records])
+
+
+def _content(record: Record) -> dict:
+    return {
+        "workdir": str(record.workdir),
+        "finished": record.finished,
+        "result": record.result,
+        "config": record.config,
+        "last": record.last,
+        "flagperf": card.row(record),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,120 @@
+"""What a run left in its work directory, read whether the run is finished or under way."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bit_jax.training import metrics
+from input_pipeline.errors import RequestError
+from input_pipeline.files import DamagedFile, read_json
+
+REMEDY = "restore it, or leave this run out"
+# the fields of result.json that are shown as numbers; any of them may be missing or null
+NUMBERS = (
+    *("hosts", "devices", "batch_per_device", "steps", "e2e_time", "compile_time", "p_whole", "p_train", "p_core"),
+    *("final_acc1", "mem_gib", "mem_total_gib", "rank0_acc1", "rank0_examples", "p_core_unsynchronized"),
+    "schedule_restarts_every",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The files of one run.
+
+    Attributes:
+        workdir: the run's work directory.
+        config: the content of config.json; empty where the directory holds a result alone.
+        result: the content of result.json; None before the run's end.
+        metrics: the entries of metrics.jsonl.
+        damaged_lines: number of lines of metrics.jsonl that could not be read.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    damaged_lines: int
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest value of each name in metrics.jsonl, and the step of the newest entry."""
+        return {name: value for entry in self.metrics for name, value in entry.items()}
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the run that config.json keeps, by "section.field"."""
+        return self.config.get("config", {})
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe that config.json keeps: resolution, mixup and schedule."""
+        return self.config.get("recipe", {})
+
+    @property
+    def steps(self) -> str:
+        """The number of steps that were taken, and the number to take while the run is not finished."""
+        if self.result is not None:
+            return str(self.result.get("steps", ""))
+        total = self.recipe.get("schedule", {}).get("steps", "?")
+        return f"{self.last.get('step', 0)} of {total}"
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The fields of result.json that are known: all of a finished run, the newest figures of one under way."""
+        if self.result is not None:
+            return self.result
+        accuracy, batch = self.last.get("val_acc1"), self.flags.get("data.batch_per_device")
+        return {
+            "model": self.flags.get("model.model"),
+            "dataset": self.flags.get("data.dataset"),
+            "precision": self.flags.get("model.precision"),
+            "batch_per_device": batch if _is_number(batch) else None,
+            "final_acc1": accuracy if _is_number(accuracy) else None,
+        }
+
+
+def read(workdir: Path) -> Record:
+    """Reads what a run left.
+
+    Raises:
+        RequestError: the directory holds no run, or a file cannot be read.
+        DamagedFile: a file holds something else than a run writes.
+    """
+    paths = {name: workdir / f"{name}.json" for name in ("config", "result")}
+    there = {name: path for name, path in paths.items() if path.exists()}
+    if not there:
+        what = "holds neither config.json nor result.json" if workdir.is_dir() else "is no directory"
+        raise RequestError(f"{workdir} {what}, so there is no run to report; name the --workdir of one")
+    content = {name: read_json(path, dict, REMEDY) for name, path in there.items()}
+    result = content.get("result")
+    if result is not None:
+        _check_numbers(paths["result"], {name: result.get(name) for name in NUMBERS})
+    config = content.get("config", {})
+    recipe = _objects(paths["config"], config, "config", "recipe")["recipe"]
+    _objects(paths["config"], recipe, "schedule")
+    entries, damaged = metrics.read(workdir / "metrics.jsonl")
+    return Record(workdir, config, result, entries, damaged)
+
+
+def _objects(path: Path, content: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Returns the objects of those names; a missing one is empty. Raises DamagedFile if one is no object."""
+    objects = {name: content.get(name, {}) for name in names}
+    for name, value in objects.items():
+        if not isinstance(value, dict):
+            raise DamagedFile(f"{path} is damaged ({name} is no object); {REMEDY}")
+    return objects
+
+
+def _check_numbers(path: Path, numbers: dict[str, Any]) -> None:
+    """Raises DamagedFile if one is neither a number nor None."""
+    for name, value in numbers.items():
+        if value is not None and not _is_number(value):
+            raise DamagedFile(f"{path} is damaged ({name} is {value!r}, not a number); {REMEDY}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,151 @@
+"""`python -m bit_jax.report`: a row for each run, FlagPerf's card, and a sentence for what is no run."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+
+from bit_jax.report import __main__ as report
+from bit_jax.report import card
+from bit_jax.report.record import read
+from input_pipeline.exits import exit_code
+
+STORED = ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5"
+
+
+@pytest.fixture
+def reported(monkeypatch, capsys):
+    """(arguments) -> (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        code = exit_code(report.main)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def flagperfs(result: dict | None = None, config: dict | None = None) -> dict[str, dict]:
+    """The files of a run of FlagPerf's 1x8 case, as FlagPerf's own row has its figures."""
+    schedule = {"base_lr": 0.003, "warmup_steps": 500, "decay_steps": [3000, 6000, 9000, 10000], "steps": 40000}
+    recipe = {"resize_to": 512, "crop": 480, "mixup": 0.1, "schedule": schedule}
+    flags = {"model.model": "BiT-M-R152x2", "optimizer.momentum": 0.9, "data.flip": True, "run.target_acc1": 0.83}
+    figures = {"e2e_time": 5869.4, "p_whole": 222.3, "p_train": 224.9, "p_core": 228.1, "final_acc1": 0.841917}
+    known = {"model": "BiT-M-R152x2", "architecture": "R152x2 with 1000 classes", "dataset": "imagenet2012/train"}
+    machine = {"precision": "tf32", "device_kind": "NVIDIA A100-SXM4-40GB", "hosts": 1, "devices": 8}
+    memory = {"batch_per_device": 16.0, "mem_gib": 31.42, "mem_of": "device", "mem_total_gib": 40.0}
+    whole = known | machine | memory | figures | (result or {})
+    return {"config": {"config": flags, "recipe": recipe | (config or {})}, "result": whole}
+
+
+def written(folder, files: dict[str, dict]):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def cells(workdir) -> list[str]:
+    return list(card.row(read(workdir)).values())
+
+
+def test_the_stored_run_has_its_row(reported):
+    code, out, _ = reported(STORED)
+    assert code == 0
+    assert "R14x0.5 on fashion-mnist/train" in out
+    for cell in ("1x1", "fp32", "128", "985.4", "394.7", "409.4", "413.4", "0.89360", "1.11", "3000"):
+        assert cell in out
+
+
+def test_the_card_of_flagperfs_own_case_is_flagperfs_row(tmp_path):
+    """But for the precision, which FlagPerf calls fp32."""
+    row = ["A100单机8卡(1x8)", "tf32", "/", "5869", "222", "225", "228", "0.84192", "31.4/40.0"]
+    assert cells(written(tmp_path / "run", flagperfs())) == row
+
+
+@pytest.mark.parametrize(
+    ("result", "place", "cell"),
+    [
+        ({"batch_per_device": 20.0}, 2, "bs=20"),
+        ({"hosts": 2, "devices": 16}, 0, "A100两机8卡(2x8)"),
+        ({"devices": 1, "p_core": 29.84}, 0, "A100单机单卡(1x1)"),
+        ({"devices": 1, "p_core": 29.84}, 6, "29.8"),
+        ({"device_kind": "NVIDIA H100 80GB HBM3", "mem_total_gib": None}, 8, "31.4/79.1"),
+        ({"device_kind": "NVIDIA B1", "mem_total_gib": None}, 8, "31.4/?"),
+        ({"mem_of": "process"}, 8, "/"),
+        ({"p_core": None}, 6, "/"),
+        ({"architecture": "R50x1 with 1000 classes"}, 2, "model=R50x1"),
+    ],
+)
+def test_a_cell_of_the_card(tmp_path, result, place, cell):
+    assert cells(written(tmp_path / "run", flagperfs(result)))[place] == cell
+
+
+def test_the_card_says_another_recipe_and_the_switches(tmp_path, reported):
+    compat = {"flagperf_compat": ["accuracy", "p_core", "schedule"], "schedule_restarts_every": 10010}
+    compat |= {"rank0_acc1": 0.84016, "rank0_examples": 6250, "p_core_unsynchronized": 2345.6}
+    schedule = {"base_lr": 0.01, "warmup_steps": 500, "decay_steps": [3000], "steps": 40000, "restart_every": 10010}
+    files = flagperfs(compat, {"schedule": schedule})
+    files["config"]["config"]["additions.weight_decay"] = 0.1
+    run = written(tmp_path / "run", files)
+    _, out, _ = reported(run, "--flagperf")
+    table, notes = out.split("\n\n")
+    assert table.splitlines()[0] == f"| {' | '.join(card.COLUMNS)} |"
+    assert "| lr=0.01, lr_steps=[3000], weight_decay=0.1 |" in table
+    assert "0.84192" in table  # the accuracy of all examples stays the card's
+    for said in ("`--flagperf-compat accuracy p_core schedule`", "0.84016 (6,250 examples)", "every 10,010", "2346"):
+        assert said in notes
+
+
+def test_a_run_under_way_is_in_the_table_and_has_no_figures_on_the_card(tmp_path, reported):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        shutil.copy(STORED / name, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(["damaged", *lines, '{"step": 600, "lo']))
+    code, out, err = reported(tmp_path / "run", STORED, "--json", tmp_path / "report.json")
+    assert code == 0
+    assert "500 of 3000" in out
+    assert "0.83150" in out  # of its newest evaluation
+    assert "1 damaged line(s) left out" in err
+    unfinished, finished = json.loads((tmp_path / "report.json").read_text())
+    assert (unfinished["finished"], unfinished["result"], unfinished["last"]["step"]) == (False, None, 500)
+    assert finished["result"]["final_acc1"] == 0.8936
+    _, out, _ = reported(tmp_path / "run", "--flagperf")
+    assert "| / | fp32 |" in out
+    assert "| / | / | / | / | / | / |" in out
+    assert "not finished, 500 of 3000 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("result", "{", "result.json is damaged"),
+        ("result", "[]", "it holds a list, not a dict"),
+        ("result", '{"p_whole": "fast"}', "p_whole is 'fast', not a number"),
+        ("config", '{"recipe": 3}', "recipe is no object"),
+        ("config", '{"recipe": {"schedule": []}}', "schedule is no object"),
+    ],
+)
+def test_a_damaged_file_ends_in_a_sentence(tmp_path, reported, name, text, said):
+    (tmp_path / f"{name}.json").write_text(text)
+    code, out, err = reported(tmp_path)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_run_ends_in_a_sentence(tmp_path, reported):
+    assert reported(tmp_path)[::2] == (
+        2,
+        f"error: {tmp_path} holds neither config.json nor result.json, so there is no run to report; "
+        "name the --workdir of one\n",
+    )
+    assert "is no directory" in reported(tmp_path / "nowhere")[2]
+    assert "no run to report; name the --workdir of at least one" in reported()[2]
+    code, out, err = reported(STORED, "--json", tmp_path)
+    assert (code, out) == (2, "")
+    assert "is a directory" in err

@@ -91,7 +91,7 @@ def main(examples_per_class: int = 5, seeds: tuple[int, ...] = (0, 1, 2), base_l
 
 
 def full(console: terminal.Console, progress: Progress) -> None:
-    """Fine-tunes on all training digits, and classifies one digit that the model has not seen."""
+    """Fine-tunes on all training digits, evaluates, and classifies one digit that the model has not seen."""
     console.rule("All 1,438 training digits")
     console.print(
         "the demo takes a minute and a half on two cores, longer on slow ones; the few-shot runs go on beside this one"
@@ -99,11 +99,24 @@ def full(console: terminal.Console, progress: Progress) -> None:
     workdir = WORKDIR / "full"
     train(["train.py", "digits", "--workdir", str(workdir), *FULL], quiet=False)
     console.print(progress.done("rest", FULL_SHARE))
+    evaluate(workdir / "final.npz", console)
     console.rule("The fine-tuned model on a digit that it has not seen")
     digit = input_pipeline.open_source("digits", "test")[0]
     image = WORKDIR / f"digit-{digit['label']}.png"
     Image.fromarray(decode(digit["image"])).save(image)
     run(["-m", "bit_jax.predict", "--weights", str(workdir / "final.npz"), str(image)], quiet=False)
+
+
+def evaluate(weights: Path, console: terminal.Console) -> None:
+    """Evaluates the fine-tuned model, and prints the command and one line of what it says."""
+    figures, page = WORKDIR / "evaluation.json", WORKDIR / "mistakes.html"
+    command = ["-m", "bit_jax.evaluate", "--weights", str(weights), "--dataset", "digits"]
+    command += ["--json", str(figures), "--html", str(page)]
+    print(f"$ python {shlex.join(command)}", flush=True)
+    run(command, quiet=True)
+    acc1 = json.loads(figures.read_text())["acc1"]
+    low, high = acc1["interval"]
+    console.print(f"acc1 {acc1['value']:.3f} (95 % interval {low:.3f} to {high:.3f}); {page} shows the mistakes")
 
 
 def show_few_shot(

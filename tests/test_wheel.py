@@ -153,6 +153,7 @@ def test_every_command_starts(installed, command):
     [
         "bit-jax-train digits --model nowhere.npz --workdir run",
         "bit-jax-predict --weights nowhere.npz image.png",
+        "bit-jax-evaluate --weights nowhere.npz --dataset digits",
         "bit-jax-zoo fetch nowhere",
         "bit-jax-launch --hosts 2",
         "bit-jax-plan --model nowhere",

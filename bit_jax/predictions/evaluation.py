@@ -27,7 +27,7 @@ class Evaluation:
         work: the model, the examples and the devices.
         matched: the classes that competed.
         computed: what was computed of every example.
-        notes: sentences that a reader of the figures should know.
+        notes: how the classes were matched, and sentences that a reader of the figures should know.
     """
 
     weights: str
@@ -105,8 +105,10 @@ class Evaluation:
         console.print(printable(f"{self.weights}, {work.architecture}, on {work.source.name}"))
         console.print(f"  acc1 {summary.accuracy(1)}, acc5 {summary.accuracy(5)}, 95 % intervals")
         console.print(f"  loss {summary.loss:.4f} nats over {summary.examples:,} images, each once")
-        console.print(f"  {views.in_words(work.views)}; {work.target.precision.name}, {self.speed()}")
-        for note in self.notes:
+        console.print(f"  {views.in_words(work.views)}")
+        console.print(f"  {work.target.precision.name}, {self.speed()}")
+        console.print(printable(f"  classes {self.notes[0]}"))
+        for note in self.notes[1:]:
             console.print(printable(f"  {note}"))
         worst = [each for each in summary.classes() if each.accuracy.count < each.accuracy.examples][:WORST]
         if not worst:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from bit_jax import config, evaluate, launch, predict, train, zoo
+from bit_jax import config, evaluate, launch, predict, reproduce, train, zoo
 from bit_jax.compiled import profile
 from bit_jax.plan import __main__ as plan
 from bit_jax.report import __main__ as report
@@ -35,6 +35,7 @@ COMMANDS = {
     **{f"bit_jax.zoo {name}": zoo.main for name in ("list", "fetch")},
     "bit_jax.predict": predict.main,
     "bit_jax.evaluate": evaluate.main,
+    "bit_jax.reproduce": reproduce.main,
     "bit_jax.plan": plan.main,
     "bit_jax.launch": launch.main,
     "bit_jax.report": report.main,

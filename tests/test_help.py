@@ -25,7 +25,7 @@ FRAGMENTS = {"of", "that", "what", "whose", "how", "as", "by", "in"}  # first wo
 
 SCRIPTS = (
     *(f"benchmarks/{name}.py" for name in ("bandwidth", "cost_growth", "gpu", "load_weights", "parity_tables")),
-    *(f"benchmarks/{name}.py" for name in ("photographs", "plans")),
+    *(f"benchmarks/{name}.py" for name in ("photographs", "picture", "plans")),
     *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
     "examples/demo.py",
 )

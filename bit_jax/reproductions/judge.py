@@ -75,7 +75,7 @@ def _judge(value: Value, examples: int, runs: Sequence[Mapping[str, Any]]) -> Ju
     if not value.is_accuracy:
         return Judged(value, numbers, None, None, None, _ratio(value, numbers))
     seen = sorted({_examples(run, as_they_do) for run in runs})
-    expected = value.examples if as_they_do else examples
+    expected = value.examples if as_they_do and value.examples is not None else examples
     if seen != [expected]:
         counts = " and ".join(f"{count:,}" for count in seen)
         return Judged(

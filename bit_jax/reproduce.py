@@ -59,7 +59,7 @@ def main() -> int:
     request = tyro.cli(Request, description=__doc__, args=typed, config=(tyro.conf.OmitArgPrefixes,))
     if request.json is not None:
         writable(request.json)
-    console = terminal.console()
+    console = terminal.console(width=120)
     if request.name == LIST:
         return show_all(request, console)
     figure = lookup(request.name)

@@ -1,40 +1,15 @@
-"""Runs the notebooks of examples/: `python tests/notebooks.py` runs all and stores what they print in them."""
+"""Runs notebooks: `python tests/notebooks.py examples/*.ipynb` runs them and stores what they print in them."""
 
-import os
+import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SECONDS = 600  # for a cell
-
-
-def executed(path: Path) -> nbformat.NotebookNode:
-    """Runs a notebook in a kernel of its own, on the CPU, and returns it with what it printed.
-
-    Raises:
-        CellExecutionError: a cell failed.
-    """
-    notebook = nbformat.read(path, as_version=4)
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "JAX_PLATFORMS")}
-    os.environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    try:
-        # files instead of ports: nothing else on the machine can talk to the kernel
-        kernel = KernelManager(kernel_name="python3", transport="ipc")
-        try:
-            NotebookClient(notebook, km=kernel, timeout=SECONDS, record_timing=False).execute()
-        finally:
-            kernel.shutdown_kernel(now=True)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    return notebook
+# files instead of ports: nobody else on the machine can talk to the kernel
+KERNEL = Config({"KernelManager": {"transport": "ipc"}})
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -44,9 +19,19 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(output.text for output in outputs)
 
 
+def store(path: Path) -> None:
+    """Runs a notebook in a kernel of its own and writes it again, with what it printed.
+
+    Raises:
+        CellExecutionError: a cell failed; the file stays as it is.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", config=KERNEL, timeout=SECONDS, record_timing=False).execute()
+    notebook.metadata.language_info = {"name": "python"}  # not which Python it was
+    nbformat.write(notebook, path)
+    print(f"{path.name}: {len(printed(notebook).splitlines())} lines stored")
+
+
 if __name__ == "__main__":
-    for book in NOTEBOOKS:
-        finished = executed(book)
-        finished.metadata.language_info = {"name": "python"}  # not which Python it was
-        nbformat.write(finished, book)
-        print(f"{book.name}: {len(printed(finished).splitlines())} lines stored")
+    for argument in sys.argv[1:]:
+        store(Path(argument))

@@ -79,6 +79,8 @@ class Request:
     """File to write the figures to, with the accuracy of every class."""
     html: UserPath | None = None
     """File to write a page to: accuracies, worst classes, and the most confident mistakes with their images."""
+    predictions: UserPath | None = None
+    """File (CSV) to write the prediction for every image to. The images are read once more, for their names."""
     mistakes: int = 48
     """Number of mistakes that the page shows."""
     input_threads: int | None = None
@@ -92,7 +94,7 @@ class Request:
         """
         require_positive(typed(self.devices, "batch_per_device", "hosts") | typed(self, "mistakes", "input_threads"))
         self.view.check()
-        for path in (self.json, self.html):
+        for path in (self.json, self.html, self.predictions):
             if path is not None:
                 writable(path)
 
@@ -122,12 +124,22 @@ def carry_out(request: Request) -> Evaluation | None:
         evaluation = evaluate(request)
         if not hosts.is_first():
             return None
-        if request.json is not None:
-            write_json(request.json, evaluation.as_json())
-        if request.html is not None:
-            page.write_evaluation(request.html, evaluation, request.mistakes)
-        evaluation.show(terminal.console(width=120))
+        try:
+            write(request, evaluation)
+        finally:  # the figures are not lost if a file cannot be written
+            evaluation.show(terminal.console(width=120))
     return evaluation
+
+
+def write(request: Request, evaluation: Evaluation) -> None:
+    """Writes the files that the request asks for, each atomically."""
+    if request.json is not None:
+        request.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(request.json, evaluation.as_json())
+    if request.html is not None:
+        page.write_evaluation(request.html, evaluation, request.mistakes)
+    if request.predictions is not None:
+        evaluation.write_predictions(request.predictions)
 
 
 def evaluate(request: Request) -> Evaluation:

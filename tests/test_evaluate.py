@@ -1,9 +1,12 @@
 """An evaluation: every example once, classes by name, intervals, and the page, through the command line."""
 
+import csv
 import hashlib
+import html
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -17,18 +20,21 @@ from PIL import Image
 
 from bit_jax import evaluate
 from bit_jax.formats import weights
+from bit_jax.formats.described import Description
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.class_names import imagenet1k, imagenet21k, in_words
-from bit_jax.predictions import classes
+from bit_jax.predictions import classes, rows, views
 from bit_jax.predictions.summary import Share, Summary
-from bit_jax.published import locate
+from bit_jax.predictions.views import Preprocessing
 from bit_jax.training import steps
-from input_pipeline import DatasetError, Views, open_source
+from bit_jax.training.target import Target
+from input_pipeline import DatasetError, Views
 from input_pipeline.centre_crop import CentreCrop
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from parity.sides.inputs import random_arrays
 
+QUICKLY = {"xla_backend_optimization_level": 0}
 EXAMPLES = 23  # no multiple of the batches below
 
 
@@ -55,7 +61,7 @@ def npz(tmp_path_factory):
     np.savez(path, **arrays)
     model, params = weights.load(path)
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32) / 2
-    logits = np.asarray(jax.jit(model.apply)({"params": params}, images))
+    logits = np.asarray(jax.jit(model.apply, compiler_options=QUICKLY)({"params": params}, images))
     # no class is likeliest for all images, and the one that the dataset lacks is likely
     arrays["resnet/head/conv2d/kernel"] /= logits.std(axis=0)
     arrays["resnet/head/conv2d/bias"] = -logits.mean(axis=0) / logits.std(axis=0) + np.eye(4, dtype=np.float32)[2]
@@ -67,6 +73,7 @@ def npz(tmp_path_factory):
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    monkeypatch.setattr(Target, "compiler_options", QUICKLY)  # compiling takes most of these tests' time
     return exit_code(evaluate.main)
 
 
@@ -78,23 +85,27 @@ def expected(npz, folder):
     numbers = {"ant": 0, "cafe\u0301": 1, "zebra": 3}
     views = [np.asarray(Image.open(file).resize((32, 32), Image.Resampling.BILINEAR)) for file in files]
     images = (np.stack(views).astype(np.float32) - 127.5) / 127.5
-    return np.asarray(jax.jit(model.apply)({"params": params}, images)), [numbers[file.parent.name] for file in files]
+    logits = jax.jit(model.apply, compiler_options=QUICKLY)({"params": params}, images)
+    return np.asarray(logits), [numbers[file.parent.name] for file in files]
 
 
-@pytest.mark.parametrize("which", ["dataset", "occurring", "head"])
-def test_the_figures_are_those_of_the_logits(tmp_path, npz, folder, expected, monkeypatch, capsys, which):
+@pytest.mark.parametrize("which", ["dataset", pytest.param("head", marks=pytest.mark.slow)])
+def test_the_figures_and_the_page_are_those_of_the_logits(tmp_path, npz, folder, expected, monkeypatch, capsys, which):
     logits, labels = expected
-    arguments = ["--weights", npz, "--dataset", f"folder:{folder}", "--json", tmp_path / "e.json", "--classes", which]
-    assert run(monkeypatch, *arguments, "--batch-per-device", 1) == 0
-    figures = json.loads((tmp_path / "e.json").read_text())
+    files = {kind: tmp_path / "new" / f"e.{kind}" for kind in ("json", "html", "csv")}
+    arguments = ["--weights", npz, "--dataset", f"folder:{folder}", "--classes", which, "--batch-per-device", 1]
+    arguments += ["--json", files["json"], "--html", files["html"], "--predictions", files["csv"], "--mistakes", 5]
+    assert run(monkeypatch, *arguments) == 0
+    figures = json.loads(files["json"].read_text())
     kept = [0, 1, 2, 3] if which == "head" else [0, 1, 3]
     logits, labels = logits[:, kept], np.array([kept.index(label) for label in labels])
-    right = logits.argmax(axis=1) == labels
+    predicted, each = logits.argmax(axis=1), np.arange(EXAMPLES)
+    right = predicted == labels
     assert figures["acc1"]["count"] == right.sum()
     assert 0 < right.sum() < EXAMPLES
     assert figures["acc5"]["count"] == figures["examples"] == EXAMPLES
-    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(EXAMPLES), labels]
-    assert figures["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert figures["loss"] == pytest.approx(-np.log(probabilities[each, labels]).mean(), rel=1e-4)
     assert figures["classes"] == {"head": 4, "competing": len(kept)}
     of_class = {each["name"]: (each["count"], each["examples"]) for each in figures["per_class"]}
     names = ["ant", "caf\u00e9", "dog", "zebra"]
@@ -104,10 +115,29 @@ def test_the_figures_are_those_of_the_logits(tmp_path, npz, folder, expected, mo
         if number != 2
     }
     assert sum(pair["count"] for pair in figures["confused"]) == (~right).sum()
-    assert {pair["predicted"] for pair in figures["confused"]} <= {names[number] for number in kept}
-    printed = capsys.readouterr().out
-    assert f"acc1 {right.mean():.2%} (" in printed
-    assert ("compete" in printed) == (len(kept) < 4 or which == "head")
+    assert {pair["predicted"] for pair in figures["confused"]} == {names[kept[label]] for label in predicted[~right]}
+
+    lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    assert [line["id"].split("/")[1] for line in lines[:3]] == ["01.png", "04.png", "07.png"]
+    assert [line["predicted"] for line in lines] == [names[kept[label]] for label in predicted]
+    shown = [float(line["probability"]) for line in lines]
+    np.testing.assert_allclose(shown, probabilities.max(axis=1), rtol=1e-4)
+
+    printed, page = capsys.readouterr().out, files["html"].read_text()
+    rules = {
+        "head": "all 4 classes of the head compete",
+        "dataset": "3 of the head's 4 classes, and only these compete",
+    }
+    for text in (printed, html.unescape(page)):
+        assert f"{right.mean():.2%}".rstrip("%") in text
+        assert rules[which] in text
+    assert page.count('<img src="data:image/png;base64,') == 5
+    wrong = np.flatnonzero(~right)
+    worst = wrong[np.argsort(-probabilities[wrong].max(axis=1))][:5]
+    assert re.findall(r'<span class="id">(.+)</span>', page) == [lines[index]["id"] for index in worst]
+    browser = Shown(files["html"], tmp_path, 1000)
+    assert browser.bands_without_ink() == 0
+    assert browser.count(21, 101, 192) > 500  # bars
 
 
 SPREAD = [
@@ -145,8 +175,6 @@ def test_however_it_is_spread_the_counts_are_the_same(tmp_path, npz, folder, com
 
 
 def test_a_row_that_is_missing_or_twice_is_noticed(npz, folder, monkeypatch):
-    from bit_jax.predictions import rows
-
     def batches(index):
         return [{"index": np.array(index), "mask": np.array([True, True, True, False]), "x": np.arange(4)}]
 
@@ -212,6 +240,17 @@ def test_subsets_of_imagenet_are_matched_with_a_head_of_1000(names):
     everything = classes.match(source_of(*names), head, "head")
     assert everything.competing == tuple(range(1000))
     assert everything.source.labels.tolist() == [207, 0]
+
+
+def test_only_classes_that_occur_compete_where_it_is_asked_for():
+    """As with tfds's imagenet_a, which declares all 1,000."""
+    source = source_of(*IDS)
+    source.labels = np.array([7, 3, 7], np.int32)
+    head = classes.Head.of(None, 1000, "w.npz")
+    assert head is not None
+    matched = classes.match(source, head, "occurring")
+    assert matched.competing == (3, 7)
+    assert matched.source.labels.tolist() == [1, 0, 1]
 
 
 def test_all_of_imagenet_v2_by_its_folders_numbers():
@@ -292,27 +331,18 @@ def test_timms_view_has_timms_pixels(size, crop, share, interpolation, pixels):
         assert (shown != Views(crop, crop, flip=False).evaluation(image)).any()
 
 
-def test_the_page_shows_what_is_wrong(tmp_path, npz, folder, monkeypatch):
-    page = tmp_path / "e.html"
-    arguments = ["--weights", npz, "--dataset", f"folder:{folder}", "--classes", "head", "--html", page]
-    assert run(monkeypatch, *arguments, "--mistakes", 5) == 0
-    text = page.read_text()
-    assert text.count('<img src="data:image/png;base64,') == 5
-    assert "Most confident mistakes" in text
-    for words in ("predicted", ".png</span>", "95 % interval", "all 4 classes of the head compete"):
-        assert words in text
-    shown = Shown(page, tmp_path, 1000)
-    assert shown.bands_without_ink() == 0
-    assert shown.count(21, 101, 192) > 500  # bars
-
-
-def test_the_embedded_model_is_named_and_its_size_known(monkeypatch, capsys, tmp_path):
-    write_image(tmp_path / "test" / "3" / "a.png", 0, (28, 28))
-    assert run(monkeypatch, "--weights", "embedded", "--dataset", f"folder:{tmp_path}", "--resize", "timm") == 0
-    printed = capsys.readouterr().out
-    assert "48x48 pixels, shorter side resized to 54 pixels (bilinear), the centre cut out (timm)" in printed
-    assert locate.EMBEDDED_FILE.exists()
-    assert open_source("digits", "test[:1]").class_names == [str(digit) for digit in range(10)]
+def test_size_and_resize_are_the_flags_else_the_weights():
+    trained, square = Description(None, 48, "tf"), "resized straight to the square, bilinear"
+    centre = "shorter side resized to 54 pixels (bicubic), the centre cut out (timm)"
+    for flags, words in (
+        (Preprocessing(), f"48x48 pixels, {square} from the four nearest pixels (tf)"),
+        (Preprocessing(size=32, resize="pillow"), f"32x32 pixels, {square} with antialiasing (pillow)"),
+        (Preprocessing(resize="timm", interpolation="bicubic"), f"48x48 pixels, {centre}"),
+    ):
+        side = flags.side(trained)
+        assert side is not None
+        assert views.in_words(flags.views(trained, side)) == words
+    assert Preprocessing().side(Description()) is None
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_features_are_the_values_of_the_forward_pass(float64, images):
 
 def test_shapes_are_those_that_the_docstring_gives(small_npz, images):
     model, params = bit_jax.load(small_npz, dtype=jnp.bfloat16)
-    features = features_of(model, params, jnp.asarray(images, jnp.float32))
+    features = jax.eval_shape(features_of, model, params, jnp.asarray(images, jnp.float32))
     sides = {"root_block": 4, "block1": 4, "block2": 8, "block3": 16, "block4": 32, "last_activation": 32}
     for name, stride in sides.items():
         assert features[name].shape[:3] == (2, -(-40 // stride), -(-33 // stride)), name
@@ -80,7 +80,8 @@ def test_shapes_are_those_that_the_docstring_gives(small_npz, images):
     assert (features["pooled"].shape, features["pooled"].dtype) == ((2, 1024), jnp.float32)
 
 
-@pytest.mark.parametrize("change", [{"paced": True}, {"products": True}, {"remat": "unit"}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"remat": "unit"}, {"paced": True}, {"products": True}], ids=str)
 def test_however_it_is_executed_the_features_are_the_same(float64, images, change):
     model, params = float64
     images = jnp.asarray(images)

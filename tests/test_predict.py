@@ -21,6 +21,7 @@ from bit_jax.model.architecture import Architecture
 from bit_jax.predictions.features import Features
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.published import locate
+from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.loose_files import find
@@ -204,6 +205,7 @@ def animals(tmp_path):
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    monkeypatch.setattr(Target, "compiler_options", {"xla_backend_optimization_level": 0})  # compiles in less time
     return exit_code(predict.main)
 
 

@@ -1,7 +1,10 @@
 """An evaluation: what was computed with, what came of it, and how a terminal and a JSON file show it."""
 
+import csv
 import dataclasses
+import io
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ from bit_jax.predictions import rows, views
 from bit_jax.predictions.classes import FEW_OCCUR, Matched
 from bit_jax.predictions.summary import WORST, Summary, names_of
 from bit_jax.training import figures
+from input_pipeline.files import replacing
 from input_pipeline.terminal import printable
 
 SAVED_PAIRS = 100  # confused pairs in the JSON file
@@ -98,6 +102,24 @@ class Evaluation:
             "confused": names_of(summary.confused(SAVED_PAIRS), summary.names),
             "versions": figures.versions(),
         }
+
+    def write_predictions(self, path: Path) -> None:
+        """Writes a CSV file, atomically, with a line for each example in the order of the split: its id, the names of
+        label and prediction, their probabilities, and the number of classes ahead of the label.
+
+        Raises:
+            DatasetError: an example cannot be read again.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("id", "label", "predicted", "label_probability", "probability", "rank"))
+        names, table = self.summary.names, self.computed.rows
+        columns = (table[name].tolist() for name in ("label", "predicted", "label_probability", "probability", "rank"))
+        for index, (label, predicted, *numbers) in enumerate(zip(*columns, strict=True)):
+            writer.writerow((self.work.source[index]["id"], names[label], names[predicted], *numbers))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
     def show(self, console: Console) -> None:
         """Prints the figures, the worst classes and the most confused pairs."""

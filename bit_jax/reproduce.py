@@ -98,7 +98,7 @@ def show_all(request: Request, console: Console) -> int:
     console.print(table)
     if request.json is not None:
         workdir = Path("WORKDIR")
-        write_json(request.json, [as_json(figure, request.data_dir, workdir) for figure in FIGURES.values()])
+        keep(request.json, [as_json(figure, request.data_dir, workdir) for figure in FIGURES.values()])
     return 0
 
 
@@ -123,7 +123,7 @@ def plan(figure: Figure, request: Request, more: tuple[str, ...], console: Conso
     for sentence in (f"data: {figure.data}", *sentences):
         console.print(f"  {sentence}")
     if request.json is not None:
-        write_json(request.json, as_json(figure, request.data_dir, Path("WORKDIR"), more) | content)
+        keep(request.json, as_json(figure, request.data_dir, Path("WORKDIR"), more) | content)
     return 0
 
 
@@ -152,11 +152,16 @@ def measure(figure: Figure, request: Request, more: tuple[str, ...], console: Co
         "runs": runs,
         "versions": figures.versions(),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (kept, request.json)):
-        write_json(path, content)
+        keep(path, content)
     console.print(printable(f"{kept} keeps it"))
     return 1 if any(each.agrees is False for each in judged) else 0
+
+
+def keep(path: Path, content: Any) -> None:
+    """Writes JSON atomically, into a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
 
 
 def workdir_of(figure: Figure, request: Request) -> Path:

@@ -189,9 +189,9 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_all_figures_are_listed(tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "list", "--json", tmp_path / "l.json") == 0
+    assert run(monkeypatch, "list", "--json", tmp_path / "new" / "l.json") == 0
     shown = capsys.readouterr().out
-    listed = json.loads((tmp_path / "l.json").read_text())
+    listed = json.loads((tmp_path / "new" / "l.json").read_text())
     assert [each["name"] for each in listed] == list(FIGURES)
     assert all(name in shown for name in FIGURES)
     timm = next(each for each in listed if each["name"] == "timm-R50x1_224")

@@ -44,6 +44,13 @@ def convert() -> int:
     return exit_code(main)
 
 
+def reproduce() -> int:
+    """Measures published figures again."""
+    from bit_jax.reproduce import main
+
+    return exit_code(main)
+
+
 def plan() -> int:
     """Compiles a training step for GPUs and says what memory and time it would take there."""
     from bit_jax.plan.__main__ import main

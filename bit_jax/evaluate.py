@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -100,18 +101,35 @@ class Request:
 
 
 def main() -> None:
-    request = tyro.cli(Request, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    carry_out(configuration())
+
+
+def configuration(arguments: Sequence[str] | None = None) -> Request:
+    """Returns the request that a command line makes; by default this process's own."""
+    return tyro.cli(Request, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def carry_out(request: Request) -> Evaluation | None:
+    """Evaluates as this host of those that the request names, prints the figures and writes the files.
+
+    Returns:
+        The evaluation on the first host, None on the others.
+
+    Raises:
+        RequestError: something in the request is out of its range, or `evaluate` refuses it.
+    """
     request.check()
     input_pipeline.raise_descriptor_limit()
     keep_compiled_programs()
     with hosts.joined(request.devices.scale):
         evaluation = evaluate(request)
         if not hosts.is_first():
-            return
+            return None
         try:
             write(request, evaluation)
         finally:  # the figures are not lost if a file cannot be written
             evaluation.show(terminal.console(width=120))
+    return evaluation
 
 
 def write(request: Request, evaluation: Evaluation) -> None:

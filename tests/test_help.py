@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from bit_jax import config, convert, evaluate, launch, predict, train, zoo
+from bit_jax import config, convert, evaluate, launch, predict, reproduce, train, zoo
 from bit_jax.compiled import profile
 from bit_jax.plan import __main__ as plan
 from bit_jax.report import __main__ as report
@@ -28,7 +28,7 @@ SCRIPTS = (
         f"benchmarks/{name}.py"
         for name in ("bandwidth", "cost_growth", "doors", "gpu", "load_weights", "parity_tables")
     ),
-    *(f"benchmarks/{name}.py" for name in ("photographs", "plans")),
+    *(f"benchmarks/{name}.py" for name in ("photographs", "picture", "plans")),
     *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
     "examples/demo.py",
 )
@@ -39,6 +39,7 @@ COMMANDS = {
     "bit_jax.convert": convert.main,
     "bit_jax.predict": predict.main,
     "bit_jax.evaluate": evaluate.main,
+    "bit_jax.reproduce": reproduce.main,
     "bit_jax.plan": plan.main,
     "bit_jax.launch": launch.main,
     "bit_jax.report": report.main,

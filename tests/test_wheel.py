@@ -159,6 +159,7 @@ def test_every_command_starts(installed, command):
         "bit-jax-plan --model nowhere",
         "bit-jax-profile nowhere",
         "bit-jax-report nowhere",
+        "bit-jax-reproduce nowhere",
         "bit-jax-input check digitz --data-dir nowhere",
         "bit-jax-parity show nowhere",
     ],

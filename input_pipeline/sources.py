@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.examples import ArraySource, DatasetError, Example, Source, cut, parse_slice
+from input_pipeline.features import FEATURES
 from input_pipeline.files import user_path
 from input_pipeline.folder import FolderSource, directory_names
 from input_pipeline.idx import open_idx
@@ -33,6 +34,10 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
         RequestError: a path is a URL, or its home directory is not known.
     """
     kind, _, place = dataset.partition(":")
+    if kind == FEATURES:
+        raise DatasetError(
+            f"{dataset} holds features and no images; python -m bit_jax.train alone takes them, to train a head on"
+        )
     openers: dict[str, Callable[[str], Source]] = {
         "digits": _digits,
         "synthetic": SyntheticSource,

@@ -290,7 +290,10 @@ class Loop:
         return self.timeline["steps"] + self.timeline["reading"]
 
     def say_who_waits(self) -> None:
-        """Logs a sentence once the devices begin to wait for the input pipeline, and one once they no longer do."""
+        """Logs a sentence once the devices begin to wait for the input pipeline, and one once they no longer do; none of
+        features, whose reading is most of the work."""
+        if self.run.views.field != "image":
+            return
         slow = self.input_wait() > INPUT_KEEPS_UP and self.timeline["input"] > HARDLY_WAITED
         if slow and not self.input_is_slow:
             self.log.note(

@@ -108,7 +108,9 @@ class FeatureSource:
         self.class_names, self.labels, self.metadata = file.class_names, file.labels.astype(np.int32), file.metadata
         self.channels = file.features.shape[1]
         self._rows, self._names = file.features.astype(np.float32, copy=False), file.names
-        self._refuse(self.labels == NO_LABEL, "lies in no directory of a class, so there is no label to train with")
+        self._refuse(
+            np.equal(self.labels, NO_LABEL), "lies in no directory of a class, so there is no label to train with"
+        )
         self._refuse(~np.isfinite(self._rows).all(axis=1), "has features that are not finite")
 
     def _refuse(self, wrong: np.ndarray, why: str) -> None:

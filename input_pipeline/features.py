@@ -111,7 +111,7 @@ class FeatureSource:
         self._refuse(
             np.equal(self.labels, NO_LABEL), "lies in no directory of a class, so there is no label to train with"
         )
-        self._refuse(~np.isfinite(self._rows).all(axis=1), "has features that are not finite")
+        self._refuse(np.logical_not(np.isfinite(self._rows).all(axis=1)), "has features that are not finite")
 
     def _refuse(self, wrong: np.ndarray, why: str) -> None:
         if wrong.any():

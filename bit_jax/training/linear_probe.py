@@ -72,7 +72,7 @@ class Probe:
         """A sentence for the log."""
         return (
             f"the head alone trains, on {self.channels:,} features of each image, whose view they decide: "
-            f"{self.metadata['view']}; --crop, --resize-to, --resize and --flip do not matter"
+            f"{self.metadata.get('view')}; --crop, --resize-to, --resize and --flip do not matter"
         )
 
     def head(self, architecture: Architecture, weight_file: Path | None) -> HeadAlone:

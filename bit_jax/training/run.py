@@ -123,7 +123,7 @@ class Run:
             {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
         )
         if probe is not None:
-            constants |= {"features": {name: probe.metadata[name] for name in linear_probe.ALIKE}}
+            constants |= {"features": {name: probe.metadata.get(name) for name in linear_probe.ALIKE}}
         views = input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style)
         return cls(
             config=cfg,

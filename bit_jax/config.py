@@ -41,7 +41,8 @@ class DataConfig:
 
     dataset: str = "digits"
     """Dataset: digits, synthetic, folder:PATH (PATH/SPLIT/CLASS/IMAGE), idx:DIRECTORY (MNIST's file format),
-    or a tfds name prepared as array_record, such as imagenet2012 or cifar10:3.0.2."""
+    or a tfds name prepared as array_record, such as imagenet2012 or cifar10:3.0.2.
+    features:DIRECTORY trains the head alone on DIRECTORY/SPLIT.npz, which predict --features wrote of --model."""
     data_dir: UserPath | None = None
     """Directory with the prepared tfds datasets. None: tfds's default directory."""
     train_split: str = "train"

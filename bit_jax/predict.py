@@ -6,7 +6,6 @@ the model's head is given for each image instead.
 
 import dataclasses
 import functools
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ from jaxtyping import Array, Float
 import input_pipeline
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
+from bit_jax.formats.sources import digest
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
 from bit_jax.model.class_names import imagenet, in_words
 from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.predictions import page, rows
-from bit_jax.predictions.features import Features
 from bit_jax.predictions.progress import counting
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.predictions.views import in_words as view_in_words
@@ -38,6 +37,7 @@ from bit_jax.training.target import Target
 from input_pipeline import DatasetError, read_image_file
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.features import Features
 from input_pipeline.files import writable
 from input_pipeline.flags import UserPath, require_positive
 from input_pipeline.loose_files import LooseFiles, find
@@ -186,11 +186,9 @@ def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Featu
     work = rows.Work(weight_file, architecture, Target(mesh, precision), files, views, rows_each * mesh.size)
     with counting("computing features", len(files)) as done:
         computed = rows.compute(work, rows.pooled_features(work), done)
-    with open(weight_file, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
         "weights": request.weights,
-        "sha256": digest,
+        "sha256": digest(weight_file),
         "architecture": architecture.name,
         "size": side,
         "resize": view.resize or known.resize,

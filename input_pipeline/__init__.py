@@ -1,4 +1,4 @@
-"""Datasets as uint8 batches with a mask: `open_source` finds the examples, `Loader` orders and batches them.
+"""Datasets as batches with a mask: `open_source` finds the examples, `Loader` orders and batches them.
 
 This package imports neither `bit_jax` nor `parity`, and holds what all three share: exit codes (`errors`, `exits`),
 files and paths (`files`, `flags`), ownership of directories (`claims`), the limit on open files (`limits`) and terminal
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         relabelled,
         require_labels,
     )
+    from input_pipeline.features import FeatureViews
     from input_pipeline.image_file import read_image_file
     from input_pipeline.limits import raise_descriptor_limit, require_descriptors
     from input_pipeline.loader import Batch, Loader
@@ -31,6 +32,7 @@ __all__ = [
     "CannotRead",
     "DamagedImage",
     "DatasetError",
+    "FeatureViews",
     "Loader",
     "Source",
     "Views",
@@ -59,6 +61,7 @@ _MODULES = {
         "relabelled",
         "require_labels",
     ),
+    "features": ("FeatureViews",),
     "image_file": ("read_image_file",),
     "limits": ("raise_descriptor_limit", "require_descriptors"),
     "loader": ("Batch", "Loader"),

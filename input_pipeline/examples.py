@@ -58,7 +58,8 @@ def cannot_read(what: object, error: OSError | int, where: object = "its directo
 
 
 class Example(TypedDict):
-    image: np.ndarray | bytes  # uint8 [height, width] or [height, width, 3], or an encoded file
+    # uint8 [height, width] or [height, width, 3], or an encoded file; of a `FeatureSource` float32 [channels]
+    image: np.ndarray | bytes
     label: int
     id: str
 

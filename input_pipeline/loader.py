@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from input_pipeline.examples import DamagedImage, DatasetError, Source, decoded, first_undamaged, label_of
+from input_pipeline.features import FeatureViews
 from input_pipeline.preprocess import Views
 from input_pipeline.terminal import printable
 
@@ -24,10 +25,12 @@ READ_AHEAD = 3  # batches that are being made, placed or waiting while another o
 # for the GIL, and delay the thread that dispatches training steps.
 THREADS_FOR_ARRAYS = 2
 log = logging.getLogger(__name__)
+Rows = dict[str, np.ndarray]  # a `Batch`, by the names of its arrays
 
 
 class Batch(TypedDict):
-    image: np.ndarray  # uint8 [batch, crop, crop, 3]
+    # uint8 [batch, crop, crop, 3]; from a file of features `features` is in its place, float32 [batch, channels]
+    image: np.ndarray
     label: np.ndarray  # int32 [batch]
     mask: np.ndarray  # bool [batch]; False where a row is padding of the last batch
     # int32 [batch], the example's index in its source; -1 for padding, -2 - i if another example replaces damaged i
@@ -40,7 +43,7 @@ class Loader:
 
     Attributes:
         source: the examples.
-        views: resizing, cropping and flipping of the images.
+        views: resizing, cropping and flipping of the images, or `FeatureViews` where the examples are features.
         global_batch: rows of a batch over all hosts.
         seed: seed of order and augmentation, which depend on (seed, epoch, example) only.
         place: function that is applied to a host's batch ahead of its use, such as moving it to the devices.
@@ -52,10 +55,10 @@ class Loader:
     """
 
     source: Source
-    views: Views
+    views: Views | FeatureViews
     global_batch: int
     seed: int = 0
-    place: Callable[[Batch], Any] = lambda batch: batch
+    place: Callable[[Any], Any] = lambda batch: batch
     host: int = 0
     hosts: int = 1
     threads: int | None = None
@@ -75,7 +78,7 @@ class Loader:
 
         order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
-        def fill(batch: Batch, row: int, position: int) -> None:
+        def fill(batch: Rows, row: int, position: int) -> None:
             index = order[position]
             epoch = position // len(self.source)
             self._fill_training_row(batch, row, index, np.random.default_rng((self.seed, epoch, index)))
@@ -85,15 +88,16 @@ class Loader:
     def evaluation(self) -> Iterator[tuple[int, Any]]:
         """Yields (number, placed batch) with every example exactly once over all hosts; padding has mask False."""
 
-        def fill(batch: Batch, row: int, position: int) -> None:
+        def fill(batch: Rows, row: int, position: int) -> None:
             if position < len(self.source):
                 self._fill_row(batch, row, position, self.views.evaluation)
             else:
-                batch["image"][row], batch["label"][row], batch["mask"][row], batch["index"][row] = 0, 0, False, -1
+                batch[self.views.field][row], batch["label"][row] = 0, 0
+                batch["mask"][row], batch["index"][row] = False, -1
 
         return self._batches(fill, 0, math.ceil(len(self.source) / self.global_batch))
 
-    def _fill_training_row(self, batch: Batch, row: int, index: int, rng: np.random.Generator) -> None:
+    def _fill_training_row(self, batch: Rows, row: int, index: int, rng: np.random.Generator) -> None:
         """Fills a row with the example, or with the first after it that is not damaged, the same in every run."""
 
         def show(number: int) -> None:
@@ -107,28 +111,28 @@ class Loader:
         shown, _ = first_undamaged(self.source, index, show, skip_damaged=self.skip_damaged, note=note)
         batch["index"][row] = index if shown == index else -2 - index
 
-    def _fill_row(self, batch: Batch, row: int, index: int, view: Callable[[Any, np.ndarray], Any]) -> None:
+    def _fill_row(self, batch: Rows, row: int, index: int, view: Callable[[Any, np.ndarray], Any]) -> None:
         example = self.source[index]
         label = label_of(example, self.source)
         try:
-            view(example["image"], batch["image"][row])
+            view(example["image"], batch[self.views.field][row])
         except DamagedImage as error:
             raise DamagedImage(f"example {example['id']} of {self.source.name} is {error}") from None
         batch["label"][row], batch["mask"][row], batch["index"][row] = label, True, index
 
-    def _batches(self, fill: Callable[[Batch, int, int], None], start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    def _batches(self, fill: Callable[[Rows, int, int], None], start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """Yields (number, placed batch); `fill(batch, row, position)` writes the row of that position in the order."""
         import grain
 
-        rows, side = self.global_batch // self.hosts, self.views.crop
+        rows = self.global_batch // self.hosts
         cores = len(os.sched_getaffinity(0))
         threads = self.threads or (min(cores, THREADS_FOR_ARRAYS) if decoded(self.source) else cores)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="input")
         part = math.ceil(rows / threads)  # one part per thread, so that threads rarely wait for the GIL
 
         def make(number: int) -> Any:
-            batch: Batch = {
-                "image": np.empty((rows, side, side, 3), np.uint8),
+            batch: Rows = {
+                self.views.field: self.views.empty(rows),
                 "label": np.empty(rows, np.int32),
                 "mask": np.empty(rows, np.bool_),
                 "index": np.empty(rows, np.int32),

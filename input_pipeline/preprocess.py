@@ -7,7 +7,7 @@ taken from its first bytes, never from its name. docs/imagenet.md compares this 
 
 import dataclasses
 import statistics
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import simplejpeg
@@ -42,6 +42,7 @@ class Views:
     flip: bool
     resize: Method = "pillow"
     crop_style: Literal["bit", "inception"] = "bit"
+    field: ClassVar[str] = "image"  # the batch's array of what is shown
 
     def __post_init__(self):
         if not 0 < self.crop <= self.resize_to:
@@ -60,6 +61,10 @@ class Views:
         if self.crop_style == "inception":
             return self.of_box(pixels, self.draw_box(rng, *pixels.shape[:2]), into)
         return resample(pixels, self.resize_to, self.draw(rng), self.resize, into)
+
+    def empty(self, rows: int) -> np.ndarray:
+        """Makes a batch's array of views, uint8 [rows, crop, crop, 3], without values."""
+        return np.empty((rows, self.crop, self.crop, 3), np.uint8)
 
     def draw(self, rng: np.random.Generator) -> Window:
         """Draws a training view's window. It always draws three numbers, so that `flip` does not shift later draws."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.examples import ArraySource, DatasetError, Example, Source, cut, parse_slice
+from input_pipeline.features import FEATURES
 from input_pipeline.files import user_path
 from input_pipeline.folder import FolderSource, directory_names
 from input_pipeline.idx import open_idx
@@ -33,6 +34,7 @@ def open_source(dataset: str, split: str, data_dir: str | os.PathLike | None = N
         RequestError: a path is a URL, or its home directory is not known.
     """
     kind, _, place = dataset.partition(":")
+    _require_images(dataset, kind)
     openers: dict[str, Callable[[str], Source]] = {
         "digits": _digits,
         "synthetic": SyntheticSource,
@@ -56,6 +58,7 @@ def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list
         DatasetError: there is no such dataset.
     """
     kind, _, place = dataset.partition(":")
+    _require_images(dataset, kind)
     if dataset == "synthetic":
         return list(SYNTHETIC_SPLITS)
     if kind == "folder":
@@ -63,6 +66,13 @@ def split_names(dataset: str, data_dir: str | os.PathLike | None = None) -> list
     if dataset == "digits" or kind == "idx":
         return ["train", "test"]
     return list(open_builder(dataset, data_dir and user_path(data_dir)).info.splits) or ["train"]
+
+
+def _require_images(dataset: str, kind: str) -> None:
+    if kind == FEATURES:
+        raise DatasetError(
+            f"{dataset} holds features and no images; python -m bit_jax.train alone takes them, to train a head on"
+        )
 
 
 class SyntheticSource:

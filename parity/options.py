@@ -27,8 +27,9 @@ class Options:
     With fp16, gradients are those of the scaled loss, as in training."""
     reference: str = "torch"
     """Reference side: torch[:devices=N,compile,channels_last,deterministic,device64,hugepages]
-    or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,deterministic,device64,hugepages,flags=X=Y+...],
-    where flags are XLA's; or an exported model, onnx:FILE or stablehlo:FILE, which takes forward, loss and accuracy."""
+    or jax[:devices=N,fsdp=N,microbatches=N,remat=norm|unit,tuned,probe,deterministic,device64,hugepages,
+    flags=X=Y+...], where probe trains a head, with --train head, on features that were computed before,
+    and flags are XLA's; or an exported model, onnx:FILE or stablehlo:FILE, which takes forward, loss and accuracy."""
     candidate: str = "jax"
     """Candidate side, written like --reference. On a CPU, JAX's devices are virtual."""
     torch_model: str | None = None

@@ -347,7 +347,7 @@ def test_with_every_addition_both_sides_compute_the_same(compared):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, fault in faults.FAULTS.items() if fault.additions])
+@pytest.mark.parametrize("name", [name for name, fault in faults.FAULTS.items() if fault.additions == ADDED])
 def test_a_fault_in_an_addition_is_found(compared, name):
     failed, found = inject(compared, faults.FAULTS[name])
     assert failed is not None, "no rung failed"

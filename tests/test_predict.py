@@ -18,12 +18,12 @@ from bit_jax import predict
 from bit_jax.formats import weights
 from bit_jax.formats.described import Description, described
 from bit_jax.model.architecture import Architecture
-from bit_jax.predictions.features import Features
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.published import locate
 from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.features import Features
 from input_pipeline.loose_files import find
 from parity.sides.inputs import random_arrays
 

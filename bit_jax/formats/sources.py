@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")
 REMEDY = "get the directory again"
 
 Shape = tuple[int, ...]
+HASHED = (".safetensors", ".bin", ".pth", ".tar", ".json")  # of the files in a directory of weights
 Arrays = Iterator[tuple[str, np.ndarray]]
 
 
@@ -69,6 +71,17 @@ def open_source(path: Path) -> Source:
     if container == "directory":
         return _directory(path)
     return _foreign(path, [path], {})
+
+
+def digest(path: Path) -> str:
+    """Returns SHA-256 of a weight file, in hex; of a directory, over the names and contents of the files in it that may
+    belong to weights."""
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.iterdir() if file.suffix in HASHED and file.is_file())
+    listing = "".join(f"{digest(file)} {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _official(path: Path) -> Source:

@@ -139,3 +139,20 @@ class Architecture:
             shapes[HEAD_KERNEL] = (1, 1, cin, self.num_classes)
             shapes[HEAD_BIAS] = (self.num_classes,)
         return shapes
+
+    @property
+    def channels(self) -> int:
+        """Number of values that are pooled for the head."""
+        return round(64 * self.width) * 2 ** (STAGES - 1) * 4
+
+
+class HeadAlone(Architecture):
+    """The head of a BiT, which takes pooled features; its Flax model is the whole one, given `features` of a batch."""
+
+    def __str__(self) -> str:
+        return f"the head of {super().__str__()}"
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """The head's keys of the official file and the shapes of their arrays."""
+        return {key: shape for key, shape in super().layout.items() if key in (HEAD_KERNEL, HEAD_BIAS)}

@@ -208,6 +208,13 @@ class ResNetV2(nn.Module):
         """
         return self._features(images)
 
+    def classify(self, pooled: Float[Array, "batch channels"]) -> Float[Array, "batch classes"]:
+        """Returns the logits of pooled features, such as `features` gives; the parameters may be the head's alone.
+
+        Call it by `model.apply({"params": params}, pooled, method="classify")`.
+        """
+        return self.head(pooled.astype(param_dtype(self.dtype)))
+
     @nn.nowrap
     def _features(self, images: Array) -> dict[str, Array]:
         check_images(images)

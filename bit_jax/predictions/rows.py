@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from bit_jax.formats import weights
 from bit_jax.model.architecture import Architecture
@@ -175,9 +175,15 @@ def pooled_features(work: Work) -> Step:
     model, dtype = work.model, work.target.param_dtype
 
     def step(params: Any, batch: dict) -> Rows:
-        images = steps.normalize(batch["image"], dtype)
-        features = model.apply({"params": params}, images, method="features")
-        assert isinstance(features, dict)  # a tuple is for models with mutable variables
-        return {"features": features["pooled"]}
+        return {"features": pooled(model, params, steps.normalize(batch["image"], dtype))}
 
     return step
+
+
+def pooled(
+    model: ResNetV2, params: Any, images: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch channels"]:
+    """Returns the pooled features of images in [-1, 1]; the parameters may lack the head."""
+    features = model.apply({"params": params}, images, method="features")
+    assert isinstance(features, dict)  # a tuple is for models with mutable variables
+    return features["pooled"]

@@ -133,8 +133,10 @@ def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
     return jax.make_array_from_callback(like.shape, like.format, lambda part: np.asarray(array[part], like.dtype))
 
 
-def fetch(array: Array) -> np.ndarray:
+def fetch(array: Array | np.ndarray) -> np.ndarray:
     """Returns the whole array on this host; if it is sharded over hosts, every host has to make this call."""
+    if isinstance(array, np.ndarray):
+        return array
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding)
         replicated = NamedSharding(array.sharding.mesh, PartitionSpec())

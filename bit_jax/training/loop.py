@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from bit_jax.compiled import profile
+from bit_jax.model.architecture import HeadAlone
 from bit_jax.scale import hosts, sharding
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy, evaluate
@@ -183,7 +184,8 @@ class Loop:
             if step.number % self.run.config.run.log_every == 0:
                 scale = {"loss_scale": float(metrics["scale"])} if "scale" in metrics else {}
                 self.log.write(step.number, loss=float(metrics["loss"]), **scale, **self.speed(step.number - start))
-                self.say_who_waits()
+                if not isinstance(self.run.architecture, HeadAlone):  # a head alone waits for its rows, as it should
+                    self.say_who_waits()
             signal = signal or int(metrics["signal"])
         if signal:
             self.end(signal, state)

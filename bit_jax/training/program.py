@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import Architecture, HeadAlone
 from bit_jax.scale import sharding
 from bit_jax.training import steps
 from bit_jax.training.flagperf import Rank0Share
@@ -130,7 +130,7 @@ def make_steps(
         state=abstract_state(
             architecture, target.param_dtype, optimizer, mesh, scales_loss=target.precision.scales_loss
         ),
-        batch=abstract_batch(global_batch, recipe.crop, mesh),
+        batch=abstract_batch(global_batch, recipe.crop, mesh, architecture),
         stopped=jax.ShapeDtypeStruct((), jnp.bool_, sharding=sharding.replicated(mesh)),
     )
 
@@ -192,11 +192,16 @@ def abstract_state(
     return jax.tree.map(placed, shapes)
 
 
-def abstract_batch(global_batch: int, crop: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes, dtypes and shardings of a batch on the mesh."""
+def abstract_batch(
+    global_batch: int, crop: int, mesh: Mesh, architecture: Architecture | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of a batch on the mesh: of images, or of features for a head alone."""
     split = sharding.batch_sharding(mesh)
-    fields = {
-        "image": ((global_batch, crop, crop, 3), jnp.uint8),
+    if isinstance(architecture, HeadAlone):
+        shown: dict[str, Any] = {"features": ((global_batch, architecture.channels), jnp.float32)}
+    else:
+        shown = {"image": ((global_batch, crop, crop, 3), jnp.uint8)}
+    fields = shown | {
         "label": ((global_batch,), jnp.int32),
         "mask": ((global_batch,), jnp.bool_),
         "index": ((global_batch,), jnp.int32),

@@ -18,14 +18,15 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import STANDARDIZE_EPS, Architecture
+from bit_jax.model.architecture import STANDARDIZE_EPS, Architecture, HeadAlone
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures, flagperf, hyperrule, resources, trained
+from bit_jax.training import figures, flagperf, hyperrule, linear_probe, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
+from bit_jax.training.linear_probe import Probe
 from bit_jax.training.log import Log, Reporter
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
@@ -47,8 +48,9 @@ class Run:
     Attributes:
         config: the flags; what they leave open is settled in `recipe`.
         recipe: resolution, mixup and schedule.
-        views: resizing, cropping and flipping of the images.
-        architecture: the model's architecture, with a head for the dataset's classes.
+        views: resizing, cropping and flipping of the images; of features, none of these.
+        architecture: the model's architecture, with a head for the dataset's classes; a `HeadAlone` if the dataset is
+            features.
         weight_file: the file to start from; None where the parameters are drawn by the seed.
         target: the devices, the precision, and how the model is executed there.
         global_batch: number of rows of a batch, over all hosts.
@@ -59,7 +61,7 @@ class Run:
 
     config: Config
     recipe: Recipe
-    views: input_pipeline.Views
+    views: input_pipeline.Views | input_pipeline.FeatureViews
     architecture: Architecture
     weight_file: Path | None
     target: Target
@@ -88,7 +90,10 @@ class Run:
         )
         if not starts_from_nothing(cfg.model):
             locate.resolve(cfg.model.model)  # a wrong name is said before anything is read or fetched
-        train, validation = open_sources(cfg)
+        probe = Probe.of(cfg)
+        if probe is not None:
+            cfg = probe.config
+        train, validation = open_sources(cfg) if probe is None else _matched(probe.train, probe.validation)
         native_area, notes = None, ()
         if hyperrule.needs_native_area(cfg):
             native_area, seen = input_pipeline.typical_area(train, skip_damaged=data.skip_damaged)
@@ -107,16 +112,23 @@ class Run:
             )
         class_names = list(train.class_names)
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
+        if probe is not None:
+            architecture, notes = probe.head(architecture, weight_file), (*notes, probe.note)
         if (pattern := cfg.additions.train) is not None:
             notes += (_trains(architecture, pattern),)
         if architecture.note:
             notes = (*notes, architecture.note)
         # kept only where it is not BiT's, so that runs of BiT's own go on as they were begun
-        constants = {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
+        constants: dict[str, Any] = (
+            {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
+        )
+        if probe is not None:
+            constants |= {"features": {name: probe.metadata.get(name) for name in linear_probe.ALIKE}}
+        views = input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style)
         return cls(
             config=cfg,
             recipe=recipe,
-            views=input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style),
+            views=views if probe is None else probe.views,
             architecture=architecture,
             weight_file=weight_file,
             target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
@@ -180,9 +192,20 @@ class Run:
         return weights.unflatten({key: sharding.place(array, shapes[key]) for key, array in self.arrays()})
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (key, array) of the weight file, with a new head of zeros."""
+        """Yields (key, array) of the weight file, with a new head of zeros; of that head alone if it trains alone."""
+        layout = self.architecture.layout
+        return ((key, array) for key, array in self._whole_arrays() if key in layout)
+
+    def _whole_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         assert self.weight_file is not None
         return weights.read(self.weight_file, num_classes=self.architecture.num_classes)[1]
+
+    def whole(self, params: Params) -> Params:
+        """Returns the parameters of the whole model: those of a head that was trained alone get the weight file's body,
+        as NumPy's arrays on the first host, which writes them."""
+        if not isinstance(self.architecture, HeadAlone) or not hosts.is_first():
+            return params
+        return trained.overlaid(weights.unflatten(dict(self._whole_arrays())), params)
 
     def needs(self) -> list[resources.Need]:
         """Lists what the run will need of this machine."""
@@ -224,6 +247,13 @@ def open_sources(cfg: Config) -> tuple[input_pipeline.Source, input_pipeline.Sou
     train, validation = (
         input_pipeline.open_source(data.dataset, split, data.data_dir) for split in (data.train_split, data.eval_split)
     )
+    return _matched(train, validation)
+
+
+def _matched(
+    train: input_pipeline.Source, validation: input_pipeline.Source
+) -> tuple[input_pipeline.Source, input_pipeline.Source]:
+    """Returns both splits, with the same numbers for the same classes."""
     for source in (train, validation):
         input_pipeline.require_labels(source)
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
@@ -292,7 +322,7 @@ def _trained(run: Run, observer: Observer) -> dict[str, Any]:
         if int(state.step) > start:
             checkpoints.save(state)
         checkpoints.close()
-        save_final(workdir, evaluated(state), run.architecture.standardize_eps)
+        save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
         write_json(workdir.result, result)

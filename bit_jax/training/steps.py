@@ -76,6 +76,11 @@ def normalize(images: UInt8[Array, "batch height width 3"], dtype: jnp.dtype) ->
     return (images.astype(dtype) - 127.5) / 127.5
 
 
+def model_input(batch: dict, dtype: jnp.dtype) -> Float[Array, "batch ..."]:
+    """Returns what `apply_model` takes: the batch's images, normalized, or its features, [batch, channels]."""
+    return batch["features"].astype(dtype) if "features" in batch else normalize(batch["image"], dtype)
+
+
 def mixup_weight(seed: int, step: Int[Array, ""], alpha: float) -> Float[Array, ""]:
     """Draws the weight of each image itself in the step's mixtures from Beta(alpha, alpha): one for the whole batch, as
     in BiT's PyTorch code.
@@ -99,10 +104,13 @@ def mix_pairs(rows: Float[Array, "batch ..."], weight: Float[Array, ""]) -> Floa
 
 def prepare(
     batch: dict, num_classes: int, dtype: jnp.dtype, weight: Float[Array, ""] | None
-) -> tuple[Float[Array, "batch height width 3"], Float[Array, "batch classes"]]:
+) -> tuple[Float[Array, "batch ..."], Float[Array, "batch classes"]]:
     """Returns the model's input and target distributions for a batch of uint8 images and labels; both are mixed (see
-    `mix_pairs`) unless `weight` is None."""
-    images = normalize(batch["image"], dtype)
+    `mix_pairs`) unless `weight` is None. A batch of features is not mixed: mixed images have other features than the
+    mixture of theirs."""
+    images = model_input(batch, dtype)
+    if images.ndim == 2 and weight is not None:
+        raise ValueError("features cannot be mixed")
     targets = one_hot(batch["label"], num_classes, dtype)
     if weight is None:
         return images, targets
@@ -126,10 +134,10 @@ def cross_entropy(
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 
 
-def apply_model(
-    model: ResNetV2, params: Any, images: Float[Array, "batch height width 3"]
-) -> Float[Array, "batch classes"]:
-    logits = model.apply({"params": params}, images)
+def apply_model(model: ResNetV2, params: Any, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
+    """Returns the logits of images [batch, height, width, 3] or of pooled features [batch, channels], for which the
+    head's parameters are enough."""
+    logits = model.apply({"params": params}, images, method="classify" if images.ndim == 2 else None)
     assert isinstance(logits, jax.Array)  # a tuple is for models with mutable variables
     return logits
 
@@ -137,7 +145,7 @@ def apply_model(
 def loss_and_gradients(
     model: ResNetV2,
     params: Any,
-    images: Float[Array, "batch height width 3"],
+    images: Float[Array, "batch ..."],
     targets: Float[Array, "batch classes"],
     microbatches: int = 1,
     scale: Float[Array, ""] | None = None,
@@ -260,7 +268,7 @@ def make_update_step(
 
     def update_step(
         state: TrainState,
-        images: Float[Array, "batch height width 3"],
+        images: Float[Array, "batch ..."],
         targets: Float[Array, "batch classes"],
         stopped: Bool[Array, ""] | bool = False,
     ) -> tuple[TrainState, dict]:
@@ -327,7 +335,7 @@ def make_eval_step(model: ResNetV2, share: Rank0Share | None = None) -> Callable
     dtype, model = param_dtype(model.dtype), model.clone(standardized=True)
 
     def eval_step(params: Any, batch: dict) -> dict:
-        logits = apply_model(model, params, normalize(batch["image"], dtype))
+        logits = apply_model(model, params, model_input(batch, dtype))
         of_share = {} if share is None else share_sums(logits, batch, share)
         return evaluation_sums(logits, batch) | of_share | _signal(batch)
 

@@ -6,7 +6,7 @@ that this folder imports neither framework.
 It may import: input_pipeline, bit_jax.
 """
 
-from parity.faults import additions, operations, ports
+from parity.faults import additions, operations, ports, probe
 from parity.faults.registry import FAULTS, Fault, injected, of
 
-__all__ = ["FAULTS", "Fault", "additions", "injected", "of", "operations", "ports"]
+__all__ = ["FAULTS", "Fault", "additions", "injected", "of", "operations", "ports", "probe"]

@@ -21,6 +21,7 @@ class Fault:
         framework: framework of the side that has the fault.
         attested: entry of the attestation in which the sides must differ, or empty if they need not.
         operation: operation that must be named, and what of it is wrong, or empty if the fault is not one operation's.
+        candidate: the candidate side when it is looked for.
         additions: fields of `Additions` with which both sides compute when it is looked for.
     """
 
@@ -32,6 +33,7 @@ class Fault:
     framework: str = "jax"
     attested: str = ""
     operation: str = ""
+    candidate: str = "jax"
     additions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

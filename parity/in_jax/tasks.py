@@ -20,7 +20,7 @@ from bit_jax.compiled import hlo
 from bit_jax.config import Additions
 from bit_jax.formats import weights
 from bit_jax.model import layers, resnetv2
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import Architecture, HeadAlone
 from bit_jax.model.precision import choose, products
 from bit_jax.scale import sharding
 from bit_jax.training import figures, optimizer, program, steps
@@ -31,6 +31,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.examples import Subset
 from parity import faults
 from parity.in_jax import operations, script, single, units
+from parity.in_jax.probe import Probe
 from parity.in_jax.training import Training
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
@@ -238,7 +239,7 @@ class JaxSide:
         batches with gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are
         divided by it."""
         model, params = self.model()
-        params = self._disturbed_params(params, disturb)
+        params, shown, _ = self._trained_alone(model, self._disturbed_params(params, disturb))
         microbatches, added = self.side.microbatches, _additions(additions)
 
         @self._jit
@@ -248,7 +249,8 @@ class JaxSide:
         loss_scale = jnp.float32(scale) if self.precision.scales_loss else None
         saved, overflows = {}, 0
         for number in range(count):
-            named = self._named(gradients(params, *self._mixed(mixed, number, disturb), loss_scale), f"{number}/")
+            images, targets = self._mixed(mixed, number, disturb)
+            named = self._named(gradients(params, shown(images), targets, loss_scale), f"{number}/")
             saved |= named
             overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)
@@ -346,6 +348,8 @@ class JaxSide:
         """
         if start is None:
             training = self.training(schedule, momentum, disturb=disturb, additions=additions)
+        elif self.side.probe:
+            raise RequestError(f"{self.side} begins with a weight file, and not with a run's state; give jax")
         else:
             training = self._training_from(start, step, schedule, momentum, additions, disturbed=disturb is not None)
         loss_scale = training.state.loss_scale
@@ -353,7 +357,8 @@ class JaxSide:
             training.state = training.state.replace(loss_scale=loss_scale.replace(scale=jnp.float32(scale)))
         losses = []
         for number in range(count):
-            batch = self._mixed(mixed, number, disturb)
+            images, targets = self._mixed(mixed, number, disturb)
+            batch = training.shown(images), targets
             if start is not None and disturb is not None:
                 batch = *batch, self._disturbed_params(training.state.params, disturb)
             training(*batch)
@@ -361,7 +366,7 @@ class JaxSide:
             self.progress(number + 1, count)
         state = training.state
         overflows = 0 if state.loss_scale is None else int(state.loss_scale.skipped)
-        ended = self._named(state.params, "params/")
+        ended = self._named(training.whole(state.params), "params/")
         ended |= self._state(state, momentum=start is not None)
         return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
 
@@ -391,11 +396,22 @@ class JaxSide:
         added = _additions(additions)
         sgd = optimizer.sgd(_schedule(schedule), momentum, added)
         settings: dict[str, Any] = {"microbatches": self.side.microbatches, "additions": added}
+        if self.side.probe and mixup is not None:
+            raise RequestError(f"{self.side} trains on features, and the loader's batches are images; give jax")
+        params, shown, whole = self._trained_alone(model, params)
         if mixup is None:
             step = steps.make_update_step(model, sgd, **settings)
         else:
             step = steps.make_train_step(model, sgd, mixup=mixup, seed=0, **settings)
-        return Training(step, self._initial_state(model, params, sgd), self.target)
+        return Training(step, self._initial_state(model, params, sgd), self.target, shown, whole)
+
+    def _trained_alone(self, model: resnetv2.ResNetV2, params: Any) -> tuple[Any, Callable, Callable]:
+        """Returns the parameters that the state has, and two functions: of images, which returns what a step takes for
+        them; and of such parameters, which returns those of the whole model. Only `probe` makes a difference."""
+        if not self.side.probe:
+            return params, _same, _same
+        probe = Probe(model, params, self._jit)
+        return probe.head, probe.features, probe.whole
 
     def _training_from(
         self, start: str, step: int, schedule: dict[str, Any], momentum: float, additions: Added, *, disturbed: bool
@@ -420,7 +436,7 @@ class JaxSide:
         return Training(update_step, _advanced(state, self._held(start, added), count), self.target)
 
     def _initial_state(self, model: resnetv2.ResNetV2, params: Any, sgd: Any) -> steps.TrainState:
-        architecture = Architecture.of(model)
+        architecture = (HeadAlone if self.side.probe else Architecture).of(model)
         scales_loss = self.precision.scales_loss
         like = program.abstract_state(architecture, self.dtype, sgd, self.mesh, scales_loss=scales_loss)
         return program.initial_state(params, sgd, like)
@@ -533,6 +549,10 @@ def _advanced(state: steps.TrainState, held: dict[str, Any], count: jax.Array) -
     # the optimizer's count is a copy, because a step that uses up its state cannot use up one array twice
     opt_state: Any = optax.tree_utils.tree_set(state.opt_state, **held, count=jnp.array(count))
     return state.replace(step=count, opt_state=opt_state)
+
+
+def _same(given: Any) -> Any:
+    return given
 
 
 def _additions(fields: Added) -> Additions:

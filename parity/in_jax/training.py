@@ -18,10 +18,20 @@ class Training:
     Attributes:
         state: the state after the last step.
         metrics: metrics of the last step.
+        shown: function of images that returns what a step takes for them.
+        whole: function of the state's parameters that returns those of the whole model.
     """
 
-    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, target: Target):
+    def __init__(
+        self,
+        step: Callable[..., tuple[Any, Any]],
+        state: Any,
+        target: Target,
+        shown: Callable[[Any], Any] = lambda images: images,
+        whole: Callable[[Any], Any] = lambda params: params,
+    ):
         self.state, self.metrics = state, {}
+        self.shown, self.whole = shown, whole
         self._step, self._target = step, target
         self._compiled: Callable[..., tuple[Any, Any]] | None = None
 

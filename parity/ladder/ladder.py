@@ -34,6 +34,7 @@ from parity.sides.weights import RANDOM, weight_file
 from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
+HEAD = "head"  # the --train of a linear probe
 RANDOM_CLASSES = 100  # classes of a random model's head
 
 
@@ -95,6 +96,10 @@ class Ladder:
         if files and options.additions.label_smoothing:
             raise RequestError("--label-smoothing is training's, and an exported file does not train; leave it out")
         for side in self.sides.values():
+            if side.probe and options.additions.train != HEAD:
+                raise RequestError(
+                    f"side {side} trains the head alone, as does the other side with --train head; add it"
+                )
             if options.rows % (side.devices * side.microbatches):
                 raise RequestError(
                     f"--rows {options.rows} is not divisible by {side}'s devices x microbatches, "

@@ -78,7 +78,8 @@ def selftest(names: Sequence[str], *, clean: bool, console: Console) -> bool:
 def options_for(fault: Fault) -> Options:
     """Returns the options of a small comparison that must find the fault."""
     if fault.additions:  # what is wrong in an addition shows in float64, in half the time
-        return dataclasses.replace(SMALL, precision="fp64", additions=Additions(**fault.additions))
+        additions = Additions(**fault.additions)
+        return dataclasses.replace(SMALL, precision="fp64", additions=additions, candidate=fault.candidate)
     # float64 is part of either
     return dataclasses.replace(SMALL, precision="fp16" if fault.precision == "fp16" else SMALL.precision)
 

@@ -11,7 +11,7 @@ from input_pipeline.errors import RequestError
 
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
 SWITCHES = {
-    "jax": ("tuned", "deterministic", "device64", "hugepages"),
+    "jax": ("tuned", "probe", "deterministic", "device64", "hugepages"),
     "torch": ("compile", "channels_last", "deterministic", "device64", "hugepages"),
 }
 REMAT = ("remat=norm", "remat=unit")
@@ -31,6 +31,8 @@ class Side:
         microbatches: JAX: number of parts in which a training step's batch is computed, one after the other.
         remat: JAX: activations that the backward pass recomputes; see train.py's --remat.
         tuned: JAX: whether to compile as train.py does, with its XLA options and its code for these devices.
+        probe: JAX: whether, with --train head, the head alone is trained on features that the body computed before, as
+            by train.py --dataset features:DIRECTORY.
         deterministic: whether a GPU may use only algorithms that give the same bits every time.
         device64: whether float64 is computed on the accelerator too, and not on the CPU.
         hugepages: whether memory is in large pages, as with train.py on CPUs.
@@ -50,6 +52,7 @@ class Side:
     microbatches: int = 1
     remat: Literal["none", "norm", "unit"] = "none"
     tuned: bool = False
+    probe: bool = False
     deterministic: bool = False
     device64: bool = False
     hugepages: bool = False
@@ -122,8 +125,8 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     if framework not in COUNTS or None in fields:
         raise RequestError(
             f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,device64,hugepages] nor "
-            "jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,deterministic,device64,hugepages,flags=NAME=VALUE+...]"
-            + (", onnx:FILE or stablehlo:FILE" if exported else "")
+            "jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,probe,deterministic,device64,hugepages,"
+            "flags=NAME=VALUE+...]" + (", onnx:FILE or stablehlo:FILE" if exported else "")
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:

@@ -5,10 +5,11 @@
 It computes float64 logits on the CPU. Exit code 3: the library cannot be imported; its last line says why.
 """
 
-# pyright: reportMissingImports=false
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 MISSING = 3
 VISION = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"  # the signature of torchvision's nms
@@ -34,7 +35,7 @@ def main(library: str, question: str, answer: str) -> None:
 def with_torchvision(torch):
     """Lets timm import a torchvision that was built for another PyTorch: BiT uses none of its operations."""
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", VISION)
@@ -43,24 +44,21 @@ def with_torchvision(torch):
 
 
 def of_timm(asked):
-    import timm
-
+    timm: Any = importlib.import_module("timm")
     target = asked["target"]
     if asked["directory"]:
         return timm.create_model(f"local-dir:{target}", pretrained=True)
     import functools
 
-    from timm.layers import StdConv2d
-    from timm.models.resnetv2 import ResNetV2
-
+    resnetv2: Any = importlib.import_module("timm.models.resnetv2")
     root = asked["sizes"]["embedding_size"]
-    model = ResNetV2(  # as timm builds its own BiTs, in any depth and width
+    model = resnetv2.ResNetV2(  # as timm builds its own BiTs, in any depth and width
         layers=tuple(asked["sizes"]["depths"]),
         channels=tuple(asked["sizes"]["hidden_sizes"]),
         num_classes=asked["num_classes"],
         stem_chs=root,
         stem_type="fixed",
-        conv_layer=functools.partial(StdConv2d, eps=1e-8),
+        conv_layer=functools.partial(timm.layers.StdConv2d, eps=1e-8),
     )
     model.load_state_dict(timm.models.load_state_dict(target), strict=True)
     return model
@@ -68,18 +66,20 @@ def of_timm(asked):
 
 def of_hugging_face(asked):
     import torch
-    from transformers import BitConfig, BitForImageClassification
 
+    transformers: Any = importlib.import_module("transformers")
     target = asked["target"]
     if asked["directory"]:
-        model, notes = BitForImageClassification.from_pretrained(
+        model, notes = transformers.BitForImageClassification.from_pretrained(
             target, output_loading_info=True, local_files_only=True, dtype=torch.float32
         )
         wrong = {key: value for key, value in notes.items() if value}
         if wrong:
             raise SystemExit(f"transformers loads {target} with {wrong}")
         return model
-    model = BitForImageClassification(BitConfig(**asked["sizes"], num_labels=asked["num_classes"]))
+    model = transformers.BitForImageClassification(
+        transformers.BitConfig(**asked["sizes"], num_labels=asked["num_classes"])
+    )
     if Path(target).read_bytes()[8:9] == b"{":
         from safetensors.torch import load_file
 

@@ -77,13 +77,10 @@ def of_hugging_face(asked):
         if wrong:
             raise SystemExit(f"transformers loads {target} with {wrong}")
         return model
-    model = transformers.BitForImageClassification(
-        transformers.BitConfig(**asked["sizes"], num_labels=asked["num_classes"])
-    )
+    config = transformers.BitConfig(**asked["sizes"], num_labels=asked["num_classes"])
+    model = transformers.BitForImageClassification(config)
     if Path(target).read_bytes()[8:9] == b"{":
-        from safetensors.torch import load_file
-
-        state = load_file(target)
+        state = importlib.import_module("safetensors.torch").load_file(target)
     else:
         state = torch.load(target, weights_only=True)
     model.load_state_dict(state, strict=True)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from bit_jax.conversion.libraries import with_torchvision
+
 
 class Conv(nn.Conv2d):
     """Standardized by batch_norm's statistics, as timm does."""
@@ -159,3 +161,19 @@ def load_that_never_repeats(path):
 
     model.middle[2].register_forward_hook(disturb)
     return model
+
+
+def timm_bit(path):
+    """timm's own, also where the installed torchvision was built for another PyTorch."""
+    from examples import peers
+
+    with_torchvision(torch)
+    return peers.timm_bit(path)
+
+
+def hugging_face_bit(path):
+    """Hugging Face's own, likewise."""
+    from examples import peers
+
+    with_torchvision(torch)
+    return peers.hugging_face_bit(path)

@@ -158,7 +158,7 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
 def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, capsys):
     path, page = tmp_path / "report.json", tmp_path / "page.html"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1, "time_anyway": True}
-    asked = Throughput(work="forward", arms=("torch", "jax"), fault="sample-variance", json=path, html=page, **quick)
+    asked = Throughput(arms=("torch", "jax"), fault="sample-variance", json=path, html=page, **quick)
     assert not measure.run(asked)
     shown, progress = capsys.readouterr()
     assert "jax is WRONG, and timed all the same" in progress

@@ -421,8 +421,8 @@ def _scaling(change: Callable[[Any], Any]) -> Any:
 
     right = steps.loss_and_gradients
 
-    def changed(model, params, images, targets, microbatches=1, scale=None):
-        return right(model, params, images, targets, microbatches, None if scale is None else change(scale))
+    def changed(model, params, images, targets, microbatches=1, scale=None, **more):
+        return right(model, params, images, targets, microbatches, None if scale is None else change(scale), **more)
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", changed)
 
@@ -445,10 +445,10 @@ def undivided() -> Any:
 
     right = steps.loss_and_gradients
 
-    def multiplied(model, params, images, targets, microbatches=1, scale=None):
+    def multiplied(model, params, images, targets, microbatches=1, scale=None, **more):
         import jax
 
-        loss, gradients = right(model, params, images, targets, microbatches, scale)
+        loss, gradients = right(model, params, images, targets, microbatches, scale, **more)
         return loss, gradients if scale is None else jax.tree.map(lambda leaf: leaf * scale, gradients)
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", multiplied)

@@ -421,8 +421,10 @@ def _scaling(change: Callable[[Any], Any]) -> Any:
 
     right = steps.loss_and_gradients
 
-    def changed(model, params, images, targets, microbatches=1, scale=None, **more):
-        return right(model, params, images, targets, microbatches, None if scale is None else change(scale), **more)
+    def changed(model, params, images, targets, microbatches=1, scale=None, *rest, **more):
+        return right(
+            model, params, images, targets, microbatches, None if scale is None else change(scale), *rest, **more
+        )
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", changed)
 
@@ -445,10 +447,10 @@ def undivided() -> Any:
 
     right = steps.loss_and_gradients
 
-    def multiplied(model, params, images, targets, microbatches=1, scale=None, **more):
+    def multiplied(model, params, images, targets, microbatches=1, scale=None, *rest, **more):
         import jax
 
-        loss, gradients = right(model, params, images, targets, microbatches, scale, **more)
+        loss, gradients = right(model, params, images, targets, microbatches, scale, *rest, **more)
         return loss, gradients if scale is None else jax.tree.map(lambda leaf: leaf * scale, gradients)
 
     return mock.patch("bit_jax.training.steps.loss_and_gradients", multiplied)

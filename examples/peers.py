@@ -3,28 +3,13 @@
 A factory is given the path of an official `.npz` and returns the model with the weights in it.
 """
 
-import re
-
 import numpy as np
 import torch
 from torch import nn
 
+from bit_jax.formats.names import PEERS
+
 HEAD_BIAS = "resnet/head/conv2d/bias"
-# parts of Hugging Face's names -> parts of the file's keys
-TO_OFFICIAL = {
-    r"^bit\.embedder\.convolution\.weight": "resnet/root_block/standardized_conv2d/kernel",
-    r"^bit\.norm\.weight": "resnet/group_norm/gamma",
-    r"^bit\.norm\.bias": "resnet/group_norm/beta",
-    r"^classifier\.1\.weight": "resnet/head/conv2d/kernel",
-    r"^classifier\.1\.bias": HEAD_BIAS,
-    r"\.downsample\.conv\.weight": "/a/proj/standardized_conv2d/kernel",
-    r"\.conv(\d)\.weight": lambda match: f"/{' abc'[int(match[1])]}/standardized_conv2d/kernel",
-    r"\.norm(\d)\.weight": lambda match: f"/{' abc'[int(match[1])]}/group_norm/gamma",
-    r"\.norm(\d)\.bias": lambda match: f"/{' abc'[int(match[1])]}/group_norm/beta",
-    r"^bit\.encoder\.stages\.(\d)\.layers\.(\d+)": (
-        lambda match: f"resnet/block{int(match[1]) + 1}/unit{int(match[2]) + 1:02d}"
-    ),
-}
 
 
 def timm_bit(path: str) -> nn.Module:
@@ -48,20 +33,7 @@ def hugging_face_bit(path: str) -> nn.Module:
     classes = len(arrays[HEAD_BIAS])
     config = BitConfig(depths=units, embedding_size=root, hidden_sizes=widths, num_labels=classes)
     model = BitForImageClassification(config)
-    state = {name: arrays[official_key(name)] for name in model.state_dict()}
-    model.load_state_dict({name: torch.from_numpy(to_torch(name, array)) for name, array in state.items()})
+    names = {name: PEERS["huggingface"].official(name) for name in model.state_dict()}
+    state = {name: PEERS["huggingface"].array(key, arrays[key]) for name, key in names.items()}
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model
-
-
-def official_key(name: str) -> str:
-    """Returns the file's key of a parameter with Hugging Face's name."""
-    for pattern, part in TO_OFFICIAL.items():
-        name = re.sub(pattern, part, name)
-    return name
-
-
-def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """Turns kernels from HWIO into OIHW, and the head's into a dense layer's [classes, channels]."""
-    if array.ndim == 4:
-        array = np.ascontiguousarray(array.transpose(3, 2, 0, 1))
-    return array[:, :, 0, 0] if name.startswith("classifier") and array.ndim == 4 else array

@@ -243,7 +243,7 @@ def test_subsets_of_imagenet_are_matched_with_a_head_of_1000(names):
 
 
 def test_only_classes_that_occur_compete_where_it_is_asked_for():
-    """As with tfds's imagenet_a, which declares all 1,000."""
+    """tfds's imagenet_a is such a dataset: it declares all 1,000 classes, and 200 occur."""
     source = source_of(*IDS)
     source.labels = np.array([7, 3, 7], np.int32)
     head = classes.Head.of(None, 1000, "w.npz")
@@ -263,7 +263,7 @@ def test_all_of_imagenet_v2_by_its_folders_numbers():
 
 
 def test_a_head_with_imagenets_words_is_imagenets():
-    """As the config.json of a model from elsewhere may name its classes."""
+    """The config.json of a model from elsewhere may name its classes so."""
     head = classes.Head.of(list(imagenet1k().values()), 1000, "w.npz")
     assert head is not None
     assert head.names == tuple(IDS)

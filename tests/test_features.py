@@ -153,7 +153,7 @@ def test_an_architecture_without_a_head_has_no_head_in_its_layout():
     ids=["uint8", "NCHW", "no batch axis", "one channel"],
 )
 def test_images_that_the_model_cannot_mean_have_no_features(small_npz, monkeypatch, wrong, remedy):
-    """As users run it, without the tests' own checks of shapes."""
+    """The tests' own checks of shapes are off here, as they are for users."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model, params = bit_jax.load(small_npz, num_classes=0)
     for apply in (features_of, lambda model, *given: model.apply({"params": given[0]}, given[1])):

@@ -121,7 +121,7 @@ def test_the_unsynchronized_rate_counts_the_dispatch_alone():
 
 
 def test_the_cards_memory_is_what_nvidia_smi_says(monkeypatch, tmp_path):
-    """Of the smallest, in GiB; nothing where there is no such program, or it says something else."""
+    """The smallest card counts, in GiB; nothing is known if there is no such program or it says something else."""
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert figures.card_memory() is None  # on the CPU

@@ -222,7 +222,7 @@ def test_what_convert_refuses(tmp_path):
     ("target", "naming", "package"), [("x.safetensors", "timm", "timm"), ("hub", "huggingface", "transformers")]
 )
 def test_the_library_that_a_target_is_for_loads_it(tmp_path, target, naming, package):
-    """In a process that cannot import this project; `check.by_library` starts it."""
+    """`check.by_library` starts a process that cannot import this project, and the library runs there."""
     pytest.importorskip("torch")
     if not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")

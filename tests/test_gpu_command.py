@@ -125,7 +125,7 @@ def test_results_in_a_few_words(gpu):
 
 @pytest.mark.slow
 def test_the_command_works_without_a_gpu(gpu, tmp_path):
-    """That each step's command is one that its program takes is seen in test_docs_commands.py."""
+    """Three kinds of steps run; test_docs_commands.py sees that every step's command is one that its program takes."""
     gpu.main(
         tmp_path / "out",
         minutes=30,

@@ -110,7 +110,7 @@ def test_every_row_is_its_own_image_in_each_epoch(stored):
 
 
 def test_the_gradient_is_that_of_training_the_head_on_the_images(x64, small_npz):
-    """In float64, to 1e-12. The features of another row have another gradient."""
+    """Both agree within 1e-12 in float64. The features of another row have another gradient."""
     model, params = weights.load(small_npz, dtype=jnp.float64)
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, SIDE, SIDE, 3)))
     targets = jax.nn.one_hot(jnp.arange(4), 10, dtype=jnp.float64)

@@ -1,4 +1,5 @@
-"""Which parameters train: all of them, or those that --train names; trees of these alone, and back into the whole."""
+"""Chooses the parameters that train, all of them or those that --train names, and takes trees of these alone out of the
+whole tree and back into it."""
 
 import re
 from collections.abc import Collection

@@ -94,28 +94,13 @@ class Run:
         if probe is not None:
             cfg = probe.config
         train, validation = open_sources(cfg) if probe is None else _matched(probe.train, probe.validation)
-        native_area, notes = None, ()
-        if hyperrule.needs_native_area(cfg):
-            native_area, seen = input_pipeline.typical_area(train, skip_damaged=data.skip_damaged)
-            notes = (f"{seen}; BiT-HyperRule chooses the resolution by the median",)
-        if data.examples_per_class is not None:
-            train = input_pipeline.few_shot(train, data.examples_per_class, cfg.run.seed)
-        recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
-        if "schedule" in cfg.run.flagperf_compat:
-            every = flagperf.epoch_steps(len(train), mesh.size, global_batch // mesh.size)
-            schedule = dataclasses.replace(recipe.schedule, restart_every=every)
-            recipe = dataclasses.replace(recipe, schedule=schedule)
-            notes = (*notes, f"--flagperf-compat schedule: the schedule begins anew every {every} steps")
-        if recipe.mixup and global_batch % 2:
-            raise RequestError(
-                f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0"
-            )
+        train, recipe, notes = _settled(cfg, train, mesh, global_batch)
         class_names = list(train.class_names)
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
         if probe is not None:
             architecture, notes = probe.head(architecture, weight_file), (*notes, probe.note)
         if (pattern := cfg.additions.train) is not None:
-            notes += (_trains(architecture, pattern),)
+            notes = (*notes, _trains(architecture, pattern))
         if architecture.note:
             notes = (*notes, architecture.note)
         # kept only where it is not BiT's, so that runs of BiT's own go on as they were begun
@@ -212,6 +197,30 @@ class Run:
         files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
         keep, additions = self.config.run.keep_checkpoints, self.config.additions
         return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
+
+
+def _settled(
+    cfg: Config, train: input_pipeline.Source, mesh: Mesh, global_batch: int
+) -> tuple[input_pipeline.Source, Recipe, tuple[str, ...]]:
+    """Returns the examples to train on, the recipe for them, and sentences that say where it comes from.
+
+    Raises:
+        RequestError: the recipe does not fit the batch.
+    """
+    native_area, notes = None, ()
+    if hyperrule.needs_native_area(cfg):
+        native_area, seen = input_pipeline.typical_area(train, skip_damaged=cfg.data.skip_damaged)
+        notes = (f"{seen}; BiT-HyperRule chooses the resolution by the median",)
+    if cfg.data.examples_per_class is not None:
+        train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
+    recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+    if "schedule" in cfg.run.flagperf_compat:
+        every = flagperf.epoch_steps(len(train), mesh.size, global_batch // mesh.size)
+        recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, restart_every=every))
+        notes = (*notes, f"--flagperf-compat schedule: the schedule begins anew every {every} steps")
+    if recipe.mixup and global_batch % 2:
+        raise RequestError(f"mixup pairs neighbours and needs an even global batch, not {global_batch}; add --mixup 0")
+    return train, recipe, notes
 
 
 def starts_from_nothing(model: ModelConfig) -> bool:

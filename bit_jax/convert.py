@@ -1,27 +1,26 @@
 """Converts weights, and proves it: `python -m bit_jax.convert SOURCE TARGET`."""
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from bit_jax.conversion.check import Compared, require
+from bit_jax.conversion.check import RANDOM_HEAD, Compared, require
 from bit_jax.conversion.conversion import IMAGES, Conversion
 from bit_jax.conversion.kinds import AUTO, Kind, kind_of
+from bit_jax.conversion.place import require_apart, require_free
 from bit_jax.export.check import SHAPES
 from bit_jax.export.source import Source
-from bit_jax.export.targets import BESIDE, PROGRAMS, export
+from bit_jax.export.targets import BESIDE, CONTENTS, FORMATS, PROGRAMS, export
 from bit_jax.formats.names import PEERS
+from bit_jax.formats.weights import with_telling_head
 from bit_jax.published import locate
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
+from input_pipeline.files import replacing_path
 from input_pipeline.flags import UserPath
 from input_pipeline.terminal import printable
 
@@ -55,11 +54,11 @@ def convert(
         format: Naming of the arrays in the target. auto: official in an .npz, timm's in .safetensors, the original
             PyTorch code's in .pth, and Hugging Face's in a directory.
         num_classes: Size of a new head of zeros, in place of the source's or where the source has none.
-        standardize_eps: Number that the model adds to the variance of kernels. None: what the source says, else 1e-8
-            for weights under timm's or Hugging Face's names and 1e-10 for others.
+        standardize_eps: Number that the model adds to the variance of kernels. Default: the value that the source
+            records; otherwise 1e-8 for weights under timm's or Hugging Face's names, and 1e-10 for others.
         check: Compare the target with the source before it gets its name.
         weights_beside: Keep the weights of a .stablehlo or .onnx in a file beside it, as those above 2 GiB must be.
-        overwrite: Replace a target that exists.
+        overwrite: Replace a target that exists: a file, or a directory with nothing in it but what this command writes.
         json: Print one JSON object instead of sentences.
     """
     said = converted(
@@ -92,25 +91,36 @@ def converted(
         RequestError: the source cannot be read, or the target cannot be written.
         RunFailed: the target does not compute what the source does; it was removed.
     """
-    program = PROGRAMS.get(target.suffix)
-    if beside and target.suffix not in BESIDE:
+    place = Path(os.path.realpath(target))  # a symbolic link stays, and what it leads to is replaced
+    program = PROGRAMS.get(place.suffix)
+    if beside and place.suffix not in BESIDE:
         raise RequestError(f"--weights-beside is for {' and '.join(BESIDE)}, and {target} is none; leave it out")
     if program is not None and naming != AUTO:
         raise RequestError(f"--format {naming} names arrays of weights, and {target} is a program; leave it out")
-    kind = kind_of(target) if program is None else None
+    if num_classes == 0:
+        raise RequestError("--num-classes is 0, and no model without a head is written; give the size of a new head")
+    kind = kind_of(place) if program is None else None
     naming = naming if kind is None else kind.naming(naming)
-    if os.path.lexists(target) and not overwrite:
-        raise RequestError(f"{target} exists; add --overwrite to replace it, or choose another name")
+    require_free(target, kind.contents if kind else CONTENTS.get(place.suffix), overwrite=overwrite)
+    second = place.with_name(place.name + BESIDE[place.suffix]) if place.suffix in BESIDE else None
+    if second is not None and beside:
+        require_free(second, None, overwrite=overwrite)
+    elif second is not None and os.path.lexists(place) and os.path.lexists(second):
+        raise RequestError(f"{second} lies beside {target}; add --weights-beside to replace both, or move it away")
+    if kind is None:
+        FORMATS[place.suffix].require(checked=checked)
+    elif kind.require is not None:
+        kind.require()
     path = locate.weight_file(source)
-    if os.path.exists(target) and os.path.samefile(path, target):
-        raise RequestError(f"{target} is the source itself; choose another name")
+    for written in (place, second) if second is not None and beside else (place,):
+        require_apart(written, path)
     conversion = Conversion.of(path, num_classes=num_classes, standardize_eps=standardize_eps)
     if note := conversion.architecture.note:
         print(note, file=sys.stderr)
     if kind is None:
-        compared = _exported(conversion, target, beside=beside, checked=checked)
+        compared = _exported(conversion, place, beside=beside, checked=checked)
     else:
-        compared = _written(conversion, target, kind, naming, checked=checked)
+        compared = _written(conversion, place, kind, naming, checked=checked)
     return {
         "source": str(path),
         "target": str(target),
@@ -128,7 +138,7 @@ def converted(
 def _written(conversion: Conversion, target: Path, kind: Kind, naming: str, *, checked: bool) -> list[Compared]:
     """Writes weights, and compares them before they get the target's name."""
     compared: list[Compared] = []
-    with _replacing(target) as temporary:
+    with replacing_path(target) as temporary:
         kind.write(conversion, temporary, naming)
         if checked:
             print(f"comparing {kind.title} with its source in float64 ...", file=sys.stderr)
@@ -145,8 +155,9 @@ def _exported(conversion: Conversion, target: Path, *, beside: bool, checked: bo
     found = export(source, target, beside=beside, checked=checked)
     if found is None:
         return []
-    in_float32 = f"in float32, RMSE {found.rmse:.2g} where the Flax model's is {found.own_rmse:.2g}"
-    return [Compared("the same program in float64", found.apart), Compared(in_float32, found.largest)]
+    head = "" if with_telling_head(source.arrays) is source.arrays else f", {RANDOM_HEAD}"
+    in_float32 = f"in float32{head}, RMSE {found.rmse:.2g} where the Flax model's is {found.own_rmse:.2g}"
+    return [Compared(f"the same program in float64{head}", found.apart), Compared(in_float32, found.largest)]
 
 
 def _show(said: dict[str, Any], *, as_json: bool) -> None:
@@ -161,40 +172,6 @@ def _show(said: dict[str, Any], *, as_json: bool) -> None:
         print("  not compared with its source (--no-check)")
     if said["class_names_known"] and not said["class_names_kept"]:
         print("  the class names stay behind: only a directory has a place for them")
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Yields a path beside the target, which gets the target's name if nothing fails, and is removed otherwise."""
-    # with the target's suffix, by which libraries know what a file is
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    try:
-        if not target.parent.is_dir():
-            raise RequestError(f"{target.parent} is no directory; make it first")
-        try:
-            yield temporary
-            _sync(temporary)
-            if target.is_dir():  # a directory with something in it cannot be replaced in one step
-                os.rename(target, old)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise RequestError(f"cannot write {target}: {error.strerror}; mend that and start again") from None
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        for path in (temporary, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Brings a file, or the files of a directory, to disk."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,54 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_path(path: Path) -> Iterator[Path]:
+    """Yields a path in an empty folder. What is written there, a file or directory of `path`'s name and others beside
+    it, takes the places of those names beside `path` once all of it is complete and on disk; after an error everything
+    there is as it was.
+
+    A symbolic link stays, and what it leads to is replaced. The folder lies in a directory that is removed in the end.
+
+    Raises:
+        RequestError: the operating system refuses.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    new, old = temporary / "new", temporary / "old"
+    try:
+        try:
+            for folder in (temporary, new, old):
+                folder.mkdir()
+            yield new / path.name
+            for file in (file for file in new.rglob("*") if file.is_file()):
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            _exchange(new, old, path.parent)
+            shutil.rmtree(old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what could not be put back is kept
+                old.rmdir()
+            with contextlib.suppress(OSError):
+                temporary.rmdir()
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror or error}; mend that and start again") from None
+
+
+def _exchange(new: Path, old: Path, folder: Path) -> None:
+    """Moves what is in `new` to `folder`, and what has the same names there to `old` before: all of it or nothing."""
+    names = sorted(os.listdir(new), reverse=True)  # a name with a suffix more first: without it the other is of no use
+    there = [name for name in reversed(names) if os.path.lexists(folder / name)]
+    if len(names) == 1 and not (folder / names[0]).is_dir():
+        there = []  # a file is replaced in one step
+    moves = [(folder / name, old / name) for name in there] + [(new / name, folder / name) for name in names]
+    with contextlib.ExitStack() as undo:
+        for source, target in moves:
+            os.replace(source, target)
+            undo.callback(os.replace, target, source)
+        undo.pop_all()
 
 
 def _is_stream(path: Path) -> bool:

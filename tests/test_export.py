@@ -18,10 +18,10 @@ from flax import nnx
 from jax import export
 
 from bit_jax.convert import converted
-from bit_jax.export import check, onnx_graph, stablehlo, targets
+from bit_jax.export import check, onnx_graph, saved_model, stablehlo, targets
 from bit_jax.export.source import Source
 from bit_jax.formats import weights
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import HEAD_KERNEL, Architecture
 from input_pipeline.errors import RequestError, RunFailed
 from parity import faults
 
@@ -95,9 +95,15 @@ class Wrong:
     made: check.Format
     standardize_eps: float | None = None
     fault: str | None = None
+    only_beside: bool = False  # right where the weights lie within the file
+
+    def require(self, *, checked):
+        self.made.require(checked=checked)
 
     def write(self, source, path, dtype, *, beside):
         eps = self.standardize_eps or source.architecture.standardize_eps
+        if self.only_beside and not beside:
+            eps = source.architecture.standardize_eps
         architecture = dataclasses.replace(source.architecture, standardize_eps=eps)
         with faults.injected(self.fault) if self.fault else contextlib.nullcontext():
             self.made.write(Source(architecture, source.arrays), path, dtype, beside=beside)
@@ -171,6 +177,8 @@ def test_a_saved_model_is_the_model_elsewhere(source, exact, known, tmp_path):
     same_predictions(
         outside(program, tmp_path / "model.savedmodel", IMAGES[0].astype(np.float32)), exact[np.float64][0]
     )
+    names = {path.name for path in (tmp_path / "model.savedmodel").iterdir()}
+    assert names <= saved_model.CONTENTS  # a directory with anything else in it is not replaced
     targets.export(source, tmp_path / "model.savedmodel", checked=False)  # replaces it
     assert (tmp_path / "model.savedmodel" / "saved_model.pb").exists()
     assert not list(tmp_path.glob(".model*"))
@@ -187,15 +195,30 @@ def unpadded(graph, images):
     return graph.node("MaxPool", [x], "root_block/pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
 
 
-@pytest.mark.parametrize("fault", ["epsilon of timm", "epsilon of GroupNorm", "padding of the pool"])
+@pytest.mark.parametrize(
+    "fault", ["epsilon of timm", "epsilon of timm, beside", "epsilon of GroupNorm", "padding of the pool"]
+)
 def test_a_graph_that_is_not_the_model_is_not_written(source, known, tmp_path, monkeypatch, fault):
     pytest.importorskip("onnxruntime")
-    made = Wrong(onnx_graph, {"epsilon of timm": 1e-8, "epsilon of GroupNorm": 1e-5}.get(fault))
+    beside = fault.endswith("beside")
+    made = Wrong(onnx_graph, 1e-8 if "timm" in fault else None, only_beside=beside)
     if fault == "padding of the pool":
         monkeypatch.setattr(onnx_graph.Graph, "root", unpadded)
+    if fault == "epsilon of GroupNorm":
+        monkeypatch.setattr(onnx_graph, "NORM_EPS", 1.01 * onnx_graph.NORM_EPS)
     monkeypatch.setitem(targets.FORMATS, ".onnx", made)
     with pytest.raises(RunFailed, match="is not written"):
-        targets.export(source, tmp_path / "model.onnx")
+        targets.export(source, tmp_path / "model.onnx", beside=beside)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_of_zeros_does_not_hide_a_graph_that_is_wrong(source, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(check, "images", lambda: IMAGES)
+    new = Source(source.architecture, source.arrays | {HEAD_KERNEL: np.zeros_like(source.arrays[HEAD_KERNEL])})
+    monkeypatch.setattr(onnx_graph.Graph, "root", unpadded)
+    with pytest.raises(RunFailed, match="is not written"):
+        targets.export(new, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,7 +241,7 @@ def test_weights_that_no_file_holds_go_beside(tmp_path):
 
 
 def test_a_target_that_cannot_be_written_is_refused(source, tmp_path):
-    with pytest.raises(RequestError, match="No such file or directory; name another target"):
+    with pytest.raises(RequestError, match="No such file or directory; mend that"):
         targets.export(source, tmp_path / "nowhere" / "model.onnx")
 
 
@@ -273,7 +296,7 @@ def test_convert_writes_a_program_and_says_how_far_it_is(small_npz, known, tmp_p
     assert all(entry["difference"] < limit for entry, limit in zip(said["compared"], (1e-11, 1e-4), strict=True))
     with pytest.raises(RequestError, match="add --overwrite"):
         converted(str(small_npz), tmp_path / "model.onnx", checked=False)
-    converted(str(small_npz), tmp_path / "model.onnx", checked=False, overwrite=True)
+    converted(str(small_npz), tmp_path / "model.onnx", beside=True, checked=False, overwrite=True)
     for flags, sentence in (
         ({"naming": "timm"}, "is a program; leave it out"),
         ({"target": tmp_path / "a.npz", "beside": True}, "--weights-beside is for .stablehlo and .onnx"),

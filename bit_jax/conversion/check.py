@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from jaxtyping import Float
 from bit_jax.conversion import layouts, libraries
 from bit_jax.conversion.conversion import Conversion, images
 from bit_jax.formats.names import Peer
+from bit_jax.formats.weights import with_telling_head
 from bit_jax.model.architecture import Architecture
 from input_pipeline.errors import RunFailed
 
 # of a float64 difference, as a share of the largest logit: rounding makes some 1e-14, a wrong constant 1e-7
 LIMIT = 1e-9
+RANDOM_HEAD = "with random numbers in place of the head's zeros"
 PACKAGES = {"timm": "timm", "huggingface": "transformers"}  # the library of each peer that has one
 
 
@@ -29,7 +32,7 @@ class Compared:
 
     Attributes:
         what: what was compared, as a clause.
-        difference: the largest difference of a float64 logit; None where nothing could be computed.
+        difference: the largest difference, of a float64 logit or in an array; None where nothing could be computed.
         limit: above it the conversion has failed; None: the difference is only told.
     """
 
@@ -51,14 +54,37 @@ def require(compared: list[Compared]) -> None:
         raise RunFailed(f"the target does not compute what its source does ({'; '.join(map(str, wrong))})")
 
 
-def read_back(conversion: Conversion, target: Path) -> Compared:
-    """Reads the target with this project's reader and compares the logits, which have to be the same."""
-    eps = conversion.architecture.standardize_eps
-    again = Conversion.of(target, standardize_eps=eps)
-    if again.architecture != conversion.architecture or again.arrays.keys() != conversion.arrays.keys():
+def read_back(conversion: Conversion, target: Path) -> list[Compared]:
+    """Reads the target with this project's reader, and compares every array, which has to be the same.
+
+    Returns:
+        What was compared; where the target has no place for the constant that the weights were trained with, how much
+        the logits change by the one that it is read with.
+
+    Raises:
+        RunFailed: the target is another architecture.
+    """
+    again = Conversion.of(target)
+    read, trained = again.architecture.standardize_eps, conversion.architecture.standardize_eps
+    same = dataclasses.replace(again.architecture, standardize_eps=trained) == conversion.architecture
+    if not same or again.arrays.keys() != conversion.arrays.keys():
         raise RunFailed(f"the target reads as {again.architecture}, and its source is {conversion.architecture}")
-    difference = np.abs(again.logits() - conversion.logits()).max()
-    return Compared("read back, float64 logits", float(difference), 0.0)
+    differences = [_apart(again.arrays[key], array) for key, array in conversion.arrays.items()]
+    compared = [Compared("read back, every array", max(differences), 0.0)]
+    if read != trained:
+        telling = dataclasses.replace(conversion, arrays=with_telling_head(conversion.arrays))
+        apart = float(np.abs(telling.logits(read) - telling.logits()).max())
+        told = f"read back with {read:g} added to the variance of kernels, not {trained:g}"
+        remedy = f"give --standardize-eps {trained:g}, or standardize_eps={trained:g} to `load`"
+        compared.append(Compared(f"{told}: {remedy}", apart))
+    return compared
+
+
+def _apart(left: np.ndarray, right: np.ndarray) -> float:
+    """Returns the largest difference of two arrays; infinite where their shapes or dtypes differ."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return math.inf
+    return 0.0 if np.array_equal(left, right) else float(np.abs(left.astype(np.float64) - right).max())
 
 
 def by_library(conversion: Conversion, target: Path, peer: Peer) -> list[Compared]:

@@ -35,7 +35,7 @@ class Conversion:
 
     @classmethod
     def of(cls, path: Path, *, num_classes: int | None = None, standardize_eps: float | None = None) -> "Conversion":
-        """Reads the source whole.
+        """Reads the source whole. The class names of a head that is replaced are left out.
 
         Raises:
             WeightsError, RequestError: see `weights.load`.
@@ -45,7 +45,10 @@ class Conversion:
             key: array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32, copy=False)
             for key, array in arrays
         }
-        return cls(path, architecture, wide, described(path))
+        known = described(path)
+        if num_classes is not None:
+            known = dataclasses.replace(known, class_names=None)
+        return cls(path, architecture, wide, known)
 
     @property
     def class_names(self) -> list[str] | None:

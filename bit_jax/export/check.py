@@ -1,6 +1,7 @@
 """Holds an exported file against the model in float64, on fixed images of two sizes."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bit_jax.export.source import LARGEST, Source
-from bit_jax.formats.weights import unflatten
+from bit_jax.formats.weights import unflatten, with_telling_head
 
 SHAPES = ((3, 32, 40, 3), (2, 49, 33, 3))  # odd and even sizes, neither square
 FACTOR = 4.0  # by which the file's rounding may exceed the model's: other orders of summation, as in parity's verdict
@@ -21,6 +22,10 @@ LIMIT = 1e-9
 class Format(Protocol):
     """A module of this room that writes and runs one kind of file."""
 
+    def require(self, *, checked: bool) -> None:
+        """Raises RequestError where a package is missing that writing, or running what is written, needs."""
+        ...
+
     def write(self, source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None: ...
 
     def run(self, path: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]: ...
@@ -28,50 +33,63 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a file's logits are apart from the model's in float64.
+    """How far logits are from those of the Flax model in float64.
 
     Attributes:
-        rmse: of the file, in float32.
-        largest: the largest difference of the file, in float32.
-        own_rmse: of the Flax model, in float32.
-        apart: the largest difference of the same program, written and run in float64.
-        logits: the largest logit.
+        rmse: RMSE of the file's float32 logits.
+        largest: largest difference of the file's float32 logits.
+        own_rmse: RMSE of the Flax model's float32 logits.
+        apart: largest difference of the logits of the same program, written and run in float64.
+        largest_logit: largest float64 logit of the Flax model, in absolute value.
     """
 
     rmse: float
     largest: float
     own_rmse: float
     apart: float
-    logits: float
+    largest_logit: float
 
     @property
     def holds(self) -> bool:
         # a rounding of every logit is allowed even where the model happens to be exact
-        allowed = FACTOR * max(self.own_rmse, float(np.finfo(np.float32).eps) * self.logits / 4)
-        return self.rmse <= allowed and self.apart <= LIMIT * max(self.logits, 1.0)
+        allowed = FACTOR * max(self.own_rmse, float(np.finfo(np.float32).eps) * self.largest_logit / 4)
+        return self.rmse <= allowed and self.apart <= LIMIT * max(self.largest_logit, 1.0)
 
     def __str__(self) -> str:
         return (
-            f"logits up to {self.logits:.3g}: the program in float64 differs from the model by {self.apart:.1e} "
+            f"logits up to {self.largest_logit:.3g}: the program in float64 differs from the model by {self.apart:.1e} "
             f"({LIMIT:.0e} of the largest is allowed), the file's float32 by {self.rmse:.1e} RMSE "
             f"(the model's own by {self.own_rmse:.1e}; {FACTOR:g} times that is allowed)"
         )
 
 
-def check(source: Source, path: Path, made: Format, folder: Path) -> Check:
-    """Runs a file, and the same program in float64, which is written into `folder` for it.
+def check(source: Source, path: Path, made: Format, *, beside: bool) -> Check:
+    """Runs a file, and the same program in float64, for which there is room on the same disk.
+
+    A new head of zeros makes all logits 0, whatever the rest of a program computes. Both programs are then written for
+    the check with random numbers in place of the zeros.
 
     Args:
         source: what was exported.
         path: the file that was written in float32.
         made: its format.
-        folder: where there is room for the program in float64.
+        beside: whether its weights lie beside it.
     """
+    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=f".{path.name}.") as folder:
+        telling = dataclasses.replace(source, arrays=with_telling_head(source.arrays))
+        if telling.arrays is not source.arrays:
+            path = Path(folder) / f"float32{path.suffix}"
+            made.write(telling, path, np.dtype(np.float32), beside=beside)
+        return _check(telling, path, made, Path(folder), beside=beside)
+
+
+def _check(source: Source, path: Path, made: Format, folder: Path, *, beside: bool) -> Check:
+    """Writes the program in float64 into `folder`, and runs both."""
     batches = images()
     exact = own_logits(source, batches, np.float64)
     own = own_logits(source, batches, np.float32)
     wide = folder / f"float64{path.suffix}"
-    made.write(source, wide, np.dtype(np.float64), beside=source.size(np.float64) > LARGEST)
+    made.write(source, wide, np.dtype(np.float64), beside=beside or source.size(np.float64) > LARGEST)
     proven = made.run(wide, batches)
     narrow = made.run(path, [batch.astype(np.float32) for batch in batches])
     return Check(

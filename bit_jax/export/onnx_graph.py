@@ -4,6 +4,7 @@ docs/notebook.md compares it with what PyTorch's exporter and jax2onnx make of t
 """
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from input_pipeline.errors import RequestError
 OPSET, IR = 17, 8  # nothing newer is needed, and whatever reads ONNX today reads these
 IMAGES, LOGITS = "images", "logits"
 BESIDE = ".data"  # what the file of the weights adds to the graph's name
-MISSING = "an .onnx needs {}, which is not installed; pip install 'bit-jax[onnx]'"
 
 
 @dataclasses.dataclass
@@ -65,8 +65,8 @@ class Graph:
     def group_norm_relu(self, x: str, place: str) -> str:
         """GroupNorm as the InstanceNormalization of groups, which runtimes have a kernel of their own for.
 
-        GroupNormalization of opset 21 is expanded by onnxruntime into 20 nodes, which take a fifth more of the whole
-        model's time, and its variance is E[x^2] - E[x]^2, which loses digits.
+        onnxruntime expands GroupNormalization of opset 21 into many nodes, and its variance is E[x^2] - E[x]^2, which
+        loses digits.
         """
         gamma, beta = (
             self.constant(f"{PREFIX}{place}/{name}", self.weights[f"{PREFIX}{place}/{name}"][:, None, None])
@@ -130,6 +130,16 @@ def build(architecture: Architecture, weights: Mapping[str, np.ndarray], dtype: 
     return helper.make_model(made, opset_imports=[opset], ir_version=IR, producer_name="bit_jax")
 
 
+def require(*, checked: bool) -> None:
+    """Raises RequestError where onnx, or to run what is written onnxruntime, is not installed."""
+    for name, remedy in (("onnx", ""), *((("onnxruntime", ", or add --no-check"),) if checked else ())):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = f"an .onnx needs {error.name}, which is not installed; pip install 'bit-jax[onnx]'{remedy}"
+            raise RequestError(missing) from None
+
+
 def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
     """Writes the graph of `build`, with kernels standardized.
 
@@ -140,12 +150,10 @@ def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
         beside: whether the weights go into a file of their own, `path` with ".data", which has to stay beside it.
 
     Raises:
-        RequestError: onnx is not installed, or the weights do not fit into the file.
+        RequestError: the weights do not fit into the file.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise RequestError(MISSING.format(error.name)) from None
+    import onnx
+
     if not beside:
         source.require_room(dtype)
     model = build(source.architecture, source.folded(dtype), np.dtype(dtype))
@@ -161,11 +169,9 @@ def run(path: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
     They are computed by onnxruntime; in float64, which its convolution does not have, by the reference implementation
     of the ONNX project.
     """
-    try:
-        import onnxruntime
-        from onnx.reference import ReferenceEvaluator
-    except ImportError as error:
-        raise RequestError(MISSING.format(error.name) + ", or add --no-check") from None
+    import onnxruntime
+    from onnx.reference import ReferenceEvaluator
+
     if batches[0].dtype == np.float64:
         session: Any = ReferenceEvaluator(str(path))
     else:

@@ -18,6 +18,14 @@ import numpy as np
 from bit_jax.export.source import Source
 from input_pipeline.errors import RequestError
 
+CONTENTS = frozenset({"assets", "fingerprint.pb", "saved_model.pb", "variables"})  # what TensorFlow writes
+
+
+def require(*, checked: bool) -> None:
+    """Raises RequestError where TensorFlow is not installed."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise RequestError("a SavedModel needs tensorflow, which is not installed; pip install 'bit-jax[prepare]'")
+
 
 def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
     """Writes the directory of images [batch, height, width, 3] in [-1, 1] -> {"logits": [batch, classes]}.
@@ -25,7 +33,7 @@ def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
     Kernels are standardized already. TensorFlow keeps the weights in files beside the graph, whatever `beside` is.
 
     Raises:
-        RequestError: TensorFlow is not installed, or fails.
+        RequestError: TensorFlow fails.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         weights = Path(folder) / "weights.npz"
@@ -44,8 +52,6 @@ def run(path: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _tensorflow(*arguments: object) -> None:
-    if importlib.util.find_spec("tensorflow") is None:
-        raise RequestError("a SavedModel needs tensorflow, which is not installed; pip install 'bit-jax[prepare]'")
     command = [sys.executable, "-m", "bit_jax.export.tensorflow_graph", *map(str, arguments)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,6 +1,7 @@
 """Writes the model as `jax.export` serializes it: StableHLO for CPUs, NVIDIA's GPUs and TPUs, of any image size."""
 
 import contextlib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,14 @@ SHAPE = "batch, height, width, 3"
 BESIDE = ".npz"  # what the file of the weights adds to the program's name
 
 
+def require(*, checked: bool) -> None:
+    """Raises RequestError where flatbuffers, which serializing needs, is not installed."""
+    try:
+        importlib.import_module("flatbuffers")
+    except ImportError as error:
+        raise RequestError(f"a .stablehlo needs {error.name}; pip install 'bit-jax[stablehlo]'") from None
+
+
 def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
     """Writes images [batch, height, width, 3] in [-1, 1] -> logits [batch, classes]; all three sizes are symbolic.
 
@@ -29,16 +38,12 @@ def write(source: Source, path: Path, dtype: np.dtype, *, beside: bool) -> None:
             ({official key: array}, images), as `dict(numpy.load(path + ".npz"))` gives them, and standardizes kernels.
 
     Raises:
-        RequestError: flatbuffers is not installed, or the weights do not fit into the file.
+        RequestError: the weights do not fit into the file.
     """
     if not beside:
         source.require_room(dtype)
     with _mode(dtype):
-        exported = trace(source, dtype, beside=beside)
-        try:
-            path.write_bytes(exported.serialize())
-        except ImportError as error:
-            raise RequestError(f"a .stablehlo needs {error.name}; pip install 'bit-jax[stablehlo]'") from None
+        path.write_bytes(trace(source, dtype, beside=beside).serialize())
     if beside:
         arrays = {key: array.astype(dtype) for key, array in source.arrays.items()}
         beside_path = path.with_name(path.name + BESIDE)

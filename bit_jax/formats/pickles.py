@@ -39,6 +39,8 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} holds no state dict of a BiT in the names of the original code, timm or Hugging Face: it is "
             f"{_described(content)}"
         )
+    for state in found.values():
+        _check_tensors(path, state)
     names = list(found)
     places = listed([name or "the outermost dict" for name in names])
     for name in names[1:]:
@@ -47,7 +49,6 @@ def read(path: Path) -> dict[str, Any]:
                 f"{path} holds {len(found)} state dicts of a BiT, and they differ ({places}), "
                 "as of an average beside the weights; save the one that is meant alone"
             )
-    _check_tensors(path, found[names[0]])
     return found[names[0]]
 
 
@@ -63,9 +64,18 @@ def write(file: BinaryIO, state: Mapping[str, np.ndarray]) -> None:
 
     Raises:
         RequestError: PyTorch is not installed.
+        OSError: the file cannot be written.
     """
-    torch = _torch("writing a PyTorch file")
-    torch.save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}, file)
+    torch = require()
+    try:
+        torch.save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}, file)
+    except RuntimeError as error:  # of PyTorch's zip writer, which does not say why
+        raise OSError(f"PyTorch's writer failed ({_sentence(error)})") from None
+
+
+def require() -> Any:
+    """Raises RequestError where PyTorch, which writing needs, is not installed."""
+    return _torch("writing a PyTorch file")
 
 
 def _torch(task: str) -> Any:

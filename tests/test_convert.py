@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -28,11 +27,11 @@ def contents(folder):
 
 
 @pytest.fixture
-def there(small_npz, tmp_path):
-    """Source and others' files, in a folder that is also the working directory."""
+def there(tmp_path):
+    """Sources, which are not read before a target is refused, and others' files."""
     for place in ("w/model.safetensors", "runs/flowers/final.npz", "weights.npz", "m.stablehlo.npz"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(small_npz, tmp_path / place)
+        (tmp_path / place).write_bytes(place.encode())
     (tmp_path / "runs/flowers/checkpoint").write_bytes(b"hours of work")
     (tmp_path / "d.npz").mkdir()
     (tmp_path / "d.npz/notes.txt").write_bytes(b"notes")
@@ -40,7 +39,7 @@ def there(small_npz, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links/model.safetensors").symlink_to(tmp_path / "w/model.safetensors")
     (tmp_path / "hub").mkdir()
-    shutil.copy(small_npz, tmp_path / "hub/model.safetensors")
+    (tmp_path / "hub/model.safetensors").write_bytes(b"weights")
     (tmp_path / "hub/config.json").write_text("{}")
     (tmp_path / "hub/README.md").write_text("of a person")
     (tmp_path / "x.savedmodel").mkdir()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -25,11 +26,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves the files of one model, as the hub does: its commit, its size, and the SHA-256 as ETag."""
 
     files: dict[str, bytes]
+    commits: dict[str, str]  # the newest when a file was asked for; "0" * 40 unless given
     damaged = False
+    failing = None  # the name of a file that the hub has trouble with
 
     def do_GET(self):
-        name = self.path.removeprefix("/owner/bit/resolve/main/")
-        content = self.files.get(name) or self.files.get(name.rpartition("/")[2])
+        name = self.path.rpartition("/")[2]
+        content = self.files.get(name)
+        if name == self.failing:
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if content is None or not self.path.startswith("/owner/bit/"):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if "/owner/bit/" in self.path else "RepoNotFound")
@@ -37,12 +45,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
+        asked = self.path.split("/")[-2]
+        self.send_header("X-Repo-Commit", self.commits.get(name, "0" * 40) if asked == "main" else asked)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[:-1] + bytes([content[-1] ^ 1]) if self.damaged else content)
+            self.wfile.write(
+                content[:-1] + bytes([content[-1] ^ 1]) if self.damaged and name in hub.WEIGHTS else content
+            )
 
     do_HEAD = do_GET  # noqa: N815 (http.server's name)
 
@@ -54,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def served(tmp_path):
     convert.converted("embedded", tmp_path / "model", checked=False)
     files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    handler = type("Served", (Handler,), {"files": files})
+    handler = type("Served", (Handler,), {"files": files, "commits": {}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -62,6 +73,11 @@ def served(tmp_path):
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def left_of_weights(cache):
+    """Returns what is in a cache of the size of weights, under whatever name."""
+    return [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
 
 
 def fetched(server, tmp_path, name="hf:owner/bit"):
@@ -99,7 +115,35 @@ def test_what_the_hub_did_not_announce_is_not_kept(served, tmp_path):
     done = fetched(server, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "is not what the hub announced" in done.stderr
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name in handler.files]
+    assert left_of_weights(tmp_path / "cache") == []
+
+
+@NEEDS_HUB
+@pytest.mark.slow
+def test_a_config_that_cannot_be_fetched_is_a_problem(served, tmp_path):
+    """Weights without it have neither class names nor a size; only the hub may say that there is none."""
+    server, handler = served
+    handler.failing = "config.json"
+    done = fetched(server, tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "cannot fetch hf:owner/bit (LocalEntryNotFoundError" in done.stderr
+    assert left_of_weights(tmp_path / "cache") == []
+    handler.failing = None
+    del handler.files["config.json"]
+    done = fetched(server, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@NEEDS_HUB
+@pytest.mark.slow
+def test_config_and_weights_are_of_one_commit(served, tmp_path):
+    server, handler = served
+    handler.commits |= {"model.safetensors": "1" * 40}  # made after config.json has been fetched
+    done = fetched(server, tmp_path)
+    assert done.returncode == 0, done.stderr
+    place = Path(done.stdout.strip())
+    assert place.name == "1" * 40
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @NEEDS_HUB

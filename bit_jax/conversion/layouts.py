@@ -3,7 +3,6 @@
 from typing import Any
 
 from bit_jax.conversion.conversion import Conversion
-from bit_jax.formats.comment import KEY
 from bit_jax.model.architecture import GROUPS, Architecture
 from input_pipeline.errors import RequestError
 
@@ -30,7 +29,6 @@ def hugging_face(conversion: Conversion) -> dict[str, Any]:
         "num_groups": GROUPS,
         "output_stride": 32,
         "dtype": "float32",
-        KEY: architecture.standardize_eps,
     }
 
 
@@ -77,5 +75,4 @@ def timm(conversion: Conversion) -> dict[str, Any]:
             "first_conv": "stem.conv",
             "classifier": "head.fc",
         },
-        KEY: architecture.standardize_eps,
     }

@@ -35,7 +35,7 @@ START = 1024  # bytes of a file that are read to recognize it
 PICKLE = rb"\x80[\x02-\x05]"  # what a pickle begins with
 # one of these makes a directory one of weights
 WEIGHTS = {"model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
-HEADER = 100_000_000  # bytes: the longest header that a safetensors file may have
+HEADER = 100_000_000  # bytes: the longest header that the safetensors format allows
 
 # (name of an entry, description, remedy) of directories that people may take for weights
 CONTENTS = (
@@ -100,7 +100,7 @@ def recognize(path: Path) -> str | None:
 
 
 def _is_safetensors(start: bytes) -> bool:
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= HEADER
 
 
 def _is_torch(path: Path) -> bool:

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from bit_jax.formats import recognize
 from bit_jax.formats.official import AGAIN, SPELLED, WeightsError, listed
 from input_pipeline.errors import RequestError
 
 LENGTH = 8  # bytes of the header's length
-HEADER = 100_000_000  # bytes: the longest header that the format allows
 METADATA = "__metadata__"
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -51,7 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(LENGTH), "little")
-            if length > min(HEADER, size - LENGTH):
+            if length > min(recognize.HEADER, size - LENGTH):
                 raise WeightsError(f"{path} is truncated or damaged: it is too short for its header; {AGAIN}")
             text = file.read(length)
     except OSError as error:

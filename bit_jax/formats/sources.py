@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from bit_jax.formats.official import WeightsError, listed
 from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json
 
-EPS = comment.KEY  # of safetensors' metadata and of config.json, where this project wrote them
+EPS = comment.KEY  # of safetensors' metadata, where this project wrote them
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 REMEDY = "get the directory again"
@@ -70,7 +69,7 @@ def open_source(path: Path) -> Source:
         return _official(path)
     if container == "directory":
         return _directory(path)
-    return _foreign(path, [path], {})
+    return _foreign(path, [path])
 
 
 def digest(path: Path) -> str:
@@ -95,18 +94,19 @@ def _official(path: Path) -> Source:
 
 
 def _directory(path: Path) -> Source:
-    config = path / "config.json"
-    content = read_json(config, dict, REMEDY) if config.exists() else {}
     index = next((path / name for name in INDEXES if (path / name).exists()), None)
     if index is None:
-        return _foreign(path, [next(path / name for name in WHOLE if (path / name).exists())], content)
+        whole = [path / name for name in WHOLE if (path / name).exists()]
+        if not whole:
+            raise WeightsError(f"the weights in {path} are a symbolic link to nothing; {REMEDY}")
+        return _foreign(path, whole[:1])
     where = read_json(index, dict, REMEDY).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise WeightsError(f"{index} is damaged (it has no weight_map of file names); {REMEDY}")
     files = sorted(set(where.values()))
     if strange := [name for name in files if name != os.path.basename(name) or not (path / name).is_file()]:
         raise WeightsError(f"{index} names files that are not in {path}: {listed(strange)}; {REMEDY}")
-    return _foreign(path, [path / name for name in files], content)
+    return _foreign(path, [path / name for name in files])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,11 @@ class _Part:
 
 
 def _part(path: Path) -> _Part:
-    if recognize.container(path) == "safetensors":
+    container = recognize.container(path)
+    if container not in ("safetensors", "pickle"):
+        other = recognize.recognize(path) or f"is an .npz, which is named by itself, or damaged; {REMEDY}"
+        raise WeightsError(f"{path} {other}")
+    if container == "safetensors":
         entries, metadata = safetensors.read_header(path)
 
         def stored(wanted: Collection[str]) -> Arrays:
@@ -134,13 +138,12 @@ def _part(path: Path) -> _Part:
     return _Part({name: tuple(tensor.shape) for name, tensor in tensors.items()}, pickled, {})
 
 
-def _foreign(path: Path, files: list[Path], config: dict[str, Any]) -> Source:
+def _foreign(path: Path, files: list[Path]) -> Source:
     """Returns what files of one model hold, under official keys.
 
     Args:
         path: the name for messages.
         files: the model's files; no array is in two of them.
-        config: the content of a config.json beside them.
     """
     parts = [_part(file) for file in files]
     everywhere = [name for part in parts for name in part.shapes]
@@ -170,16 +173,17 @@ def _foreign(path: Path, files: list[Path], config: dict[str, Any]) -> Source:
         if not_finite:
             raise WeightsError(f"{path} holds {official.NOT_FINITE} in {listed(not_finite)}; {official.AGAIN}")
 
-    said = config.get(EPS, next((part.metadata[EPS] for part in parts if EPS in part.metadata), None))
+    # of the metadata alone: a config.json keeps what it does not know when other weights are saved beside it
+    said = next((part.metadata[EPS] for part in parts if EPS in part.metadata), None)
     eps = peer.standardize_eps if said is None else _eps(said, path)
     return Source(peer.key, shapes, arrays, eps, told=said is not None)
 
 
-def _eps(said: Any, path: Path) -> float:
-    """Returns the number that config.json or the metadata has, which is text in the latter."""
+def _eps(said: str, path: Path) -> float:
+    """Returns the number that the metadata's text says."""
     try:
         eps = float(said)
-    except (TypeError, ValueError):
+    except ValueError:
         eps = None
     if not comment.is_eps(eps):
         raise WeightsError(f"{path} says that {EPS} is {repr(said)[:60]}, not a number between 0 and 1; mend that")

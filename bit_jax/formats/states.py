@@ -4,8 +4,10 @@ Whatever has a `shape` stands for a tensor, so that this file imports no framewo
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from bit_jax.formats.official import WeightsError, listed
 
 DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched through
 # DataParallel, DistributedDataParallel and torch.compile put these before the names of the model that they wrap
@@ -34,13 +36,27 @@ def unwrapped(state: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
 
     Args:
         known: names in such a model; a prefix that all of the state's names share is taken off until one fits.
+
+    Raises:
+        WeightsError: two names become one.
     """
     known = set(known)
-    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    state = _renamed(state, lambda name: WRAPPERS.sub("", name))
     while not known & state.keys():
         first = {name.partition(".")[0] for name in state}
         if len(first) != 1 or not all("." in name for name in state):
             break
         # a prefix such as "model." or "net.": the model was an attribute of the module that was saved
-        state = {WRAPPERS.sub("", name.partition(".")[2]): tensor for name, tensor in state.items()}
+        state = _renamed(state, lambda name: WRAPPERS.sub("", name.partition(".")[2]))
     return state
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    renamed: dict[str, tuple[str, Any]] = {}
+    for name, tensor in state.items():
+        short = rename(name)
+        if short in renamed:
+            names = [renamed[short][0], name]
+            raise WeightsError(f"{listed(names)} are both {short} once wrappers are left out; save one of them alone")
+        renamed[short] = (name, tensor)
+    return {short: tensor for short, (_, tensor) in renamed.items()}

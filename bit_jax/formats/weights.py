@@ -103,8 +103,8 @@ def read(
         architecture = dataclasses.replace(architecture, num_classes=num_classes)
     elif not architecture.num_classes:
         raise WeightsError(
-            f"{path} holds a BiT without a head; give num_classes=0 for its features, or a number of classes for a new "
-            "head",
+            f"{path} holds a BiT without a head; give the number of classes of a new head (num_classes, --num-classes "
+            "of convert), or num_classes=0 for its features",
             missing=[HEAD_KERNEL, HEAD_BIAS],
         )
     eps = source.standardize_eps if standardize_eps is None else standardize_eps

@@ -32,42 +32,53 @@ def directory(name: str) -> Path:
         raise RequestError(f"{name} names no model of the hub; write hf:OWNER/NAME, such as hf:google/bit-50")
     try:
         import huggingface_hub as hub
-        from huggingface_hub.errors import EntryNotFoundError
     except ImportError:
         raise RequestError(
             f"{name} is fetched by huggingface_hub, which is not installed: `pip install huggingface_hub`, or fetch "
             f"{CONFIG} and {WEIGHTS[0]} of https://huggingface.co/{repository} into a directory and name that"
         ) from None
-    problem: Exception | None = None
     try:
-        _fetched(hub, repository, CONFIG)
+        return _directory(hub, repository)
+    except FetchError:
+        raise
+    except Exception as error:  # of the network, of the hub, of the library's cache
+        said = " ".join(str(error).split())[:200]
+        raise FetchError(
+            f"cannot fetch {name} ({type(error).__name__}: {said}); fetch {CONFIG} and {WEIGHTS[0]} of "
+            f"https://huggingface.co/{repository} elsewhere into a directory and name that"
+        ) from None
+
+
+def _directory(hub, repository: str) -> Path:
+    config = _if_there(hub, repository, CONFIG)  # weights alone can be read too
+    weights = next(filter(None, (_if_there(hub, repository, file) for file in WEIGHTS)), None)
+    if weights is None:
+        raise FileNotFoundError(f"it has neither {' nor '.join(WEIGHTS)}")
+    if config is not None and config.parent != weights.parent:
+        # the model was changed after its config.json came into the cache
+        _if_there(hub, repository, CONFIG, revision=weights.parent.name)
+    return weights.parent
+
+
+def _if_there(hub, repository: str, file: str, *, revision: str | None = None) -> Path | None:
+    """Returns the file in the cache, fetched if need be; None where the hub says, or said once, that the model has no
+    such file."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = hub.try_to_load_from_cache(repository, file, revision=revision)
+    if cached is not None:  # the path, or an object that stands for the hub's word that there is none
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        return _fetched(hub, repository, file, revision)
+    except LocalEntryNotFoundError:  # which is an EntryNotFoundError too: the hub could not be asked
+        raise
     except EntryNotFoundError:
-        pass  # weights alone can be read too
-    except Exception as error:
-        problem = error
-    for file in WEIGHTS if problem is None else ():
-        try:
-            return _fetched(hub, repository, file).parent
-        except EntryNotFoundError as error:
-            problem = error
-        except FetchError:
-            raise
-        except Exception as error:  # of the network, of the hub, of the library's cache
-            problem = error
-            break
-    said = " ".join(str(problem).split())[:200]
-    raise FetchError(
-        f"cannot fetch {name} ({type(problem).__name__}: {said}); fetch {CONFIG} and {WEIGHTS[0]} of "
-        f"https://huggingface.co/{repository} elsewhere into a directory and name that"
-    )
+        return None
 
 
-def _fetched(hub, repository: str, file: str) -> Path:
-    """Returns the file in the cache; one that was not there is verified against the hash that the hub announced."""
-    cached = hub.try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    path = Path(hub.hf_hub_download(repository, file))
+def _fetched(hub, repository: str, file: str, revision: str | None) -> Path:
+    """Returns the file in the cache, fetched and verified against the hash that the hub announced."""
+    path = Path(hub.hf_hub_download(repository, file, revision=revision))
     blob = path.resolve()  # the cache names a file by its hash, and the model's directory links there
     if not _is(blob, blob.name):
         blob.unlink()

@@ -15,6 +15,7 @@ from bit_jax.conversion.place import require_apart, require_free
 from bit_jax.export.check import SHAPES
 from bit_jax.export.source import Source
 from bit_jax.export.targets import BESIDE, CONTENTS, FORMATS, PROGRAMS, export
+from bit_jax.formats.comment import is_eps
 from bit_jax.formats.names import PEERS
 from bit_jax.formats.weights import with_telling_head
 from bit_jax.published import locate
@@ -97,23 +98,21 @@ def converted(
         raise RequestError(f"--weights-beside is for {' and '.join(BESIDE)}, and {target} is none; leave it out")
     if program is not None and naming != AUTO:
         raise RequestError(f"--format {naming} names arrays of weights, and {target} is a program; leave it out")
-    if num_classes == 0:
-        raise RequestError("--num-classes is 0, and no model without a head is written; give the size of a new head")
+    if num_classes is not None and num_classes < 1:
+        raise RequestError(f"--num-classes is {num_classes}, and a head has at least 1; give the size of a new head")
+    if standardize_eps is not None and not is_eps(standardize_eps):
+        raise RequestError(f"--standardize-eps is {standardize_eps:g}; give a positive number below 1")
     kind = kind_of(place) if program is None else None
     naming = naming if kind is None else kind.naming(naming)
     require_free(target, kind.contents if kind else CONTENTS.get(place.suffix), overwrite=overwrite)
-    second = place.with_name(place.name + BESIDE[place.suffix]) if place.suffix in BESIDE else None
-    if second is not None and beside:
-        require_free(second, None, overwrite=overwrite)
-    elif second is not None and os.path.lexists(place) and os.path.lexists(second):
-        raise RequestError(f"{second} lies beside {target}; add --weights-beside to replace both, or move it away")
+    written = [place] if kind else [place, *_weights_beside(place, beside=beside, overwrite=overwrite)]
     if kind is None:
         FORMATS[place.suffix].require(checked=checked)
     elif kind.require is not None:
         kind.require()
     path = locate.weight_file(source)
-    for written in (place, second) if second is not None and beside else (place,):
-        require_apart(written, path)
+    for file in written:
+        require_apart(file, path)
     conversion = Conversion.of(path, num_classes=num_classes, standardize_eps=standardize_eps)
     if note := conversion.architecture.note:
         print(note, file=sys.stderr)
@@ -133,6 +132,23 @@ def converted(
         "images": list(IMAGES) if kind else list(map(list, SHAPES)),
         "compared": [{"what": entry.what, "difference": entry.difference} for entry in compared],
     }
+
+
+def _weights_beside(program: Path, *, beside: bool, overwrite: bool) -> list[Path]:
+    """Returns the file, if any, for the weights of a program.
+
+    Raises:
+        RequestError: it exists and may not be replaced, or belongs to a program that is replaced by one without it.
+    """
+    if program.suffix not in BESIDE:
+        return []
+    file = program.with_name(program.name + BESIDE[program.suffix])
+    if beside:
+        require_free(file, None, overwrite=overwrite)
+        return [file]
+    if os.path.lexists(program) and os.path.lexists(file):
+        raise RequestError(f"{file} lies beside {program}; add --weights-beside to replace both, or move it away")
+    return []
 
 
 def _written(conversion: Conversion, target: Path, kind: Kind, naming: str, *, checked: bool) -> list[Compared]:

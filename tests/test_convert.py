@@ -165,6 +165,8 @@ def test_a_new_head_has_no_names_of_the_old_ones_classes(tmp_path):
     assert not dict(weights.read(tmp_path / "hub")[1])[HEAD_KERNEL].any()
     with pytest.raises(RequestError, match="--num-classes is 0"):
         convert.converted("embedded", tmp_path / "x.npz", num_classes=0)
+    with pytest.raises(RequestError, match="--standardize-eps is 2"):
+        convert.converted("embedded", tmp_path / "x.npz", standardize_eps=2)
 
 
 def test_a_constant_that_the_target_has_no_place_for_is_told(small_npz, tmp_path):

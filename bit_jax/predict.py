@@ -23,10 +23,11 @@ from bit_jax.formats.described import described
 from bit_jax.formats.sources import digest
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.class_names import imagenet, in_words
+from bit_jax.model.class_names import in_words
 from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.predictions import page, rows
+from bit_jax.predictions.classes import Head
 from bit_jax.predictions.progress import counting
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.predictions.views import in_words as view_in_words
@@ -156,16 +157,13 @@ def _probabilities(
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet's for
-    1,000 and for 21,843 classes, else numbers.
+    """Returns names to show for the classes of a head: those that `Head.of` finds, in words, else numbers.
 
     Args:
         dataset: the class names of the dataset that the weights were trained on, or None if they are not known.
     """
-    if dataset is not None and len(dataset) == num_classes:
-        return in_words(dataset)
-    known = imagenet(num_classes)
-    return [f"class {label}" for label in range(num_classes)] if known is None else list(known.values())
+    head = Head.of(dataset, num_classes, "these weights")
+    return [f"class {label}" for label in range(num_classes)] if head is None else in_words(head.names)
 
 
 def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Features:

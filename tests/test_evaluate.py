@@ -109,6 +109,8 @@ def test_the_figures_and_the_page_are_those_of_the_logits(tmp_path, npz, folder,
     assert figures["classes"] == {"head": 4, "competing": len(kept)}
     of_class = {each["name"]: (each["count"], each["examples"]) for each in figures["per_class"]}
     names = ["ant", "caf\u00e9", "dog", "zebra"]
+    assert all(each["name"] == names[each["head_label"]] for each in figures["per_class"])
+    assert all(each["head_label"] == kept[each["label"]] for each in figures["per_class"])
     assert of_class == {
         names[number]: (int(right[labels == place].sum()), int((labels == place).sum()))
         for place, number in enumerate(kept)
@@ -225,15 +227,16 @@ IDS = list(imagenet1k())
     "names",
     [
         ("n02099601", "n01440764"),  # as in tfds, and in ImageNet-A's and -R's folders
-        ("207", "0"),  # as in ImageNet-V2's folders, whose order is that of text
         ("golden retriever", "tench, Tinca tinca"),
+        ("n02099601", "tench, Tinca tinca"),
     ],
-    ids=["WordNet ids", "numbers", "words"],
+    ids=["by WordNet id", "by words", "by WordNet id and by words"],
 )
-def test_subsets_of_imagenet_are_matched_with_a_head_of_1000(names):
+def test_subsets_of_imagenet_are_matched_with_a_head_of_1000(names, request):
     head = classes.Head.of(None, 1000, "w.npz")
     assert head is not None
     matched = classes.match(source_of(*names), head, "dataset")
+    assert matched.notes[0] == f"matched with ImageNet's {request.node.callspec.id}"
     assert labels_by_name(matched) == ["golden retriever", "tench, Tinca tinca"]
     assert matched.competing == (0, 207)
     assert matched.source.labels.tolist() == [1, 0]
@@ -259,7 +262,27 @@ def test_all_of_imagenet_v2_by_its_folders_numbers():
     folders = sorted(map(str, range(1000)))
     matched = classes.match(source_of(*folders), head, "dataset")
     assert matched.source.labels.tolist() == [int(name) for name in folders]
-    assert "compete" not in " ".join(matched.notes)
+    assert matched.notes == ("matched with ImageNet's by number",)
+
+
+@pytest.mark.parametrize("count", [2, 10, 999])
+def test_some_numbers_are_no_classes_of_imagenet(count):
+    """The classes of MNIST are called 0 to 9, and its 0 is no tench."""
+    head = classes.Head.of(None, 1000, "w.npz")
+    assert head is not None
+    with pytest.raises(DatasetError, match=f"{count} classes that ImageNet's head of w.npz has not: 0, 1"):
+        classes.match(source_of(*map(str, range(count))), head, "dataset")
+
+
+def test_classes_with_the_same_words_are_told_apart():
+    """Both the bird and the machine are called crane; they are ImageNet's only two with the same words."""
+    head = classes.Head.of(None, 1000, "w.npz")
+    assert head is not None
+    matched = classes.match(source_of("n02012849", "n03126707", "n02099601"), head, "dataset")
+    assert matched.names == ("crane (n02012849)", "golden retriever", "crane (n03126707)")
+    assert classes.match(source_of("n02012849"), head, "dataset").names == ("crane",)
+    assert len(set(in_words(IDS))) == 1000
+    assert in_words(["mine", "mine"]) == ["mine", "mine"]
 
 
 def test_a_head_with_imagenets_words_is_imagenets():

@@ -33,7 +33,7 @@ from bit_jax.predictions.views import Preprocessing
 from bit_jax.predictions.views import in_words as view_in_words
 from bit_jax.published import locate
 from bit_jax.scale import sharding
-from bit_jax.training import figures, hyperrule, steps
+from bit_jax.training import figures, steps
 from bit_jax.training.target import Target
 from input_pipeline import DatasetError, read_image_file
 from input_pipeline.errors import RequestError
@@ -135,11 +135,10 @@ def predict(weight_file: Path, images: Sequence[Path], *, view: Preprocessing | 
     if note := Architecture.of(model).note:
         print(note, file=sys.stderr)
     names = class_names(known.class_names, model.num_classes)
-    size = view.side(known)
     for path in images:
         encoded = read_image_file(path)
         try:
-            side = size or hyperrule.resolution(native_area(encoded))[1]
+            side = view.side(known, functools.partial(native_area, encoded))
             pixels = view.views(known, side).evaluation(encoded)
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
@@ -173,10 +172,7 @@ def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Featu
         RequestError, DatasetError: the weights or an image cannot be read.
     """
     known, view = described(weight_file), request.view
-    side = view.side(known)
-    if side is None:
-        area, _ = input_pipeline.typical_area(files, skip_damaged=False)
-        side = hyperrule.resolution(area)[1]
+    side = view.side(known, lambda: input_pipeline.typical_area(files, skip_damaged=False)[0])
     views, precision = view.views(known, side), choose("fp32")
     architecture, _ = weights.read(weight_file, num_classes=0)
     mesh = sharding.make_mesh()

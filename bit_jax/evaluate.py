@@ -104,9 +104,13 @@ def main() -> None:
     carry_out(configuration())
 
 
-def configuration(arguments: Sequence[str] | None = None) -> Request:
-    """Returns the request that a command line makes; by default this process's own."""
-    return tyro.cli(Request, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+def configuration(arguments: Sequence[str] | None = None, prog: str | None = None) -> Request:
+    """Returns the request that a command line makes; by default this process's own.
+
+    Args:
+        prog: the command's name in messages; None: this process's.
+    """
+    return tyro.cli(Request, prog=prog, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def carry_out(request: Request) -> Evaluation | None:

@@ -12,8 +12,17 @@ from bit_jax import config, evaluate, train
 from bit_jax.reproductions.records import Figure
 from input_pipeline.errors import RequestError
 
-OTHERS = "workdir"  # stands in for the folder of runs where only the flags are compared
-FREE_IN_EVALUATION = {"data_dir", "precision", "devices", "json", "html", "predictions", "mistakes", "input_threads"}
+FREE_IN_EVALUATION = {
+    "data_dir",
+    "precision",
+    "devices",
+    "json",
+    "html",
+    "predictions",
+    "mistakes",
+    "input_threads",
+    "view",  # its fields are compared one by one
+}
 FREE_IN_TRAINING = {"model.precision", "run.deterministic"}  # besides those that a continued run may change
 OF_EXAMPLES = {"--dataset", "--split", "--train-split", "--eval-split"}
 
@@ -61,11 +70,10 @@ def changed(figure: Figure, data_dir: Path | None, more: tuple[str, ...]) -> lis
 def _deciding(figure: Figure, data_dir: Path | None, more: tuple[str, ...]) -> dict[str, Any]:
     """Returns {field: value} of all that decides what is measured."""
     if figure.how == "evaluation":
-        fields = vars(evaluation(figure, data_dir, more))
-        return {key: value for key, value in fields.items() if key not in FREE_IN_EVALUATION | {"view"}} | vars(
-            fields["view"]
-        )
-    cfg = training(figure, data_dir, Path(OTHERS), figure.seeds[0], more)
+        request = evaluation(figure, data_dir, more)
+        fields = vars(request) | vars(request.view)
+        return {key: value for key, value in fields.items() if key not in FREE_IN_EVALUATION}
+    cfg = training(figure, data_dir, Path("workdir"), figure.seeds[0], more)
     fields = {key: value for key, value in config.identity(cfg).items() if key not in FREE_IN_TRAINING}
     return fields | {"run.flagperf_compat": "schedule" in cfg.run.flagperf_compat}
 

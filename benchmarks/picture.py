@@ -16,7 +16,7 @@ from PIL import Image
 
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import exit_code
-from input_pipeline.files import replacing
+from input_pipeline.files import replacing, writable
 from input_pipeline.flags import UserPath, require_positive
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     require_positive({f"--{name}": getattr(arguments, name) for name in ("width", "height", "scale")})
+    writable(arguments.out)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise RequestError(f"none of {', '.join(BROWSERS)} is installed, and one of them has to draw the page")

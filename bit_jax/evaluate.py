@@ -21,12 +21,11 @@ from bit_jax.predictions.views import Preprocessing
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.train import keep_compiled_programs
-from bit_jax.training import hyperrule
 from bit_jax.training.target import Target
 from input_pipeline import terminal
 from input_pipeline.exits import exit_code
 from input_pipeline.files import writable, write_json
-from input_pipeline.flags import UserPath, require_positive, typed
+from input_pipeline.flags import UserPath, require_distinct, require_positive, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +94,23 @@ class Request:
         """
         require_positive(typed(self.devices, "batch_per_device", "hosts") | typed(self, "mistakes", "input_threads"))
         self.view.check()
-        for path in (self.json, self.html, self.predictions):
-            if path is not None:
-                writable(path)
+        outputs = {"--json": self.json, "--html": self.html, "--predictions": self.predictions}
+        require_distinct(outputs)
+        for path in filter(None, outputs.values()):
+            writable(path)
 
 
 def main() -> None:
     carry_out(configuration())
 
 
-def configuration(arguments: Sequence[str] | None = None) -> Request:
-    """Returns the request that a command line makes; by default this process's own."""
-    return tyro.cli(Request, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+def configuration(arguments: Sequence[str] | None = None, prog: str | None = None) -> Request:
+    """Returns the request that a command line makes; by default this process's own.
+
+    Args:
+        prog: the command's name in messages; None: this process's.
+    """
+    return tyro.cli(Request, prog=prog, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def carry_out(request: Request) -> Evaluation | None:
@@ -159,8 +163,7 @@ def evaluate(request: Request) -> Evaluation:
     architecture, _ = weights.read(path)
     known = described(path)
     matched = match(request, source, known, architecture.num_classes)
-    area, _ = (None, "") if request.view.side(known) else input_pipeline.typical_area(source, skip_damaged=False)
-    side = request.view.side(known) or hyperrule.resolution(area or 0)[1]
+    side = request.view.side(known, lambda: input_pipeline.typical_area(source, skip_damaged=False)[0])
     rows_each = min(request.devices.batch_per_device, -(-len(source) // mesh.size))
     work = rows.Work(
         path,

@@ -23,16 +23,17 @@ from bit_jax.formats.described import described
 from bit_jax.formats.sources import digest
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import Architecture
-from bit_jax.model.class_names import imagenet, in_words
+from bit_jax.model.class_names import in_words
 from bit_jax.model.precision import choose
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.predictions import page, rows
+from bit_jax.predictions.classes import Head
 from bit_jax.predictions.progress import counting
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.predictions.views import in_words as view_in_words
 from bit_jax.published import locate
 from bit_jax.scale import sharding
-from bit_jax.training import figures, hyperrule, steps
+from bit_jax.training import figures, steps
 from bit_jax.training.target import Target
 from input_pipeline import DatasetError, read_image_file
 from input_pipeline.errors import RequestError
@@ -134,11 +135,10 @@ def predict(weight_file: Path, images: Sequence[Path], *, view: Preprocessing | 
     if note := Architecture.of(model).note:
         print(note, file=sys.stderr)
     names = class_names(known.class_names, model.num_classes)
-    size = view.side(known)
     for path in images:
         encoded = read_image_file(path)
         try:
-            side = size or hyperrule.resolution(native_area(encoded))[1]
+            side = view.side(known, functools.partial(native_area, encoded))
             pixels = view.views(known, side).evaluation(encoded)
         except DatasetError as error:
             raise DatasetError(f"{path} is {error}") from None
@@ -156,16 +156,13 @@ def _probabilities(
 
 
 def class_names(dataset: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Returns names to show for the classes of a head: the dataset's if it has one for each class, else ImageNet's for
-    1,000 and for 21,843 classes, else numbers.
+    """Returns names to show for the classes of a head: those that `Head.of` finds, in words, else numbers.
 
     Args:
         dataset: the class names of the dataset that the weights were trained on, or None if they are not known.
     """
-    if dataset is not None and len(dataset) == num_classes:
-        return in_words(dataset)
-    known = imagenet(num_classes)
-    return [f"class {label}" for label in range(num_classes)] if known is None else list(known.values())
+    head = Head.of(dataset, num_classes, "these weights")
+    return [f"class {label}" for label in range(num_classes)] if head is None else in_words(head.names)
 
 
 def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Features:
@@ -175,10 +172,7 @@ def features_of(files: LooseFiles, request: Request, weight_file: Path) -> Featu
         RequestError, DatasetError: the weights or an image cannot be read.
     """
     known, view = described(weight_file), request.view
-    side = view.side(known)
-    if side is None:
-        area, _ = input_pipeline.typical_area(files, skip_damaged=False)
-        side = hyperrule.resolution(area)[1]
+    side = view.side(known, lambda: input_pipeline.typical_area(files, skip_damaged=False)[0])
     views, precision = view.views(known, side), choose("fp32")
     architecture, _ = weights.read(weight_file, num_classes=0)
     mesh = sharding.make_mesh()

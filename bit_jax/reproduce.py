@@ -18,6 +18,7 @@ from rich.table import Table
 
 import input_pipeline
 from bit_jax import evaluate, train
+from bit_jax.reproductions import asked
 from bit_jax.reproductions.judge import Judged, judge
 from bit_jax.reproductions.records import Figure
 from bit_jax.reproductions.table import FIGURES
@@ -27,7 +28,7 @@ from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import writable, write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_distinct
 from input_pipeline.terminal import printable
 
 LIST = "list"
@@ -61,6 +62,8 @@ def main() -> int:
         writable(request.json)
     console = terminal.console(width=120)
     if request.name == LIST:
+        if more:
+            raise RequestError(f"`list` measures nothing, so `-- {' '.join(more)}` belongs to a figure; name one")
         return show_all(request, console)
     figure = lookup(request.name)
     return plan(figure, request, more, console) if request.plan else measure(figure, request, more, console)
@@ -112,10 +115,11 @@ def as_json(figure: Figure, data_dir: Path | None, workdir: Path, more: tuple[st
 
 def plan(figure: Figure, request: Request, more: tuple[str, ...], console: Console) -> int:
     """Prints what the measurement would take."""
+    asked.require_plannable(figure, request.data_dir, more)
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here must not be taken for the one that is asked for
     evaluated = None
     if figure.how == "evaluation":
-        evaluated = evaluate.configuration(figure.arguments(request.data_dir, more))
+        evaluated = asked.evaluation(figure, request.data_dir, more)
     elif figure.plan is not None:
         terminal.console(stderr=True).print("compiling a training step: a minute or two for a large model")
     content, sentences = takes(figure, evaluated, request.device)
@@ -134,18 +138,21 @@ def measure(figure: Figure, request: Request, more: tuple[str, ...], console: Co
         0, or 1 if a measured figure differs from the published one.
 
     Raises:
-        RequestError: something is missing or wrong; see `evaluate.evaluate` and `Run.of`.
+        RequestError: something is missing or wrong; see `asked.changed`, `evaluate.evaluate` and `Run.of`.
     """
+    changed = asked.changed(figure, request.data_dir, more)
     if figure.needs_directory and request.data_dir is None:
         raise RequestError(f"{figure.name} needs --data-dir DATA; {figure.data}")
     workdir = workdir_of(figure, request)
     kept = workdir / RESULT
     writable(kept)
     describe(figure, request, workdir, more, console)
+    if changed:
+        console.print(f"  what is measured is changed by {' and '.join(changed)}, so it will not be judged")
     runs = _evaluated(figure, request, more) if figure.how == "evaluation" else _trained(figure, request, workdir, more)
     if not runs:  # this is not the first host
         return 0
-    judged = judge(figure, runs)
+    judged = judge(figure, runs, changed)
     show(figure, judged, console)
     content = as_json(figure, request.data_dir, workdir, more) | {
         "judged": [each.as_json() for each in judged],
@@ -177,15 +184,16 @@ def describe(figure: Figure, request: Request, workdir: Path, more: tuple[str, .
 
 
 def _evaluated(figure: Figure, request: Request, more: tuple[str, ...]) -> list[dict[str, Any]]:
-    asked = evaluate.configuration(figure.arguments(request.data_dir, more))
-    require_data(figure, asked.dataset, asked.split, asked.data_dir)
-    evaluation = evaluate.carry_out(asked)
+    wanted = asked.evaluation(figure, request.data_dir, more)
+    outputs = {f"`-- --{name}`": getattr(wanted, name) for name in ("json", "html", "predictions")}
+    require_distinct({"--json": request.json} | outputs)
+    require_data(figure, wanted.dataset, wanted.split, wanted.data_dir)
+    evaluation = evaluate.carry_out(wanted)
     return [] if evaluation is None else [evaluation.as_json()]
 
 
 def _trained(figure: Figure, request: Request, workdir: Path, more: tuple[str, ...]) -> list[dict[str, Any]]:
-    arguments = figure.arguments(request.data_dir, more)
-    configs = [train.configuration([*arguments, *figure.of_run(workdir, seed)]) for seed in figure.seeds]
+    configs = [asked.training(figure, request.data_dir, workdir, seed, more) for seed in figure.seeds]
     data = configs[0].data
     require_data(figure, data.dataset, data.train_split, data.data_dir)
     results = [train.train(config) for config in configs]
@@ -209,10 +217,9 @@ def show(figure: Figure, judged: Sequence[Judged], console: Console) -> None:
     table = Table("metric", "published", "measured", "95 % interval", "verdict")
     for each in judged:
         interval = "" if each.interval is None else " to ".join(_number(each, edge) for edge in each.interval)
-        runs = "" if len(each.measured) == 1 else f" ({', '.join(_number(each, one) for one in each.measured)})"
-        table.add_row(
-            each.value.metric, each.value.shown, f"{_number(each, each.middle)}{runs}", interval, each.verdict
-        )
+        runs = "" if len(each.measured) < 2 else f" ({', '.join(_number(each, one) for one in each.measured)})"
+        middle = "" if each.middle is None else _number(each, each.middle)
+        table.add_row(each.value.metric, each.value.shown, f"{middle}{runs}", interval, each.verdict)
     console.print(table)
     for reason in figure.reasons:
         console.print(f"  {reason}")

@@ -46,10 +46,14 @@ def main() -> None:
             print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
 
 
-def configuration(arguments: Sequence[str] | None = None) -> config.Config:
-    """Returns the configuration that a command line asks for: a preset and flags; by default this process's own."""
+def configuration(arguments: Sequence[str] | None = None, prog: str | None = None) -> config.Config:
+    """Returns the configuration that a command line asks for: a preset and flags; by default this process's own.
+
+    Args:
+        prog: the command's name in messages; None: this process's.
+    """
     return tyro.extras.overridable_config_cli(
-        config.PRESETS, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+        config.PRESETS, prog=prog, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
     )
 
 

@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A symbolic link stays, and the file that it leads to is replaced. What is no file, such as /dev/null or a pipe, is
     written to as it is: to replace it, as root can, would take it away from everybody.
     """
-    if _is_stream(path):
+    if is_stream(path):
         with open(path, "wb") as stream:
             yield stream
         return
@@ -86,7 +86,7 @@ def _exchange(new: Path, old: Path, folder: Path) -> None:
         undo.pop_all()
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether something that is neither a file nor a directory has this path."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
@@ -99,7 +99,7 @@ def writable(path: Path) -> None:
     """
     if path.is_dir():
         raise RequestError(f"{path} is a directory, and a file is to be written there; give another path")
-    if _is_stream(path):  # to open a pipe would wait for its reader
+    if is_stream(path):  # to open a pipe would wait for its reader
         if not os.access(path, os.W_OK):
             raise RequestError(f"{path} cannot be written (Permission denied); give another path")
         return

@@ -1,5 +1,6 @@
 """Types of command-line flags that all commands share."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from input_pipeline.errors import RequestError
-from input_pipeline.files import user_path
+from input_pipeline.files import is_stream, user_path
 
 UserPath = Annotated[
     Path,
@@ -46,6 +47,26 @@ def require_positive(flags: Mapping[str, float | None]) -> None:
     for flag, value in flags.items():
         if value is not None and value <= 0:
             raise RequestError(f"{flag} {value} must be greater than 0")
+
+
+def require_distinct(outputs: Mapping[str, Path | None]) -> None:
+    """Refuses a file that several outputs would be written to; None is a flag that was not given.
+
+    What is no file, such as /dev/null, may receive several.
+
+    Args:
+        outputs: {the flag as it is typed, such as "--json": its path}.
+
+    Raises:
+        RequestError: two flags name the same file.
+    """
+    named: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path is None or is_stream(path):
+            continue
+        other = named.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise RequestError(f"{other} and {flag} both name {path}, and only one can be kept there; give two paths")
 
 
 def typed(described: object, *names: str) -> dict[str, float | None]:

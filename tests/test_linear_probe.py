@@ -78,10 +78,10 @@ def test_a_probe_leaves_the_whole_model_with_the_accuracy_that_it_reports(finish
         np.testing.assert_array_equal(final[key], body[key], err_msg=key)
 
     architecture, _ = weights.read(workdir / "final.npz")
-    test, views = open_source(f"folder:{stored / 'images'}", "test"), Preprocessing().views
-    known = predict.described(workdir / "final.npz")
+    test, view = open_source(f"folder:{stored / 'images'}", "test"), Preprocessing(size=SIDE)
+    views = view.views(predict.described(workdir / "final.npz"), SIDE)
     target = Target(sharding.make_mesh(), predict.choose("fp32"))
-    work = rows.Work(workdir / "final.npz", architecture, target, test, views(known, Preprocessing().side(known)), 8)
+    work = rows.Work(workdir / "final.npz", architecture, target, test, views, 8)
     computed = rows.compute(work, rows.classify(work, tuple(range(len(CLASSES))))).rows
     features = Features.load(stored / "features" / "test.npz")
     logits = features.features @ final[HEAD_KERNEL][0, 0] + final[HEAD_BIAS]

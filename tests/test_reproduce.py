@@ -1,6 +1,7 @@
 """Published figures: their records, the verdict on a measured one, and a measurement from command to verdict."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from rich.console import Console
 from test_docs_commands import Parsed, parse  # noqa: F401 (a fixture)
 
 from bit_jax import evaluate, reproduce, train
 from bit_jax.model.architecture import Architecture
 from bit_jax.predictions.summary import Share
-from bit_jax.reproductions import table
+from bit_jax.reproductions import asked, table
 from bit_jax.reproductions.judge import judge
 from bit_jax.reproductions.records import Figure, Source, Value
 from bit_jax.reproductions.table import FIGURES
@@ -26,6 +28,7 @@ from input_pipeline.exits import exit_code
 from parity.sides.inputs import random_arrays
 
 TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "digits": 1438}
+CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
 
 
 def run(monkeypatch, *arguments):
@@ -63,10 +66,10 @@ def test_what_is_run_is_what_the_record_says():
     for figure in FIGURES.values():
         arguments = figure.arguments(Path("data"))
         if figure.how == "evaluation":
-            asked = evaluate.configuration(arguments)
-            assert str(asked.view.size or 48) in figure.what
-            assert asked.dataset in ("imagenet2012", "idx:data/fashion-mnist")
-            assert asked.split == ("validation" if asked.dataset == "imagenet2012" else "test")
+            request = evaluate.configuration(arguments)
+            assert str(request.view.size or 48) in figure.what
+            assert request.dataset in ("imagenet2012", "idx:data/fashion-mnist")
+            assert request.split == ("validation" if request.dataset == "imagenet2012" else "test")
         else:
             cfg = train.configuration([*arguments, *figure.of_run(Path("runs"), figure.seeds[0])])
             examples = TRAIN_EXAMPLES[cfg.data.dataset]
@@ -74,6 +77,11 @@ def test_what_is_run_is_what_the_record_says():
                 examples = cfg.data.examples_per_class * (100 if cfg.data.dataset == "cifar100" else 10)
             decided = hyperrule.recipe(cfg, train_examples=examples, native_area=32 * 32)
             assert figure.name.startswith("flagperf") or decided.schedule.steps == figure.steps
+            if figure.plan is not None:
+                plan, devices = figure.plan, figure.plan.hosts * figure.plan.devices
+                assert (plan.model, plan.precision) == (cfg.model.model, cfg.model.precision)
+                assert plan.batch_per_device == (cfg.data.batch_per_device or cfg.data.global_batch / devices)
+                assert plan.classes == CLASSES[cfg.data.dataset]
 
 
 def test_flagperfs_accuracies_are_of_an_eighth_of_the_images():
@@ -188,6 +196,77 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "flags"),
+    [
+        ("timm-R50x1_224", "--precision bf16 --batch-per-device 8 --mesh fsdp=2 --html p.html --data-dir x", []),
+        ("timm-R50x1_224", "--dataset folder:x --split val", []),
+        ("timm-R50x1_224", "--dataset imagenet_v2", ["--dataset"]),
+        ("timm-R50x1_224", "--weights R50x1_160 --split train", ["--split", "--weights"]),
+        ("timm-R50x1_224", "--classes occurring", ["--classes"]),
+        ("timm-R50x1_224", "--size 225 --crop-pct 1", ["--crop-pct", "--size"]),
+        ("authors-cifar10-R50x1", "--precision bf16 --microbatches 2 --eval-every 10 --deterministic", []),
+        ("authors-cifar10-R50x1", "--steps 50 --model BiT-S-R50x1", ["--model", "--steps"]),
+        ("authors-cifar10-R50x1", "--dataset cifar100 --eval-split train", ["--dataset", "--eval-split"]),
+        ("authors-cifar10-R50x1", "--global-batch 64 --ema 0.9", ["--ema", "--global-batch"]),
+        ("flagperf-1x8-bs16", "--flagperf-compat accuracy p_core", []),
+        ("flagperf-1x8-bs16", "--flagperf-compat schedule", ["--flagperf-compat"]),
+    ],
+)
+def test_flags_that_change_what_is_measured_are_found(name, more, flags):
+    assert asked.changed(FIGURES[name], Path("data"), tuple(more.split())) == flags
+
+
+def test_nothing_is_judged_where_flags_changed_what_was_measured():
+    """Not even with the published number of examples; nor is a speed set against the published one."""
+    accuracy, speed = Value("acc1", "80.0", examples=500), Value("p_core", "228", "images/s")
+    figure = dataclasses.replace(figure_of(accuracy, 500), values=(accuracy, speed))
+    run = {"acc1": {"value": 0.8}, "examples": 500, "p_core": 456.0}
+    for judged in judge(figure, [run], ["--split", "--weights"]):
+        assert (judged.agrees, judged.verdict) == (None, "not judged: --split and --weights changed what was measured")
+    assert judge(figure, [run])[0].agrees
+
+
+def test_what_is_not_measured_is_null():
+    figure = figure_of(Value("acc1", "80.0", examples=500), 500)
+    [judged] = judge(figure, [{"examples": 500}])
+    content = judged.as_json()
+    assert (content["measured"], content["median"], content["verdict"]) == ([], None, "not measured")
+    json.dumps(content, allow_nan=False)
+    shown = io.StringIO()
+    reproduce.show(figure, [judged], Console(file=shown))
+    assert "nan" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("list -- --nonsense", "error: `list` measures nothing, so `-- --nonsense` belongs to a figure"),
+        ("authors-cifar10-R50x1 --plan -- --steps 50", "`-- --steps 50` would change it"),
+        ("authors-cifar10-R50x1 --plan -- --nonsense", "`-- --nonsense` would change it"),
+        ("embedded-digits --plan -- --steps 50", "`-- --steps 50` would change it"),
+        ("timm-R50x1_224 --plan -- --split validation[:10%]", "50,000 images, and --split behind `--` names others"),
+        ("timm-R50x1_224 --plan -- --dataset imagenet_v2", "50,000 images, and --dataset behind"),
+        ("embedded-digits -- --seed 7", "--seed and --workdir of each run are embedded-digits's own (seeds: 0)"),
+        ("embedded-digits-5 -- --workdir x", "own (seeds: 0, 1, 2); leave them out behind `--`"),
+        ("timm-R50x1_224 -- --nonsense", "python -m bit_jax.evaluate --help"),
+        ("embedded-digits -- --nonsense", "python train.py --help"),
+        ("timm-R50x1_224 --json f -- --json f", "--json and `-- --json` both name f"),
+    ],
+)
+def test_wrong_words_behind_the_dashes(tmp_path, monkeypatch, capfd, arguments, said):
+    """tyro ends the process; what it says names the command that the words belong to."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = run(monkeypatch, *arguments.split())
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    shown = capfd.readouterr().err
+    assert said in " ".join(shown.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_figures_are_listed(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "list", "--json", tmp_path / "new" / "l.json") == 0
     shown = capsys.readouterr().out
@@ -235,8 +314,11 @@ def test_an_evaluation_from_the_command_to_the_verdict(measurable, tmp_path, mon
     monkeypatch.setitem(FIGURES, "pets", dataclasses.replace(measurable, values=(value,)))
     assert run(monkeypatch, "pets", "--data-dir", tmp_path) == 1
     assert "differs by " in capsys.readouterr().out
-    assert run(monkeypatch, "pets", "--data-dir", tmp_path, "--", "--split", "test[:50%]") == 0
-    assert "not judged: 12 examples were evaluated, not 24" in capsys.readouterr().out
+    # what is not as published is not held against it, even where as many examples are evaluated
+    assert run(monkeypatch, "pets", "--data-dir", tmp_path, "--", "--split", "test[:24]") == 0
+    kept = json.loads((tmp_path / "runs/reproduce/pets/reproduction.json").read_text())
+    assert kept["judged"][0]["examples"] == 24
+    assert kept["judged"][0]["verdict"] == "not judged: --split changed what was measured"
 
 
 def test_what_it_would_take(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """ImageNet's class names in words; its datasets name the classes by their WordNet ids."""
 
+import collections
 import functools
 import gzip
 from collections.abc import Sequence
@@ -31,9 +32,15 @@ def imagenet(num_classes: int) -> dict[str, str] | None:
 
 
 def in_words(names: Sequence[str]) -> list[str]:
-    """Returns a dataset's class names with ImageNet's WordNet ids replaced by words."""
+    """Returns a dataset's class names with ImageNet's WordNet ids replaced by words.
+
+    Where several have the same words, as the bird and the machine have `crane`, each is followed by its id.
+    """
     few = imagenet1k()
-    return [few.get(name) or (imagenet21k().get(name, name) if _is_wordnet_id(name) else name) for name in names]
+    words = [few.get(name) or (imagenet21k().get(name, name) if _is_wordnet_id(name) else name) for name in names]
+    counts = collections.Counter(words)
+    shown = zip(words, names, strict=True)
+    return [text if text == name or counts[text] == 1 else f"{text} ({name})" for text, name in shown]
 
 
 def _is_wordnet_id(name: str) -> bool:

@@ -82,6 +82,8 @@ class BottleneckUnit(nn.Module):
 
 
 class Stage(nn.Module):
+    """Residual units of the same width; the first has the stride and a projection."""
+
     channels: int
     units: int
     stride: int
@@ -102,6 +104,8 @@ class Stage(nn.Module):
 
 
 class RootBlock(nn.Module):
+    """The first convolution, 7x7 with stride 2, and the maximum pooling after it, which halves the size again."""
+
     channels: int
     numerics: Numerics
 
@@ -129,6 +133,8 @@ class HeadConv(nn.Module):
 
 
 class Head(nn.Module):
+    """The classifier from pooled features to logits, under the checkpoint's name for it."""
+
     num_classes: int
     numerics: Numerics
 
@@ -228,6 +234,6 @@ class ResNetV2(nn.Module):
         return outputs | {"last_activation": x, "pooled": x.astype(param_dtype(self.dtype)).mean(axis=(1, 2))}
 
     def init_params(self, seed: int) -> dict:
-        """Random kernels, a zero head: what training from scratch starts from."""
+        """Returns random kernels and a zero head, from which training from scratch starts."""
         image = jnp.zeros((1, 32, 32, 3), param_dtype(self.dtype))
         return jax.jit(self.init)(jax.random.key(seed, impl=GENERATOR), image)["params"]

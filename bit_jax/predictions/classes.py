@@ -26,7 +26,7 @@ class Head:
     Attributes:
         names: a name for each class, in the order of the logits.
         whose: the head's owner, for messages, such as "the head of w.npz".
-        how: a clause that says where the names are from.
+        how: a clause that says how classes with these very names are matched, and where the names are from.
         described: whether the weights themselves brought the names, and not the number of classes.
     """
 
@@ -52,23 +52,30 @@ class Head:
             return cls(tuple(known), f"{which}'s head of {weights}", f"matched with {which}'s by WordNet id", False)
         return None
 
-    def spelled(self, names: Sequence[str]) -> dict[str, str]:
-        """Returns {a dataset's name of a class: this head's} for names that are spelled otherwise here.
+    def spelled(self, names: Sequence[str]) -> tuple[dict[str, str], str]:
+        """Finds the names of a dataset's classes that are spelled otherwise here.
 
         A head with ImageNet-1k's WordNet ids also knows the classes by their numbers from 0 to 999, as ImageNet-V2's
-        folders are named, and by their words. Numbers count only where all names are numbers, and words only where they
-        belong to one class.
+        folders are named, and by their words. Numbers count only where the names are all 1,000 of them, because the
+        names of a few, such as those of MNIST, are other things' numbers; words only where they belong to one class.
+
+        Returns:
+            ({the dataset's name: this head's}, a clause that says how the classes are matched).
         """
         known = imagenet1k()
         if self.names != tuple(known):
-            return {}
-        if all(name.isdecimal() and name.isascii() and int(name) < len(known) for name in names):
-            return {name: self.names[int(name)] for name in names}
+            return {}, self.how
+        if set(names) == {str(number) for number in range(len(known))}:
+            return {name: self.names[int(name)] for name in names}, "matched with ImageNet's by number"
         of_words: dict[str, list[str]] = {}
         for wordnet_id, words in known.items():
             of_words.setdefault(words, []).append(wordnet_id)
         candidates = {name: of_words.get(canonical(name), []) for name in names}
-        return {name: found[0] for name, found in candidates.items() if len(found) == 1}
+        spelling = {name: found[0] for name, found in candidates.items() if len(found) == 1}
+        if not spelling:
+            return {}, self.how
+        by_both = len(spelling) < len(set(names))
+        return spelling, f"matched with ImageNet's {'by WordNet id and ' if by_both else ''}by words"
 
 
 def _as_ids(names: Sequence[str]) -> tuple[str, ...]:
@@ -84,7 +91,7 @@ class Matched:
     Attributes:
         source: the examples.
         competing: the logits of these classes are compared, by their numbers in the head; label 0 is the first.
-        names: a name to show for each competing class, in words.
+        names: a name to show for each competing class, in words; no two are equal unless the head's names are.
         notes: sentences that say how the classes were matched, and which of them compete.
     """
 
@@ -104,8 +111,9 @@ def match(source: Source, head: Head, competing: Competing) -> Matched:
     Raises:
         DatasetError: the dataset has classes that the head has not; the message names them.
     """
-    source = relabelled(_spelled(source, head.spelled(source.class_names)), head.names, head.whose)
-    return _restricted(source, _declared(source, len(head.names)), head.names, competing, head.how)
+    spelling, how = head.spelled(source.class_names)
+    source = relabelled(_spelled(source, spelling), head.names, head.whose)
+    return _restricted(source, _declared(source, len(head.names)), head.names, competing, how)
 
 
 def match_by_position(source: Source, num_classes: int, weights: str) -> Matched:

@@ -96,7 +96,13 @@ class Evaluation:
             "compile_seconds": self.computed.compile_seconds,
             "images_per_second": self.images_per_second,
             "per_class": [
-                {"label": each.label, "name": each.name, "examples": each.accuracy.examples} | each.accuracy.as_json()
+                {
+                    "label": each.label,
+                    "head_label": self.matched.competing[each.label],
+                    "name": each.name,
+                    "examples": each.accuracy.examples,
+                }
+                | each.accuracy.as_json()
                 for each in summary.classes()
             ],
             "confused": names_of(summary.confused(SAVED_PAIRS), summary.names),

@@ -15,9 +15,7 @@ from input_pipeline.preprocess import decode
 from input_pipeline.terminal import printable
 
 SMALL = 96  # pixels: an image with no longer side is shown pixel by pixel
-LONGEST = (
-    384  # pixels of the longer side of an image that is made smaller for the page: twice as many as it takes there
-)
+LONGEST = 384  # pixels that the longer side of a larger image is reduced to: twice as many as it takes on the page
 
 
 class Likely(Protocol):

@@ -21,6 +21,7 @@ from bit_jax.training.evaluation import one_behind
 from bit_jax.training.program import abstract_batch
 from bit_jax.training.target import Target
 from input_pipeline import Loader, Source, Views
+from input_pipeline.examples import Subset
 
 Rows = dict[str, Array]  # arrays whose first axis is the batch
 Step = Callable[[Any, dict], Rows]  # (parameters after `steps.standardized`, batch) -> rows
@@ -60,7 +61,8 @@ class Computed:
 
     Attributes:
         rows: {name: array [examples, ...] in the order of the source}, the same on every host.
-        compile_seconds: seconds until the programs were compiled and the parameters placed.
+        compile_seconds: seconds until the programs, those that resize among them, were compiled and the parameters
+            placed.
         seconds: seconds from the first reading to the last row, with the devices finished.
     """
 
@@ -82,6 +84,7 @@ def compute(work: Work, step: Step, progress: Callable[[int], None] = lambda don
     """
     start = time.perf_counter()
     params, compiled = _prepared(work, step)
+    _resize_one(work)
     ready = time.perf_counter()
     batches: list[dict[str, np.ndarray]] = []
     done = 0
@@ -114,6 +117,12 @@ def _prepared(work: Work, step: Step) -> tuple[Any, Callable[[Any, dict], Rows]]
     standardized = functools.partial(steps.standardized, eps=work.model.standardize_eps)
     laid_out = sharding.formats(sharding.laid_out(like, compiled.input_formats[0][0]))
     return jax.block_until_ready(jax.jit(standardized, out_shardings=laid_out)(params)), compiled
+
+
+def _resize_one(work: Work) -> None:
+    """Reads and resizes the first example, for which Numba compiles on its first use on a machine."""
+    first = Subset(work.source, np.arange(1), work.source.name)
+    next(Loader(first, work.views, global_batch=1, threads=1).evaluation())
 
 
 def _loader(work: Work) -> Iterator[Any]:

@@ -3,7 +3,8 @@
 An accuracy agrees if some number that is printed as the published one lies in Wilson's 95 % interval around the
 measured accuracy, for as many examples as the published one is of. Where the smallest and the largest of several
 published runs are known, the median of the measured runs agrees if it lies between them. Of other figures, such as
-images/s, nothing is said but their ratio: they are another machine's.
+images/s, nothing is said but their ratio: they are another machine's. Nothing is judged where flags changed what was
+measured.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ class Judged:
 
     Attributes:
         value: the published number.
-        measured: what each run measured, in the order of the seeds; accuracies as shares of 1.
+        measured: what each run measured, in the order of the seeds; accuracies as shares of 1. Runs without it are
+            left out.
         examples: number of examples that the measured accuracy is of.
         interval: Wilson's interval around the measured accuracy, for the published number of examples; None where the
             verdict does not rest on it.
@@ -37,8 +39,9 @@ class Judged:
     verdict: str
 
     @property
-    def middle(self) -> float:
-        return statistics.median(self.measured)
+    def middle(self) -> float | None:
+        """The median of the runs, or None if none has the figure."""
+        return statistics.median(self.measured) if self.measured else None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -57,24 +60,28 @@ class Judged:
         }
 
 
-def judge(figure: Figure, runs: Sequence[Mapping[str, Any]]) -> list[Judged]:
+def judge(figure: Figure, runs: Sequence[Mapping[str, Any]], changed: Sequence[str] = ()) -> list[Judged]:
     """Returns a verdict for each published number.
 
     Args:
         runs: the JSON of the evaluation, or the content of each seed's result.json.
+        changed: the flags that changed what was measured; see `asked.changed`.
     """
-    return [_judge(value, figure.examples, runs) for value in figure.values]
+    return [_judge(value, figure.examples, runs, changed) for value in figure.values]
 
 
-def _judge(value: Value, examples: int, runs: Sequence[Mapping[str, Any]]) -> Judged:
+def _judge(value: Value, examples: int, runs: Sequence[Mapping[str, Any]], changed: Sequence[str]) -> Judged:
     as_they_do = bool(value.compat) and all(run.get(value.compat) is not None for run in runs)
     found = [run.get(value.compat if as_they_do else value.metric) for run in runs]
     numbers = tuple(float(item["value"] if isinstance(item, Mapping) else item) for item in found if item is not None)
     if not numbers or len(numbers) < len(runs):
-        return Judged(value, numbers or (float("nan"),), None, None, None, "not measured")
+        return Judged(value, numbers, None, None, None, "not measured")
     if not value.is_accuracy:
-        return Judged(value, numbers, None, None, None, _ratio(value, numbers))
+        verdict = _not_as_published(changed) if changed else _ratio(value, numbers)
+        return Judged(value, numbers, None, None, None, verdict)
     seen = sorted({_examples(run, as_they_do) for run in runs})
+    if changed:
+        return Judged(value, numbers, seen[0], None, None, _not_as_published(changed))
     expected = value.examples if as_they_do and value.examples is not None else examples
     if seen != [expected]:
         counts = " and ".join(f"{count:,}" for count in seen)
@@ -84,6 +91,10 @@ def _judge(value: Value, examples: int, runs: Sequence[Mapping[str, Any]]) -> Ju
     if value.spread is not None:
         return _within_the_runs(value, numbers, expected)
     return _within_the_interval(value, numbers, expected)
+
+
+def _not_as_published(changed: Sequence[str]) -> str:
+    return f"not judged: {' and '.join(changed)} changed what was measured"
 
 
 def _examples(run: Mapping[str, Any], as_they_do: bool) -> int:

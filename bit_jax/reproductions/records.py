@@ -150,7 +150,12 @@ class Figure:
             return [f"python -m bit_jax.evaluate {shlex.join(arguments)}"]
         return [f"python train.py {shlex.join([*arguments, *self.of_run(workdir, seed)])}" for seed in self.seeds]
 
-    @staticmethod
-    def of_run(workdir: Path, seed: int) -> list[str]:
+    @classmethod
+    def of_run(cls, workdir: Path, seed: int) -> list[str]:
         """Returns the flags that one seed's run has in addition."""
-        return ["--seed", str(seed), "--workdir", str(workdir / f"seed{seed}")]
+        return ["--seed", str(seed), "--workdir", str(cls.folder(workdir, seed))]
+
+    @staticmethod
+    def folder(workdir: Path, seed: int) -> Path:
+        """Returns the folder of one seed's run."""
+        return workdir / f"seed{seed}"

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from bit_jax import evaluate
 from bit_jax.compiled.gpus import GIB, accelerator
 from bit_jax.formats import weights
-from bit_jax.formats.described import described
+from bit_jax.formats.described import Description, described
 from bit_jax.model.architecture import Architecture
 from bit_jax.plan.estimate import demands
+from bit_jax.plan.request import IMAGENET_AREA
 from bit_jax.published import locate
 from bit_jax.published.catalogue import PublishedFile
 from bit_jax.reproductions.records import Figure
-from bit_jax.training import hyperrule
 from input_pipeline.errors import RequestError
 
 HOUR = 3600
@@ -41,10 +41,10 @@ def _evaluation(figure: Figure, request: evaluate.Request, device: str) -> tuple
         raise RequestError(f"--precision {request.precision} is not planned for; there are {', '.join(gpu.flops)}")
     place = locate.resolve(request.weights)
     if isinstance(place, PublishedFile):
-        architecture, side = place.promised, request.view.size
+        architecture, known = place.promised, Description()
     else:
-        architecture, side = weights.read(place)[0], request.view.side(described(place))
-    side = side or hyperrule.resolution(0)[1]
+        architecture, known = weights.read(place)[0], described(place)
+    side = request.view.side(known, lambda: IMAGENET_AREA)
     flops = forward_flops(architecture, side)
     parameters = sum(4 * math.prod(shape) for shape in architecture.layout.values())
     seconds = flops * figure.examples / gpu.flops[request.precision]

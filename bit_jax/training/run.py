@@ -18,11 +18,11 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import STANDARDIZE_EPS, Architecture, HeadAlone
+from bit_jax.model.architecture import HEAD_KERNEL, STANDARDIZE_EPS, Architecture, HeadAlone
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures, flagperf, hyperrule, linear_probe, resources, trained
+from bit_jax.training import figures, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
@@ -108,7 +108,7 @@ class Run:
             {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
         )
         if probe is not None:
-            constants |= {"features": {name: probe.metadata.get(name) for name in linear_probe.ALIKE}}
+            constants |= {"features": probe.identity}
         views = input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style)
         return cls(
             config=cfg,
@@ -239,9 +239,19 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
 
 
 def _trains(architecture: Architecture, pattern: str) -> str:
-    """Returns a sentence on how many parameters train; see `trained.require` for the error."""
+    """Returns a sentence on how many parameters train.
+
+    Raises:
+        RequestError: the pattern matches no parameter, or not the kernel of the new head. That is zero at first, so as
+            long as it does not train, the gradient of everything below it is zero, too.
+    """
     sizes = {key: int(np.prod(shape)) for key, shape in architecture.layout.items()}
     keys = trained.require(sizes, pattern)
+    if HEAD_KERNEL not in keys:
+        raise RequestError(
+            f"--train {pattern!r} trains nothing below the new head, whose kernel is zero and would stay so; write "
+            f"{pattern + '|head'!r}"
+        )
     count, total = sum(sizes[key] for key in keys), sum(sizes.values())
     return (
         f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the "

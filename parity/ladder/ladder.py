@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
+from bit_jax.training import trained
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
@@ -109,6 +110,7 @@ class Ladder:
             read_image_file(path)  # one that cannot be read is refused before anything is started
         self.weight_file = self._weights()
         self.architecture, _ = weights.read(self.weight_file)
+        trained.require(self.architecture.layout, options.additions.train)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
         self._asked = itertools.count()

@@ -118,7 +118,7 @@ def test_other_features_do_not_continue_a_probe(finished, stored, small_npz, tmp
 def test_parity_judges_no_step_of_a_probe(finished, stored, tmp_path):
     """Not with the images in place of the features either, on which nothing would be as the run recorded it."""
     for dataset in (None, f"folder:{stored / 'images'}"):
-        with pytest.raises(RequestError, match="a linear probe, .* parity curve --train head --candidate jax:probe"):
+        with pytest.raises(RequestError, match=r"a linear probe, .* parity curve --train head --candidate jax:probe"):
             RecordedRun.of(finished[0], dataset=dataset)
 
 

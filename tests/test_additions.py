@@ -367,7 +367,7 @@ def test_inceptions_views_are_pillows_bit_for_bit(height, width, side, seed):
 
 
 def test_a_batch_of_inceptions_crops_follows_from_its_number_alone():
-    views = Views(16, 16, flip=False, crop_style="inception")
+    views = Views(8, 16, flip=False, crop_style="inception")  # the first number does not matter
     loader = Loader(open_source("digits", "train"), views, 8, seed=3)
     ahead, again = (dict(loader.train(start, 4))[3]["image"] for start in (0, 3))
     np.testing.assert_array_equal(ahead, again)

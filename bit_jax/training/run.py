@@ -32,7 +32,7 @@ from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
-from bit_jax.training.timeline import Observer, Timeline, nobody, p_core_unsynchronized
+from bit_jax.training.timeline import Observer, Timeline, nobody
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
@@ -292,9 +292,16 @@ def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
     Raises:
         Stopped: a signal ended the run; the last finished step is saved.
         RunFailed: the loss is not finite.
-        RequestError: a checkpoint or the work directory cannot be used, or the machine lacks something.
+        RequestError: a checkpoint or the work directory cannot be used, the machine lacks something, or the run is
+            finished without a figure that `--flagperf-compat` asks for.
     """
     if result := run.workdir.finished():
+        known = result.get("flagperf_compat") or ()
+        if missing := [switch for switch in run.config.run.flagperf_compat if switch not in known]:
+            raise RequestError(
+                f"{run.workdir.path} holds this run, finished without --flagperf-compat {' '.join(missing)}, whose "
+                "figures cannot be had afterwards; choose another --workdir, or leave that out"
+            )
         if hosts.is_first():
             print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
         return result
@@ -414,5 +421,5 @@ def _compat(run: Run, loop: Loop, accuracy: Accuracy, examples: int) -> dict[str
     if "schedule" in switches:
         added |= {"schedule_restarts_every": run.recipe.schedule.restart_every}
     if "p_core" in switches:
-        added |= {"p_core_unsynchronized": p_core_unsynchronized(loop.timeline, examples)}
+        added |= {"p_core_unsynchronized": flagperf.p_core_unsynchronized(loop.timeline, examples)}
     return added

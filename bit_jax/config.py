@@ -133,6 +133,11 @@ class Additions:
     def __post_init__(self):
         if not 0 <= self.weight_decay < math.inf:
             raise RequestError(f"--weight-decay {self.weight_decay} must be a number from 0")
+        if self.weight_decay_kind != "coupled" and not self.weight_decay:
+            raise RequestError(
+                f"--weight-decay-kind {self.weight_decay_kind} changes nothing without --weight-decay; add that, as in "
+                "--weight-decay 1e-4"
+            )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise RequestError(f"--clip-norm {self.clip_norm} must be greater than 0; leave it out to clip nothing")
         if not 0 <= self.label_smoothing < 1:

@@ -161,6 +161,13 @@ def test_a_cosine_replaces_the_staircase_of_a_preset():
     assert "kind" not in dataclasses.replace(schedule, kind="staircase").described()
 
 
+def test_a_run_says_that_a_cosine_drops_the_decay_steps(tmp_path):
+    cfg = dataclasses.replace(config.DIGITS, run=config.RunConfig(tmp_path / "run"))
+    said = "--schedule cosine: --decay-steps 120 160 do not matter"
+    assert said in Run.of(dataclasses.replace(cfg, additions=Additions(schedule="cosine"))).notes
+    assert said not in Run.of(cfg).notes
+
+
 def test_a_step_that_changes_nothing_changes_no_average():
     optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9, Additions(ema=0.5))
     state = steps.init_state({"kernel": jnp.ones(3, jnp.float32)}, optimizer)
@@ -257,6 +264,7 @@ def test_parity_refuses_a_pattern_that_matches_nothing(tmp_path):
     [
         ({"weight_decay": -0.1}, "--weight-decay -0.1 must be a number from 0"),
         ({"weight_decay": math.nan}, "--weight-decay nan"),
+        ({"weight_decay_kind": "decoupled"}, "--weight-decay-kind decoupled changes nothing without --weight-decay"),
         ({"clip_norm": 0.0}, "--clip-norm 0.0 must be greater than 0"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0 must be at least 0 and below 1"),
         ({"ema": 1.0}, "--ema 1.0 must be between 0 and 1"),

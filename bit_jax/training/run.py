@@ -214,6 +214,8 @@ def _settled(
     if cfg.data.examples_per_class is not None:
         train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
     recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+    if (decay_steps := cfg.optimizer.decay_steps) and cfg.additions.schedule == "cosine":
+        notes = (*notes, f"--schedule cosine: --decay-steps {' '.join(map(str, decay_steps))} do not matter")
     if "schedule" in cfg.run.flagperf_compat:
         every = flagperf.epoch_steps(len(train), mesh.size, global_batch // mesh.size)
         recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, restart_every=every))

@@ -30,12 +30,11 @@ from parity.ladder.reference import Live, Reference
 from parity.ladder.verdict import LEAST_DRAWS, ULP, Line, Verdict, worst
 from parity.options import Options
 from parity.sides import classes, inputs
-from parity.sides.side import parse_side
+from parity.sides.side import HEAD, parse_side
 from parity.sides.weights import RANDOM, weight_file
 from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
-HEAD = "head"  # the --train of a linear probe
 RANDOM_CLASSES = 100  # classes of a random model's head
 
 

@@ -255,6 +255,12 @@ def test_what_the_training_cannot_do_is_refused(script, wrong):
         script.training_flags(base_configuration(script, **wrong))
 
 
+def test_a_result_from_before_the_switches_is_finished_too(script):
+    result = dict.fromkeys([*FINISHED.values(), "train_seconds", "input_wait_seconds"], 1.0)
+    assert "flagperf_compat" not in script.finished(result)
+    assert script.finished(result | {"flagperf_compat": ["p_core"]})["flagperf_compat"] == {"switches": ["p_core"]}
+
+
 def test_the_case_names_the_versions_that_this_project_has():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     requirements = (CASE / "nvidia" / "bigtransfer-jax" / "config" / "requirements.txt").read_text()

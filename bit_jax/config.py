@@ -127,11 +127,17 @@ class Additions:
     as torchvision's RandomResizedCrop does."""
     train: str | None = None
     """Regular expression of the parameters to train, matched against whole parts of their official paths:
-    head, or 'block4|head', or group_norm. The others get no gradient, momentum or update. None: all of them train."""
+    head, or 'block4|head', or 'group_norm|head'. The new head must be among them: being zero, it lets no gradient pass.
+    The others get no gradient, momentum or update. None: all of them train."""
 
     def __post_init__(self):
         if not 0 <= self.weight_decay < math.inf:
             raise RequestError(f"--weight-decay {self.weight_decay} must be a number from 0")
+        if self.weight_decay_kind != "coupled" and not self.weight_decay:
+            raise RequestError(
+                f"--weight-decay-kind {self.weight_decay_kind} changes nothing without --weight-decay; add that, as in "
+                "--weight-decay 1e-4"
+            )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise RequestError(f"--clip-norm {self.clip_norm} must be greater than 0; leave it out to clip nothing")
         if not 0 <= self.label_smoothing < 1:
@@ -140,7 +146,7 @@ class Additions:
             raise RequestError(f"--ema {self.ema} must be between 0 and 1, such as 0.999; leave it out for no average")
         try:
             re.compile(self.train or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RequestError(f"--train {self.train!r} is no regular expression: {error}") from None
 
     def changed(self) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from input_pipeline.terminal import printable
 
 FEATURES = "features"  # kind of a dataset, as in --dataset features:DIRECTORY
 
-ARRAYS = {"features": 2, "names": 1, "labels": 1, "class_names": 1, "metadata": 0}  # {name: number of axes}
+# {name: (number of axes, kind of NumPy's type)}
+ARRAYS = {"features": (2, "f"), "names": (1, "U"), "labels": (1, "i"), "class_names": (1, "U"), "metadata": (0, "U")}
+KINDS = {"f": "floating-point numbers", "i": "whole numbers", "U": "text"}
 REMEDY = "write it again with python -m bit_jax.predict --features"
 
 
@@ -76,9 +78,12 @@ class Features:
             raise
         except Exception as error:  # zipfile and NumPy raise exceptions of many kinds
             raise DamagedFile(f"{path} is no file of features ({error}); {REMEDY}") from None
-        for name, axes in ARRAYS.items():
-            if arrays[name].ndim != axes:
-                raise DamagedFile(f"{path} is damaged (its {name} has {arrays[name].ndim} axes, not {axes}); {REMEDY}")
+        for name, (axes, kind) in ARRAYS.items():
+            array = arrays[name]
+            if array.ndim != axes:
+                raise DamagedFile(f"{path} is damaged (its {name} has {array.ndim} axes, not {axes}); {REMEDY}")
+            if array.dtype.kind != kind:
+                raise DamagedFile(f"{path} is damaged (its {name} is {array.dtype}, not {KINDS[kind]}); {REMEDY}")
         names, labels, classes = arrays["names"].tolist(), arrays["labels"], arrays["class_names"].tolist()
         rows = len(arrays["features"])
         if not rows == len(names) == len(labels):

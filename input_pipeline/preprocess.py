@@ -45,7 +45,7 @@ class Views:
     field: ClassVar[str] = "image"  # the batch's array of what is shown
 
     def __post_init__(self):
-        if not 0 < self.crop <= self.resize_to:
+        if self.crop < 1 or (self.crop_style == "bit" and self.crop > self.resize_to):
             raise DatasetError(f"crop {self.crop} does not fit into resize-to {self.resize_to}; crop at most that")
 
     def train(self, image: np.ndarray | bytes, rng: np.random.Generator, into: np.ndarray | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from bit_jax.model.architecture import Architecture
 from bit_jax.training import checkpoint, steps, trained
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.optimizer import clipped, learning_rate, sgd
+from bit_jax.training.run import Run
 from input_pipeline import Loader, Views, inception, open_source
 from input_pipeline.errors import RequestError
 from parity import faults
@@ -159,6 +161,13 @@ def test_a_cosine_replaces_the_staircase_of_a_preset():
     assert "kind" not in dataclasses.replace(schedule, kind="staircase").described()
 
 
+def test_a_run_says_that_a_cosine_drops_the_decay_steps(tmp_path):
+    cfg = dataclasses.replace(config.DIGITS, run=config.RunConfig(tmp_path / "run"))
+    said = "--schedule cosine: --decay-steps 120 160 do not matter"
+    assert said in Run.of(dataclasses.replace(cfg, additions=Additions(schedule="cosine"))).notes
+    assert said not in Run.of(cfg).notes
+
+
 def test_a_step_that_changes_nothing_changes_no_average():
     optimizer = sgd(Schedule(0.1, 0, (), 10), 0.9, Additions(ema=0.5))
     state = steps.init_state({"kernel": jnp.ones(3, jnp.float32)}, optimizer)
@@ -188,6 +197,12 @@ LAYOUT = Architecture.parse("R26x1", 10).layout
         ("block4/unit02", "block4/unit02/a/group_norm/gamma", 9),
         ("a/group_norm", "block1/unit01/a/group_norm/gamma", 16),
         ("conv2d", "head/conv2d/kernel", 2),
+        ("(?i)HEAD", "head/conv2d/kernel", 2),
+        ("head$", "head/conv2d/kernel", 2),
+        ("block4|^conv2d", "block4/unit01/a/group_norm/gamma", 21),
+        ("head|^gamma", "block1/unit01/a/group_norm/gamma", 27),
+        ("head(?=/conv2d)|head/conv2d/bias", "head/conv2d/bias", 1),
+        ("(?<!a/)group_norm", "block1/unit01/a/group_norm/gamma", 50),
         (".*", "root_block/standardized_conv2d/kernel", len(LAYOUT)),
     ],
 )
@@ -202,9 +217,46 @@ def test_a_pattern_matches_whole_parts_of_paths_in_both_frameworks(pattern, firs
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_examples():
-    for pattern in ("heads", "block", "unit0", "block9"):
-        with pytest.raises(RequestError, match=rf"'{pattern}' matches no parameter; .*block\d/unit.*'block4\|head'"):
+    for pattern in ("heads", "block", "unit0", "block9", "", "head(?=/conv2d)"):
+        said = rf"'{re.escape(pattern)}' matches no parameter; .*block\d/unit.*'block4\|head'"
+        with pytest.raises(RequestError, match=said):
             trained.require(LAYOUT, pattern)
+
+
+@pytest.mark.parametrize("pattern", ["group_norm", "block4", "head/conv2d/bias"])
+def test_a_part_without_the_head_is_refused(pattern, tmp_path):
+    asked = dataclasses.replace(
+        config.DIGITS, run=config.RunConfig(tmp_path / "run"), additions=Additions(train=pattern)
+    )
+    with pytest.raises(RequestError, match=rf"'{pattern}' trains nothing below the new head, .* '{pattern}\|head'"):
+        Run.of(asked)
+
+
+@pytest.mark.slow
+def test_below_a_new_head_nothing_moves_until_the_head_does(x64):
+    model = Architecture.parse("R14x0.5", 3).model(jnp.float64)
+    params, additions = model.init_params(0), Additions(train="group_norm|head")
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)))
+    targets = jax.nn.one_hot(jnp.arange(2), 3, dtype=jnp.float64)
+
+    @jax.jit(static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+    def gradients(params, train):
+        return steps.loss_and_gradients(model, params, images, targets, additions=Additions(train=train))[1]
+
+    for leaf in jax.tree.leaves(gradients(params, "group_norm")):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+    optimizer = sgd(Schedule(0.1, 0, (), 9), 0.0, additions)
+    state = steps.init_state(params, optimizer)
+    for _ in range(2):
+        state = steps.update(state, gradients(state.params, additions.train), optimizer)
+    before, after = weights.flatten(params), weights.flatten(state.params)
+    for key in before:
+        assert (before[key] != after[key]).any() == trained.trains(key, additions.train), key
+
+
+def test_parity_refuses_a_pattern_that_matches_nothing(tmp_path):
+    with pytest.raises(RequestError, match="--train 'heads' matches no parameter"):
+        Ladder(dataclasses.replace(selftest.SMALL, additions=Additions(train="heads")), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +264,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_examples():
     [
         ({"weight_decay": -0.1}, "--weight-decay -0.1 must be a number from 0"),
         ({"weight_decay": math.nan}, "--weight-decay nan"),
+        ({"weight_decay_kind": "decoupled"}, "--weight-decay-kind decoupled changes nothing without --weight-decay"),
         ({"clip_norm": 0.0}, "--clip-norm 0.0 must be greater than 0"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0 must be at least 0 and below 1"),
         ({"ema": 1.0}, "--ema 1.0 must be between 0 and 1"),
@@ -322,7 +375,7 @@ def test_inceptions_views_are_pillows_bit_for_bit(height, width, side, seed):
 
 
 def test_a_batch_of_inceptions_crops_follows_from_its_number_alone():
-    views = Views(16, 16, flip=False, crop_style="inception")
+    views = Views(8, 16, flip=False, crop_style="inception")  # the first number does not matter
     loader = Loader(open_source("digits", "train"), views, 8, seed=3)
     ahead, again = (dict(loader.train(start, 4))[3]["image"] for start in (0, 3))
     np.testing.assert_array_equal(ahead, again)

@@ -27,11 +27,11 @@ from bit_jax.launch import free_port
 from bit_jax.report import card
 from bit_jax.training import figures, run, steps
 from bit_jax.training.evaluation import evaluate
-from bit_jax.training.flagperf import Rank0Share, epoch_steps
+from bit_jax.training.flagperf import Rank0Share, epoch_steps, p_core_unsynchronized
 from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.log import Reporter
 from bit_jax.training.optimizer import learning_rate
-from bit_jax.training.timeline import Timeline, p_core_unsynchronized
+from bit_jax.training.timeline import Timeline
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError
 from parity.in_torch import schedule as in_torch
@@ -189,6 +189,22 @@ def test_another_schedule_is_another_run_and_a_run_of_before_the_switch_is_not(t
     assert RecordedRun.of(tmp_path).schedule["restart_every"] == 10_010
 
 
+def test_a_finished_run_lends_no_figure_that_it_did_not_take(tmp_path):
+    """One from before there were such figures, too, whose result says nothing of them."""
+    cfg = dataclasses.replace(config.DIGITS, run=config.RunConfig(tmp_path))
+    finished = run.Run.of(cfg)
+    for path in (finished.workdir.config, finished.workdir.result, finished.workdir.final):
+        path.write_text(json.dumps(finished.workdir.content))
+    asked = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, flagperf_compat=("accuracy", "p_core")))
+    for known in ({}, {"flagperf_compat": ["accuracy"]}):
+        finished.workdir.result.write_text(json.dumps(known | {"steps": 1}))
+        assert run.finetune(finished)["steps"] == 1
+        with pytest.raises(RequestError, match=r"finished without --flagperf-compat .*p_core, .* another --workdir"):
+            run.finetune(run.Run.of(asked))
+    finished.workdir.result.write_text(json.dumps({"flagperf_compat": ["accuracy", "p_core"], "steps": 1}))
+    assert run.finetune(run.Run.of(asked))["steps"] == 1
+
+
 @pytest.fixture
 def script(monkeypatch):
     """The case's training script as a module, with FlagPerf's driver."""
@@ -237,6 +253,12 @@ def test_the_cases_own_configuration_is_the_preset(script, monkeypatch):
 def test_what_the_training_cannot_do_is_refused(script, wrong):
     with pytest.raises(RequestError, match=next(iter(wrong))):
         script.training_flags(base_configuration(script, **wrong))
+
+
+def test_a_result_from_before_the_switches_is_finished_too(script):
+    result = dict.fromkeys([*FINISHED.values(), "train_seconds", "input_wait_seconds"], 1.0)
+    assert "flagperf_compat" not in script.finished(result)
+    assert script.finished(result | {"flagperf_compat": ["p_core"]})["flagperf_compat"] == {"switches": ["p_core"]}
 
 
 def test_the_case_names_the_versions_that_this_project_has():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ from parity.ladder.ladder import Ladder, working_folder
 from parity.ladder.selftest import climb, first_bug, inject, options_for
 from parity.options import Options
 from parity.sides.inputs import pictures
+from parity.sides.recorded import RecordedRun
 
 SIDE, CLASSES = 16, ("ant", "bee", "cat")
 PROBE = [name for name, fault in faults.FAULTS.items() if fault.candidate == "jax:probe"]
@@ -96,6 +98,28 @@ def test_the_checkpoint_is_of_the_head_alone_and_the_run_is_known_again(finished
     assert {key for key, _ in run.arrays()} == {HEAD_KERNEL, HEAD_BIAS}
     assert runs.finetune(run) == result
     assert "finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_features_do_not_continue_a_probe(finished, stored, small_npz, tmp_path, split):
+    """The same rows in another order, though model, view and classes are the same."""
+    file = Features.load(stored / "features" / f"{split}.npz")
+    turned = {name: getattr(file, name)[::-1] for name in ("features", "names", "labels")}
+    place = changed(stored, tmp_path / "features", split, **turned)
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    kept = json.loads((workdir / "config.json").read_text())
+    kept["config"]["data.dataset"] = f"features:{place}"
+    (workdir / "config.json").write_text(json.dumps(kept))
+    name = {"train": "train", "test": "validation"}[split]
+    with pytest.raises(RequestError, match=rf"of another configuration \(features: {name}_rows: "):
+        runs.finetune(runs.Run.of(flags(stored, small_npz, workdir, dataset=f"features:{place}")))
+
+
+def test_parity_judges_no_step_of_a_probe(finished, stored, tmp_path):
+    """Not with the images in place of the features either, on which nothing would be as the run recorded it."""
+    for dataset in (None, f"folder:{stored / 'images'}"):
+        with pytest.raises(RequestError, match=r"a linear probe, .* parity curve --train head --candidate jax:probe"):
+            RecordedRun.of(finished[0], dataset=dataset)
 
 
 def test_every_row_is_its_own_image_in_each_epoch(stored):

@@ -285,6 +285,18 @@ def test_a_file_that_holds_no_features_is_refused(tmp_path):
         dataclasses.replace(good, **change).save(tmp_path / "c.npz")
         with pytest.raises(RequestError, match=said):
             Features.load(tmp_path / "c.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = dict(file)
+    for name, wrong, said in (
+        ("labels", np.array([0.9, -1]), "its labels is float64, not whole numbers"),
+        ("features", np.ones((2, 3), np.complex64), "its features is complex64, not floating-point numbers"),
+        ("names", np.array([1, 2]), "its names is int64, not text"),
+        ("class_names", np.array([b"x"]), "its class_names is .*S1, not text"),
+        ("metadata", np.array(b"{}"), "its metadata is .*S2, not text"),
+    ):
+        np.savez(tmp_path / "c.npz", **arrays | {name: wrong})
+        with pytest.raises(RequestError, match=said):
+            Features.load(tmp_path / "c.npz")
     np.savez(tmp_path / "d.npz", other=1)
     (tmp_path / "e.npz").write_bytes(b"PK no zip")
     for name in ("d.npz", "e.npz"):

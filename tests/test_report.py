@@ -1,6 +1,7 @@
 """`python -m bit_jax.report`: a row for each run, FlagPerf's card, and a sentence for what is no run."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -86,6 +87,7 @@ def test_the_card_of_flagperfs_own_case_is_flagperfs_row(tmp_path):
         ({"mem_of": "process"}, 8, "/"),
         ({"p_core": None}, 6, "/"),
         ({"architecture": "R50x1 with 1000 classes"}, 2, "model=R50x1"),
+        ({"device_kind": "NVIDIA "}, 0, "NVIDIA 单机8卡(1x8)"),
     ],
 )
 def test_a_cell_of_the_card(tmp_path, result, place, cell):
@@ -106,6 +108,34 @@ def test_the_card_says_another_recipe_and_the_switches(tmp_path, reported):
     assert "0.84192" in table  # the accuracy of all examples stays the card's
     for said in ("`--flagperf-compat accuracy p_core schedule`", "0.84016 (6,250 examples)", "every 10,010", "2346"):
         assert said in notes
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "cell"),
+    [
+        ("data.examples_per_class", 5, "examples_per_class=5"),
+        ("model.init", "random", "init=random"),
+        ("data.resize", "tf", "resize=tf"),
+        ("data.flip", False, "flip=False"),
+        ("run.target_acc1", None, "target_acc1=none"),
+        ("optimizer.mixup", None, "/"),  # the recipe has what it came to
+        ("run.seed", 3, "/"),
+        ("additions.train", "block4|head", "train=block4|head"),
+    ],
+)
+def test_any_flag_that_is_not_the_cases_is_on_the_card(tmp_path, flag, value, cell):
+    files = flagperfs()
+    files["config"]["config"][flag] = value
+    assert cells(written(tmp_path / "run", files))[2] == cell
+
+
+def test_a_bar_in_a_cell_ends_no_cell(tmp_path, reported):
+    files = flagperfs()
+    files["config"]["config"]["additions.train"] = "block4|head"
+    _, out, _ = reported(written(tmp_path / "run", files), "--flagperf")
+    rows = out.split("\n\n")[0].splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(card.COLUMNS) + 1}
+    assert r"train=block4\|head" in rows[-1]
 
 
 def test_a_run_under_way_is_in_the_table_and_has_no_figures_on_the_card(tmp_path, reported):
@@ -136,11 +166,21 @@ def test_a_run_under_way_is_in_the_table_and_has_no_figures_on_the_card(tmp_path
         ("result", '{"p_whole": "fast"}', "p_whole is 'fast', not a number"),
         ("config", '{"recipe": 3}', "recipe is no object"),
         ("config", '{"recipe": {"schedule": []}}', "schedule is no object"),
+        ("config", '{"config": {"model.precision": ["fp32"]}}', "model.precision is ['fp32'], not a text"),
+        ("result", '{"precision": ["fp32"]}', "precision is ['fp32'], not a text"),
+        ("result", '{"precision": 32}', "precision is 32, not a text"),
+        ("result", '{"architecture": " "}', "architecture is ' ', not a text"),
+        ("result", '{"versions": ["jax"]}', "versions is no object"),
+        ("result", '{"flagperf_compat": 3, "rank0_acc1": 0.5}', "flagperf_compat is 3, not a list of texts"),
+        ("result", '{"flagperf_compat": [3], "rank0_acc1": 0.5}', "flagperf_compat is [3], not a list of texts"),
+        ("result", f'{{"e2e_time": 1{"0" * 400}}}', "not a number"),
+        ("result", '{"final_acc1": NaN}', "final_acc1 is nan, not a number"),
     ],
 )
-def test_a_damaged_file_ends_in_a_sentence(tmp_path, reported, name, text, said):
+@pytest.mark.parametrize("form", [(), ("--flagperf",)])
+def test_a_damaged_file_ends_in_a_sentence(tmp_path, reported, form, name, text, said):
     (tmp_path / f"{name}.json").write_text(text)
-    code, out, err = reported(tmp_path)
+    code, out, err = reported(tmp_path, *form)
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1

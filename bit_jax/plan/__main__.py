@@ -2,9 +2,9 @@
 
     python -m bit_jax.plan --model BiT-M-R152x2 --device a100-40g --devices 8 --precision bf16 --remat norm
 
-Compiles the very train step that train.py runs, for that GPU, with XLA's own compiler (`pip install 'bit-jax[plan]'`;
-no GPU is needed), and reads the result. Nothing runs, so there are no times: the roofline divides by published peaks
-and is a lower bound.
+Compiles the very train step that train.py runs without additions such as --train or --ema, for that GPU, with XLA's
+own compiler (`pip install 'bit-jax[plan]'`; no GPU is needed), and reads the result. Nothing runs, so there are no
+times: the roofline divides by published peaks and is a lower bound.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bit_jax.compiled import gpus
-from bit_jax.config import FLAGPERF
+from bit_jax.config import FLAGPERF, identity
 from bit_jax.report.record import Record
 from bit_jax.training.figures import case
 
@@ -15,12 +15,20 @@ COLUMNS = ("配置", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p
 NONE = "/"  # FlagPerf's sign for a cell without a figure
 HOSTS = {1: "单机", 2: "两机"}
 MODEL = "R152x2"  # of FlagPerf's case
+# flags that are no part of the recipe, or that have a cell of their own
+ELSEWHERE = {
+    *("model.model", "model.precision", "data.dataset", "data.train_split", "data.eval_split", "run.seed"),
+    *("data.global_batch", "data.batch_per_device"),
+}
+WORDS = {"base_lr": "lr", "decay_steps": "lr_steps", "steps": "max_steps"}  # FlagPerf's, where they are not the flags'
+ADDITIONS = "additions."  # how the flags of additions begin
 
 
 def lines(records: Sequence[Record]) -> list[str]:
     """Returns the card's lines: the table, and a line for each run that says what its cells cannot."""
     table = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
-    table += ["| " + " | ".join(row(record).values()) + " |" for record in records]
+    rows = [[cell.replace("|", r"\|") for cell in row(record).values()] for record in records]
+    table += ["| " + " | ".join(cells) + " |" for cells in rows]
     return [*table, "", *(f"- {note(record)}" for record in records)]
 
 
@@ -40,29 +48,22 @@ def row(record: Record) -> dict[str, str]:
 
 
 def departures(record: Record) -> list[str]:
-    """Returns what differs from the recipe of FlagPerf's case, in the words of FlagPerf's configuration: bs=20."""
-    recipe, schedule, preset = record.recipe, record.recipe.get("schedule", {}), FLAGPERF
-    architecture = str(record.known.get("architecture") or MODEL).split()[0]
-    batch = record.known.get("batch_per_device")
-    compared = {
-        "model": (architecture, MODEL),
-        "bs": (batch, preset.data.batch_per_device),
-        "lr": (schedule.get("base_lr"), preset.optimizer.base_lr),
-        "momentum": (record.flags.get("optimizer.momentum"), preset.optimizer.momentum),
-        "warmup_steps": (schedule.get("warmup_steps"), preset.optimizer.warmup_steps),
-        "lr_steps": (schedule.get("decay_steps"), list(preset.optimizer.decay_steps or ())),
-        "max_steps": (schedule.get("steps"), preset.optimizer.steps),
-        "mixup": (recipe.get("mixup"), preset.optimizer.mixup),
-        "resize": (recipe.get("resize_to"), preset.data.resize_to),
-        "crop": (recipe.get("crop"), preset.data.crop),
-        "flip": (record.flags.get("data.flip"), preset.data.flip),
-        "target_acc1": (record.flags.get("run.target_acc1", preset.run.target_acc1), preset.run.target_acc1),
+    """Returns what differs from the recipe of FlagPerf's case, in the words of FlagPerf's configuration: bs=20. What
+    BiT-HyperRule or the dataset settled is taken from the recipe, and all else from the flags."""
+    known = record.known
+    batch, settled = known.get("batch_per_device"), record.recipe | record.recipe.get("schedule", {})
+    given = {
+        "model": (str(known.get("architecture") or MODEL).split()[0], MODEL),
+        "bs": (FLAGPERF.data.batch_per_device if batch is None else batch, FLAGPERF.data.batch_per_device),
     }
-    given = {name: value for name, (value, usual) in compared.items() if value != usual}
-    given = {name: value for name, value in given.items() if value is not None or name == "target_acc1"}
-    added = {name: value for name, value in record.flags.items() if name.startswith("additions.")}
-    given |= {name.removeprefix("additions."): value for name, value in added.items()}
-    return [f"{name}={_short(value)}" for name, value in given.items()]
+    for key, usual in identity(FLAGPERF).items():
+        name = key.partition(".")[2]
+        if key not in ELSEWHERE and (name in settled or key in record.flags):
+            given[WORDS.get(name, name)] = settled.get(name, record.flags.get(key)), usual
+    differing = {name: value for name, (value, usual) in given.items() if value != usual}
+    added = {name: value for name, value in record.flags.items() if name.startswith(ADDITIONS)}
+    differing |= {name.removeprefix(ADDITIONS): value for name, value in added.items()}
+    return [f"{name}={_short(value)}" for name, value in differing.items()]
 
 
 def note(record: Record) -> str:
@@ -101,7 +102,8 @@ def _machine(known: dict[str, Any]) -> str:
     if not case(known):
         return NONE
     hosts, each = known["hosts"], known["devices"] // known["hosts"]
-    name = kind.removeprefix("NVIDIA ").split("-")[0].split()[0] if kind.startswith("NVIDIA ") else kind
+    short = kind.removeprefix("NVIDIA ").split("-")[0].split(" ")[0]  # A100 of NVIDIA A100-SXM4-40GB
+    name = short if kind.startswith("NVIDIA ") and short else kind
     return f"{name}{HOSTS.get(hosts, f'{hosts}机')}{'单' if each == 1 else each}卡({case(known)})"
 
 

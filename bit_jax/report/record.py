@@ -1,6 +1,9 @@
 """What a run left in its work directory, read whether the run is finished or under way."""
 
 import dataclasses
+import reprlib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ NUMBERS = (
     *("final_acc1", "mem_gib", "mem_total_gib", "rank0_acc1", "rank0_examples", "p_core_unsynchronized"),
     "schedule_restarts_every",
 )
+# its fields, and the flags of config.json, that are shown as text
+TEXTS = ("model", "architecture", "dataset", "precision", "device_kind", "mem_of")
+FLAG_TEXTS = ("model.model", "data.dataset", "model.precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +98,14 @@ def read(workdir: Path) -> Record:
     content = {name: read_json(path, dict, REMEDY) for name, path in there.items()}
     result = content.get("result")
     if result is not None:
-        _check_numbers(paths["result"], {name: result.get(name) for name in NUMBERS})
+        _check(paths["result"], result, NUMBERS, _is_number, "number")
+        _check(paths["result"], result, TEXTS, _is_text, "text")
+        _check(paths["result"], result, ("flagperf_compat",), _is_texts, "list of texts")
+        _objects(paths["result"], result, "versions")
     config = content.get("config", {})
-    recipe = _objects(paths["config"], config, "config", "recipe")["recipe"]
-    _objects(paths["config"], recipe, "schedule")
+    objects = _objects(paths["config"], config, "config", "recipe")
+    _check(paths["config"], objects["config"], FLAG_TEXTS, _is_text, "text")
+    _objects(paths["config"], objects["recipe"], "schedule")
     entries, damaged = metrics.read(workdir / "metrics.jsonl")
     return Record(workdir, config, result, entries, damaged)
 
@@ -109,12 +119,22 @@ def _objects(path: Path, content: dict[str, Any], *names: str) -> dict[str, Any]
     return objects
 
 
-def _check_numbers(path: Path, numbers: dict[str, Any]) -> None:
-    """Raises DamagedFile if one is neither a number nor None."""
-    for name, value in numbers.items():
-        if value is not None and not _is_number(value):
-            raise DamagedFile(f"{path} is damaged ({name} is {value!r}, not a number); {REMEDY}")
+def _check(path: Path, content: dict[str, Any], names: Sequence[str], holds: Callable[[Any], bool], kind: str) -> None:
+    """Raises DamagedFile if one of the values of those names is neither None nor what it has to be."""
+    for name in names:
+        value = content.get(name)
+        if value is not None and not holds(value):
+            raise DamagedFile(f"{path} is damaged ({name} is {reprlib.repr(value)}, not a {kind}); {REMEDY}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that can be shown: not NaN, and not a whole number beyond all floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))

@@ -9,6 +9,8 @@ import math
 
 from jaxtyping import Array, Bool, Int
 
+from bit_jax.training.timeline import Timeline
+
 
 @dataclasses.dataclass(frozen=True)
 class Rank0Share:
@@ -39,3 +41,12 @@ def epoch_steps(examples: int, devices: int, batch_per_device: int) -> int:
     """Returns the number of steps of FlagPerf's epoch: each rank takes an equal share of the examples, rounded up, in
     batches of which the last may be smaller."""
     return math.ceil(math.ceil(examples / devices) / batch_per_device)
+
+
+def p_core_unsynchronized(timeline: Timeline, trained: int) -> float | None:
+    """Returns images/s over the activity `dispatch`, or None if nothing was trained.
+
+    This is FlagPerf's clock for p_core: it runs from the moment that a step has its batch until the step's work has
+    been handed to the devices, and does not wait for that work. It is no rate of training.
+    """
+    return trained / timeline["dispatch"] if trained else None

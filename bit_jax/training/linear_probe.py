@@ -68,6 +68,13 @@ class Probe:
         return input_pipeline.FeatureViews(self.channels)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What says of a continued run whether it goes on with these very rows, as JSON's types."""
+        rows = {"train": self.train, "validation": self.validation}
+        alike = {name: self.metadata.get(name) for name in ALIKE}
+        return alike | {f"{name}_rows": input_pipeline.fingerprint(source) for name, source in rows.items()}
+
+    @property
     def note(self) -> str:
         """A sentence for the log."""
         return (
@@ -93,9 +100,7 @@ class Probe:
                 f"{self.train.name} are features of {made}, sha256 {str(theirs)[:12]}, and --model is {weight_file} "
                 f"({architecture.name}), sha256 {ours[:12]}; give those weights as --model, or write the features again"
             )
-        return HeadAlone(
-            **{field.name: getattr(architecture, field.name) for field in dataclasses.fields(architecture)}
-        )
+        return HeadAlone(**vars(architecture))
 
 
 def _refuse_flags(cfg: Config) -> None:

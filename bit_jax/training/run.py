@@ -18,11 +18,11 @@ import input_pipeline
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import STANDARDIZE_EPS, Architecture, HeadAlone
+from bit_jax.model.architecture import HEAD_KERNEL, STANDARDIZE_EPS, Architecture, HeadAlone
 from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.training import figures, flagperf, hyperrule, linear_probe, resources, trained
+from bit_jax.training import figures, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
@@ -32,7 +32,7 @@ from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
-from bit_jax.training.timeline import Observer, Timeline, nobody, p_core_unsynchronized
+from bit_jax.training.timeline import Observer, Timeline, nobody
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
@@ -108,7 +108,7 @@ class Run:
             {} if architecture.note is None else {"standardize_eps": architecture.standardize_eps}
         )
         if probe is not None:
-            constants |= {"features": {name: probe.metadata.get(name) for name in linear_probe.ALIKE}}
+            constants |= {"features": probe.identity}
         views = input_pipeline.Views(recipe.resize_to, recipe.crop, data.flip, data.resize, cfg.additions.crop_style)
         return cls(
             config=cfg,
@@ -214,6 +214,8 @@ def _settled(
     if cfg.data.examples_per_class is not None:
         train = input_pipeline.few_shot(train, cfg.data.examples_per_class, cfg.run.seed)
     recipe = hyperrule.recipe(cfg, train_examples=len(train), native_area=native_area)
+    if (decay_steps := cfg.optimizer.decay_steps) and cfg.additions.schedule == "cosine":
+        notes = (*notes, f"--schedule cosine: --decay-steps {' '.join(map(str, decay_steps))} do not matter")
     if "schedule" in cfg.run.flagperf_compat:
         every = flagperf.epoch_steps(len(train), mesh.size, global_batch // mesh.size)
         recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, restart_every=every))
@@ -239,9 +241,19 @@ def initial_weights(model: ModelConfig, *, num_classes: int) -> tuple[Architectu
 
 
 def _trains(architecture: Architecture, pattern: str) -> str:
-    """Returns a sentence on how many parameters train; see `trained.require` for the error."""
+    """Returns a sentence on how many parameters train.
+
+    Raises:
+        RequestError: the pattern matches no parameter, or not the kernel of the new head. That is zero at first, so as
+            long as it does not train, the gradient of everything below it is zero, too.
+    """
     sizes = {key: int(np.prod(shape)) for key, shape in architecture.layout.items()}
     keys = trained.require(sizes, pattern)
+    if HEAD_KERNEL not in keys:
+        raise RequestError(
+            f"--train {pattern!r} trains nothing below the new head, whose kernel is zero and would stay so; write "
+            f"{pattern + '|head'!r}"
+        )
     count, total = sum(sizes[key] for key in keys), sum(sizes.values())
     return (
         f"--train {pattern}: {count:,} of {total:,} parameters train, in {len(keys)} of {len(sizes)} arrays; the "
@@ -282,9 +294,16 @@ def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
     Raises:
         Stopped: a signal ended the run; the last finished step is saved.
         RunFailed: the loss is not finite.
-        RequestError: a checkpoint or the work directory cannot be used, or the machine lacks something.
+        RequestError: a checkpoint or the work directory cannot be used, the machine lacks something, or the run is
+            finished without a figure that `--flagperf-compat` asks for.
     """
     if result := run.workdir.finished():
+        known = result.get("flagperf_compat") or ()
+        if missing := [switch for switch in run.config.run.flagperf_compat if switch not in known]:
+            raise RequestError(
+                f"{run.workdir.path} holds this run, finished without --flagperf-compat {' '.join(missing)}, whose "
+                "figures cannot be had afterwards; choose another --workdir, or leave that out"
+            )
         if hosts.is_first():
             print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
         return result
@@ -404,5 +423,5 @@ def _compat(run: Run, loop: Loop, accuracy: Accuracy, examples: int) -> dict[str
     if "schedule" in switches:
         added |= {"schedule_restarts_every": run.recipe.schedule.restart_every}
     if "p_core" in switches:
-        added |= {"p_core_unsynchronized": p_core_unsynchronized(loop.timeline, examples)}
+        added |= {"p_core_unsynchronized": flagperf.p_core_unsynchronized(loop.timeline, examples)}
     return added

@@ -1,7 +1,7 @@
 """What a program is compiled for: devices, precision, and how the model is executed there.
 
 Training, `plan`, the benchmarks and JAX's side of a comparison all take model and compiler options from here, so that
-what is planned, timed and judged is what is trained.
+what is planned, timed and judged is what is trained; `plan` alone knows no additions to BiT's recipe.
 """
 
 import dataclasses

@@ -58,15 +58,6 @@ class Timeline:
             yield item
 
 
-def p_core_unsynchronized(timeline: Timeline, trained: int) -> float | None:
-    """Returns images/s over the activity `dispatch`, or None if nothing was trained.
-
-    This is FlagPerf's clock for p_core: it runs from the moment that a step has its batch until the step's work has
-    been handed to the devices, and does not wait for that work. It is no rate of training.
-    """
-    return trained / timeline["dispatch"] if trained else None
-
-
 def rates(timeline: Timeline, trained: int) -> dict[str, float | None]:
     """Returns FlagPerf's rates in images/s, from the activities `whole`, `evaluation` and `input`.
 

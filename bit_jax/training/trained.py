@@ -1,6 +1,7 @@
 """Chooses the parameters that train, all of them or those that --train names, and takes trees of these alone out of the
 whole tree and back into it."""
 
+import itertools
 import re
 from collections.abc import Collection
 from typing import Any
@@ -14,11 +15,17 @@ SHOWN = 3  # paths in a refusal
 
 
 def trains(path: str, pattern: str | None) -> bool:
-    """Whether the pattern, a regular expression, matches whole parts of a parameter's path; None matches all.
+    """Whether the pattern, a regular expression, matches one part of a parameter's path or several in a row, from their
+    beginning to their end; None matches all.
 
-    The path is the parameter's official key, with or without the leading `resnet/`.
+    The path is the parameter's official key, with or without the leading `resnet/`. `head$` and `(?i)HEAD` match as
+    `head` does, because what they are matched against begins and ends with the parts.
     """
-    return pattern is None or re.search(rf"(?:^|/)(?:{pattern})(?:/|$)", path.removeprefix(PREFIX)) is not None
+    if pattern is None:
+        return True
+    parts = path.removeprefix(PREFIX).split("/")
+    ends = itertools.combinations(range(len(parts) + 1), 2)
+    return any(re.fullmatch(pattern, "/".join(parts[begin:end])) for begin, end in ends)
 
 
 def require(keys: Collection[str], pattern: str | None) -> list[str]:

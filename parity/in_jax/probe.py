@@ -11,8 +11,7 @@ import jax
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.predictions import rows
 from bit_jax.training.trained import overlaid
-
-HEAD = "head"  # name of the head in the parameter tree, and the --train that names it alone
+from parity.sides.side import HEAD
 
 
 class Probe:

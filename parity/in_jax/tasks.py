@@ -32,7 +32,7 @@ from input_pipeline.examples import Subset
 from parity import faults
 from parity.in_jax import operations, script, single, units
 from parity.in_jax.probe import Probe
-from parity.in_jax.training import Training
+from parity.in_jax.training import Training, same
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -409,7 +409,7 @@ class JaxSide:
         """Returns the parameters that the state has, and two functions: of images, which returns what a step takes for
         them; and of such parameters, which returns those of the whole model. Only `probe` makes a difference."""
         if not self.side.probe:
-            return params, _same, _same
+            return params, same, same
         probe = Probe(model, params, self._jit)
         return probe.head, probe.features, probe.whole
 
@@ -549,10 +549,6 @@ def _advanced(state: steps.TrainState, held: dict[str, Any], count: jax.Array) -
     # the optimizer's count is a copy, because a step that uses up its state cannot use up one array twice
     opt_state: Any = optax.tree_utils.tree_set(state.opt_state, **held, count=jnp.array(count))
     return state.replace(step=count, opt_state=opt_state)
-
-
-def _same(given: Any) -> Any:
-    return given
 
 
 def _additions(fields: Added) -> Additions:

@@ -9,6 +9,11 @@ from bit_jax.training import program
 from bit_jax.training.target import Target
 
 
+def same(given: Any) -> Any:
+    """Returns what it is given."""
+    return given
+
+
 class Training:
     """Training steps: each call takes one and returns when it has finished.
 
@@ -27,8 +32,8 @@ class Training:
         step: Callable[..., tuple[Any, Any]],
         state: Any,
         target: Target,
-        shown: Callable[[Any], Any] = lambda images: images,
-        whole: Callable[[Any], Any] = lambda params: params,
+        shown: Callable[[Any], Any] = same,
+        whole: Callable[[Any], Any] = same,
     ):
         self.state, self.metrics = state, {}
         self.shown, self.whole = shown, whole

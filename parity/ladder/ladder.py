@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bit_jax.formats import weights
 from bit_jax.formats.described import described
+from bit_jax.training import trained
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import Source
@@ -29,12 +30,11 @@ from parity.ladder.reference import Live, Reference
 from parity.ladder.verdict import LEAST_DRAWS, ULP, Line, Verdict, worst
 from parity.options import Options
 from parity.sides import classes, inputs
-from parity.sides.side import parse_side
+from parity.sides.side import HEAD, parse_side
 from parity.sides.weights import RANDOM, weight_file
 from parity.sides.worker import Answer, Arrays, Worker
 
 ROLES = ("reference", "candidate")
-HEAD = "head"  # the --train of a linear probe
 RANDOM_CLASSES = 100  # classes of a random model's head
 
 
@@ -109,6 +109,7 @@ class Ladder:
             read_image_file(path)  # one that cannot be read is refused before anything is started
         self.weight_file = self._weights()
         self.architecture, _ = weights.read(self.weight_file)
+        trained.require(self.architecture.layout, options.additions.train)
         self.fault: str | None = options.fault
         self._answers: dict[str, Answer] = {}
         self._asked = itertools.count()

@@ -19,12 +19,13 @@ from bit_jax.model.architecture import STANDARDIZE_EPS
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
 from bit_jax.published.catalogue import PublishedFile
-from bit_jax.training import checkpoint
+from bit_jax.training import checkpoint, metrics
 from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.steps import FIRST_SCALE, mixup_weight
 from bit_jax.training.trained import trains
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, parse_json, read_json
+from input_pipeline.features import FEATURES
+from input_pipeline.files import DamagedFile, read_json
 from parity.sides.inputs import Batches
 
 OPTIMIZER = {"base_lr", "momentum", "mixup", "warmup_steps", "decay_steps", "steps"}  # what both sides know of one
@@ -106,8 +107,8 @@ class RecordedRun:
             dataset: the dataset if it is elsewhere now; None: where the run found it.
 
         Raises:
-            RequestError: the folder holds no run, config.json is damaged, or the run's optimizer is not one that
-                parity has.
+            RequestError: the folder holds no run, or a linear probe; config.json is damaged; or the run's optimizer is
+                not one that parity has.
         """
         path = workdir / "config.json"
         if not path.exists():
@@ -115,6 +116,11 @@ class RecordedRun:
         content = read_json(path, dict, REMEDY)
         try:
             flags, recipe = content["config"], content["recipe"]
+            if "features" in content or any(_is_features(name) for name in (dataset, flags["data.dataset"])):
+                raise RequestError(
+                    f"{workdir} holds a linear probe, which trains on stored features, and parity's steps take images; "
+                    "compare a probe with python -m parity curve --train head --candidate jax:probe"
+                )
             schedule = Schedule(**recipe["schedule"] | {"decay_steps": tuple(recipe["schedule"]["decay_steps"])})
             run = cls(
                 workdir=workdir,
@@ -239,16 +245,8 @@ class RecordedRun:
     def losses(self) -> dict[int, float]:
         """Returns {step: its loss} of the steps that metrics.jsonl has. Lines that are damaged, or not yet whole, are
         left out."""
-        path, losses = self.workdir / "metrics.jsonl", {}
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        for line in lines:
-            try:
-                entry = parse_json(line, dict, path, "")
-            except DamagedFile:
-                continue
-            if isinstance(entry.get("step"), int) and isinstance(entry.get("loss"), float):
-                losses[entry["step"]] = entry["loss"]
-        return losses
+        entries, _ = metrics.read(self.workdir / "metrics.jsonl")
+        return {entry["step"]: entry["loss"] for entry in entries if isinstance(entry.get("loss"), float)}
 
     def source(self) -> input_pipeline.Source:
         """Opens the training split as the run did.
@@ -326,6 +324,11 @@ class RecordedRun:
 def on_cpu() -> None:
     """Has JAX use the CPU alone in this process, which reads and draws but leaves accelerators to the sides."""
     jax.config.update("jax_platforms", "cpu")
+
+
+def _is_features(dataset: str | None) -> bool:
+    """Whether a dataset is one of stored features."""
+    return dataset is not None and dataset.partition(":")[0] == FEATURES
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ SWITCHES = {
     "jax": ("tuned", "probe", "deterministic", "device64", "hugepages"),
     "torch": ("compile", "channels_last", "deterministic", "device64", "hugepages"),
 }
+HEAD = "head"  # name of the head in the parameter tree, and the --train of a probe, which names it alone
 REMAT = ("remat=norm", "remat=unit")
 EXPORTED = ("onnx", "stablehlo")  # what runs a model that was exported to a file; it has no other setting
 # entry of the attestation whose difference can be accepted -> field of a side that takes the other side's value

@@ -117,9 +117,9 @@ def finished(result: dict[str, Any]) -> dict[str, Any]:
         "throughput(ips)_no_eval": result["p_train"],
         "throughput(ips)_pure_compute": result["p_core"],
     }
-    if result["flagperf_compat"]:
+    if switches := result.get("flagperf_compat"):
         names = ("rank0_acc1", "rank0_examples", "schedule_restarts_every", "p_core_unsynchronized")
-        figures["flagperf_compat"] = {"switches": result["flagperf_compat"]}
+        figures["flagperf_compat"] = {"switches": switches}
         figures["flagperf_compat"] |= {name: result[name] for name in names if name in result}
     return figures
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -61,9 +62,9 @@ def test_the_stored_run_has_its_row(reported):
         assert cell in out
 
 
-def test_a_directory_of_any_name_is_shown_as_it_is(tmp_path, reported):
-    run = written(tmp_path / "[red]\x1b[31m", flagperfs())
-    code, out, _ = reported(run)
+def test_a_directory_of_any_name_is_shown_as_it_is(tmp_path, reported, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a path that is longer than its column is broken anywhere
+    code, out, _ = reported(written(Path("[red]\x1b[31m"), flagperfs()))
     assert code == 0
     assert "[red]" in out
     assert "\x1b" not in out

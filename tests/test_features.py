@@ -123,7 +123,7 @@ def test_a_model_without_a_head_returns_the_pooled_features(float64, small_npz, 
 def test_a_file_without_a_head_is_not_taken_for_a_whole_one(small_npz, tmp_path):
     body = {key: array for key, array in np.load(small_npz).items() if "/head/" not in key}
     np.savez(tmp_path / "body.npz", **body)
-    with pytest.raises(WeightsError, match="without a head; give .* or num_classes=0 for its features") as caught:
+    with pytest.raises(WeightsError, match=r"without a head; give .* or num_classes=0 for its features") as caught:
         bit_jax.load(tmp_path / "body.npz")
     assert set(caught.value.missing) == {HEAD_KERNEL, HEAD_BIAS}
     model, params = bit_jax.load(tmp_path / "body.npz", num_classes=3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from parity.in_torch import resnetv2
+from parity.in_torch import precision, resnetv2
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "bit_pytorch_float64.npz")
 TOLERANCE = 1e-9  # float64 rounding is seen at 1e-13; a wrong epsilon moves a logit by 1e-6
@@ -86,3 +86,11 @@ def test_a_file_with_an_unknown_array_is_refused(tmp_path, small_npz):
     np.savez(path, **np.load(small_npz), **{"resnet/block1/unit01/d/kernel": np.zeros(1)})
     with pytest.raises(RuntimeError, match=r"block1\.unit01\.d\.kernel"):
         resnetv2.load(str(path))
+
+
+@pytest.mark.parametrize("name", ["tf32", "fp32"])
+def test_pytorch_can_export_in_a_process_that_chose_a_precision(name):
+    """`torch.export` reads the older setting, which PyTorch refuses to tell where the newer ones say something else."""
+    precision.choose(name)
+    assert torch.backends.cudnn.allow_tf32 == (name == "tf32")
+    assert set(precision.float32_settings().values()) == {"tf32" if name == "tf32" else "ieee"}

@@ -54,8 +54,10 @@ def choose(name: str) -> Precision:
     """Returns the named precision, after it has set for the process whether float32 products are IEEE or TF32.
 
     Each backend is set by itself: in PyTorch 2.11 cuDNN's convolutions stay in TF32, their default, when
-    `torch.backends.fp32_precision` alone is set.
+    `torch.backends.fp32_precision` alone is set. The older setting is set alike, because PyTorch exports no model in a
+    process where the two differ.
     """
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
     for backend in _float32_backends().values():
         backend.fp32_precision = "tf32" if name == "tf32" else "ieee"
     return PRECISIONS[name]

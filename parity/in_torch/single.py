@@ -44,8 +44,6 @@ class Program(nn.Module):
     def write(self, operands: dict[str, np.ndarray], gradient: np.ndarray, folder: Path) -> None:
         """Writes the program, its gradient included, as `torch.export` saves it."""
         given = self._given(operands, gradient)
-        # PyTorch's export asks for this setting, which is not to be had where only the newer settings were set
-        torch.backends.cudnn.allow_tf32 = self._precision.name == "tf32"
         graph = make_fx(self)(*given)
         graph.graph.eliminate_dead_code()
         graph.recompile()

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
@@ -95,7 +96,7 @@ class Request:
         require_positive(typed(self.devices, "batch_per_device", "hosts") | typed(self, "mistakes", "input_threads"))
         self.view.check()
         outputs = {"--json": self.json, "--html": self.html, "--predictions": self.predictions}
-        require_distinct(outputs)
+        require_distinct({"--weights": Path(self.weights)} | outputs)
         for path in filter(None, outputs.values()):
             writable(path)
 
@@ -139,7 +140,6 @@ def carry_out(request: Request) -> Evaluation | None:
 def write(request: Request, evaluation: Evaluation) -> None:
     """Writes the files that the request asks for, each atomically."""
     if request.json is not None:
-        request.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(request.json, evaluation.as_json())
     if request.html is not None:
         page.write_evaluation(request.html, evaluation, request.mistakes)
@@ -182,7 +182,7 @@ def evaluate(request: Request) -> Evaluation:
 def match(request: Request, source: input_pipeline.Source, known: Description, num_classes: int) -> classes.Matched:
     """Matches the split's labels with the head's classes, as the request says."""
     if request.by_position:
-        return classes.match_by_position(source, num_classes, request.weights)
+        return classes.match_by_position(source, num_classes, request.weights, request.classes)
     head = classes.Head.of(known.class_names, num_classes, request.weights)
     if head is None:
         raise classes.unnamed(source, num_classes, request.weights)

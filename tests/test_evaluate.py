@@ -188,8 +188,7 @@ def test_however_it_is_spread_the_counts_are_the_same(tmp_path, npz, folder, com
 
 
 def test_what_the_first_image_takes_longer_is_not_in_the_images_per_second(tmp_path, npz, folder, monkeypatch):
-    """By a clock that only resizing moves: by 100 s for the first image, as where Numba compiles, and by 1 s for each
-    other one."""
+    """The clock moves only while an image is resized: by 100 s for the first, as if Numba compiled, else by 1 s."""
     now, resize = [0.0], Views.evaluation
 
     def slow_at_first(self, *arguments):
@@ -285,6 +284,16 @@ def test_only_classes_that_occur_compete_where_it_is_asked_for():
     assert matched.source.labels.tolist() == [1, 0, 1]
 
 
+def test_only_classes_that_occur_compete_by_position_too():
+    source = source_of("x", "y", "z")
+    source.labels = np.array([2, 0, 2], np.int32)
+    matched = classes.match_by_position(source, 3, "w.npz", "occurring")
+    assert matched.competing == (0, 2)
+    assert matched.names == ("x", "z")
+    assert matched.source.labels.tolist() == [1, 0, 1]
+    assert matched.notes[0] == "matched by position, unverified"
+
+
 def test_all_of_imagenet_v2_by_its_folders_numbers():
     head = classes.Head.of(None, 1000, "w.npz")
     assert head is not None
@@ -345,9 +354,9 @@ def test_what_cannot_be_matched_is_refused_by_name():
     with pytest.raises(DatasetError, match="not: crane"):  # the bird, or the machine?
         classes.match(source_of("crane", "golden retriever"), imagenet, "dataset")
     assert classes.Head.of(None, 7, "w.npz") is None
-    assert classes.match_by_position(source_of("x", "y"), 2, "w.npz").competing == (0, 1)
+    assert classes.match_by_position(source_of("x", "y"), 2, "w.npz", "dataset").competing == (0, 1)
     with pytest.raises(RequestError, match="3 classes and the head"):
-        classes.match_by_position(source_of("x", "y", "z"), 2, "w.npz")
+        classes.match_by_position(source_of("x", "y", "z"), 2, "w.npz", "dataset")
 
 
 @pytest.mark.parametrize(
@@ -409,6 +418,7 @@ def test_size_and_resize_are_the_flags_else_the_weights():
         ("--weights {npz} --dataset digits --crop-pct 0.9", "--crop-pct 0.9 belongs to --resize timm"),
         ("--weights {npz} --dataset digits --resize tf --interpolation bilinear", "--interpolation bilinear belongs"),
         ("--weights {npz} --dataset digits --json {tmp}/f --html {tmp}/x/../f", "--json and --html both name"),
+        ("--weights {bare} --dataset digits --json {bare}", "--weights and --json both name"),
         ("--weights {npz} --dataset digits --batch-per-device 0", "--batch-per-device 0"),
         ("--weights {npz} --dataset digits --mesh fsdp=3", "--mesh fsdp=3"),
         ("--weights {npz} --dataset digits --json {tmp}", "is a directory"),

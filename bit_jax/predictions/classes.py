@@ -116,8 +116,13 @@ def match(source: Source, head: Head, competing: Competing) -> Matched:
     return _restricted(source, _declared(source, len(head.names)), head.names, competing, how)
 
 
-def match_by_position(source: Source, num_classes: int, weights: str) -> Matched:
+def match_by_position(source: Source, num_classes: int, weights: str, competing: Competing) -> Matched:
     """Takes a dataset's labels as numbers of the head's classes.
+
+    Args:
+        num_classes: size of the head.
+        weights: name of the weights, for messages.
+        competing: which classes compete for the prediction; see `match`. The dataset has all of the head's.
 
     Raises:
         RequestError: their numbers of classes differ.
@@ -128,9 +133,8 @@ def match_by_position(source: Source, num_classes: int, weights: str) -> Matched
             f"{printable(source.name)} has {count:,} classes and the head of {weights} has {num_classes:,}; give "
             "--dataset or --weights that fit, because only equal numbers can be matched by position"
         )
-    return Matched(
-        source, tuple(range(count)), tuple(in_words(source.class_names)), ("matched by position, unverified",)
-    )
+    how = "matched by position, unverified"
+    return _restricted(source, list(range(count)), source.class_names, competing, how)
 
 
 def unnamed(source: Source, num_classes: int, weights: str) -> RequestError:

@@ -40,7 +40,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.features import Features
 from input_pipeline.files import writable
-from input_pipeline.flags import UserPath, require_positive
+from input_pipeline.flags import UserPath, require_distinct, require_positive
 from input_pipeline.loose_files import LooseFiles, find
 from input_pipeline.preprocess import native_area
 from input_pipeline.terminal import printable
@@ -87,9 +87,12 @@ class Request:
         self.view.check()
         if self.html is not None and self.features is not None:
             raise RequestError("--html shows predictions and --features makes none; give one of them")
-        for path in (self.html, self.features):
-            if path is not None:
-                writable(path)
+        outputs = {"--html": self.html, "--features": self.features}
+        require_distinct({"--weights": Path(self.weights)} | outputs)
+        for image in self.images:
+            require_distinct({"IMAGE": image} | outputs)
+        for path in filter(None, outputs.values()):
+            writable(path)
 
 
 def main() -> None:

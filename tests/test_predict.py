@@ -302,3 +302,13 @@ def test_a_file_that_holds_no_features_is_refused(tmp_path):
     for name in ("d.npz", "e.npz"):
         with pytest.raises(RequestError, match="is no file of features"):
             Features.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("flag", ["--html", "--features"])
+def test_an_output_never_takes_the_place_of_an_input(tmp_path, image, monkeypatch, capsys, flag):
+    path = npz(tmp_path, 3)
+    for place, said in ((path, "--weights and"), (image, "IMAGE and")):
+        before = place.read_bytes()
+        assert run(monkeypatch, "--weights", path, "--size", 32, flag, place, image) == 2
+        assert f"{said} {flag} both name" in capsys.readouterr().err
+        assert place.read_bytes() == before

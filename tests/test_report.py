@@ -198,3 +198,14 @@ def test_what_is_no_run_ends_in_a_sentence(tmp_path, reported):
     code, out, err = reported(STORED, "--json", tmp_path)
     assert (code, out) == (2, "")
     assert "is a directory" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl"])
+def test_a_report_never_takes_the_place_of_its_run(tmp_path, reported, name):
+    run = written(tmp_path / "run", flagperfs())
+    (run / "metrics.jsonl").write_text("")
+    before = (run / name).read_bytes()
+    code, out, err = reported(run, "--json", run / name)
+    assert (code, out) == (2, "")
+    assert "and --json both name" in err
+    assert (run / name).read_bytes() == before

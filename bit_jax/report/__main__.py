@@ -10,12 +10,12 @@ import sys
 import tyro
 
 from bit_jax.report import card, overview
-from bit_jax.report.record import Record, read
+from bit_jax.report.record import FILES, Record, read
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import writable, write_json
-from input_pipeline.flags import UserPath
+from input_pipeline.flags import UserPath, require_distinct
 from input_pipeline.terminal import printable
 
 
@@ -34,6 +34,9 @@ def main() -> None:
     if not arguments.workdirs:
         raise RequestError("no run to report; name the --workdir of at least one")
     if arguments.json is not None:
+        for workdir in arguments.workdirs:
+            for name in FILES:  # a report must not take the place of what it is of
+                require_distinct({f"the run in {workdir}": workdir / name, "--json": arguments.json})
         writable(arguments.json)
     records = [read(workdir) for workdir in arguments.workdirs]
     for record in records:

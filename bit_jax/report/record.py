@@ -11,6 +11,7 @@ from bit_jax.training import metrics
 from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, read_json
 
+FILES = ("config.json", "result.json", "metrics.jsonl")  # what `read` reads of a work directory
 REMEDY = "restore it, or leave this run out"
 # the fields of result.json that are shown as numbers; any of them may be missing or null
 NUMBERS = (

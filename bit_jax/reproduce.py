@@ -64,6 +64,8 @@ def main() -> int:
     if request.name == LIST:
         if more:
             raise RequestError(f"`list` measures nothing, so `-- {' '.join(more)}` belongs to a figure; name one")
+        if request.plan:
+            raise RequestError("`list` measures nothing, so --plan belongs to a figure; name one")
         return show_all(request, console)
     figure = lookup(request.name)
     return plan(figure, request, more, console) if request.plan else measure(figure, request, more, console)
@@ -101,7 +103,7 @@ def show_all(request: Request, console: Console) -> int:
     console.print(table)
     if request.json is not None:
         workdir = Path("WORKDIR")
-        keep(request.json, [as_json(figure, request.data_dir, workdir) for figure in FIGURES.values()])
+        write_json(request.json, [as_json(figure, request.data_dir, workdir) for figure in FIGURES.values()])
     return 0
 
 
@@ -127,7 +129,7 @@ def plan(figure: Figure, request: Request, more: tuple[str, ...], console: Conso
     for sentence in (f"data: {figure.data}", *sentences):
         console.print(f"  {sentence}")
     if request.json is not None:
-        keep(request.json, as_json(figure, request.data_dir, Path("WORKDIR"), more) | content)
+        write_json(request.json, as_json(figure, request.data_dir, Path("WORKDIR"), more) | content)
     return 0
 
 
@@ -160,15 +162,9 @@ def measure(figure: Figure, request: Request, more: tuple[str, ...], console: Co
         "versions": figures.versions(),
     }
     for path in filter(None, (kept, request.json)):
-        keep(path, content)
+        write_json(path, content)
     console.print(printable(f"{kept} keeps it"))
     return 1 if any(each.agrees is False for each in judged) else 0
-
-
-def keep(path: Path, content: Any) -> None:
-    """Writes JSON atomically, into a folder that may be new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
 
 
 def workdir_of(figure: Figure, request: Request) -> Path:

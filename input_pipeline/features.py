@@ -59,7 +59,6 @@ class Features:
             "class_names": np.array(self.class_names, np.str_),
             "metadata": np.array(json.dumps(self.metadata)),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.savez(file, **arrays)
 

@@ -242,6 +242,7 @@ def test_what_is_not_measured_is_null():
     ("arguments", "said"),
     [
         ("list -- --nonsense", "error: `list` measures nothing, so `-- --nonsense` belongs to a figure"),
+        ("list --plan", "error: `list` measures nothing, so --plan belongs to a figure"),
         ("authors-cifar10-R50x1 --plan -- --steps 50", "`-- --steps 50` would change it"),
         ("authors-cifar10-R50x1 --plan -- --nonsense", "`-- --nonsense` would change it"),
         ("embedded-digits --plan -- --steps 50", "`-- --steps 50` would change it"),

@@ -35,7 +35,6 @@ def render(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
     environment.filters.update(filters or {})
     page = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(page.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no UTF-8
 

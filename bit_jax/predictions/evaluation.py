@@ -123,7 +123,6 @@ class Evaluation:
         columns = (table[name].tolist() for name in ("label", "predicted", "label_probability", "probability", "rank"))
         for index, (label, predicted, *numbers) in enumerate(zip(*columns, strict=True)):
             writer.writerow((self.work.source[index]["id"], names[label], names[predicted], *numbers))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import parity
 from conftest import SMALL
 from PIL import Image
 from rich.console import Console
@@ -212,6 +213,23 @@ def test_only_training_takes_features(stored):
     with pytest.raises(RequestError, match="add it"), working_folder() as folder:
         Ladder(Options(candidate="jax:probe"), folder)
     assert HeadAlone(SMALL.units, SMALL.width, 10).layout.keys() == {HEAD_KERNEL, HEAD_BIAS}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["throughput", "--arms", "torch", "jax:probe"],
+        ["convolutions", "--jax", "jax:probe"],
+        ["determinism", "--side", "jax:probe"],
+        ["step", "--workdir", "RUN", "--first", "--candidate", "jax:probe"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_choose_no_part_to_train_refuse_a_probe(finished, command):
+    """At once, in a sentence: its head would be given images, or nothing would be different."""
+    done = parity(*(finished[0] if word == "RUN" else word for word in command))
+    assert done.returncode == 2
+    assert "side 'jax:probe' trains a head on features, which only comparisons" in " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.target import Target
 from bit_jax.training.trained import trained
 from input_pipeline.errors import RequestError
-from input_pipeline.examples import Subset
 from parity import faults
 from parity.in_jax import operations, script, single, units
 from parity.in_jax.probe import Probe
@@ -348,8 +347,6 @@ class JaxSide:
         """
         if start is None:
             training = self.training(schedule, momentum, disturb=disturb, additions=additions)
-        elif self.side.probe:
-            raise RequestError(f"{self.side} begins with a weight file, and not with a run's state; give jax")
         else:
             training = self._training_from(start, step, schedule, momentum, additions, disturbed=disturb is not None)
         loss_scale = training.state.loss_scale
@@ -396,8 +393,6 @@ class JaxSide:
         added = _additions(additions)
         sgd = optimizer.sgd(_schedule(schedule), momentum, added)
         settings: dict[str, Any] = {"microbatches": self.side.microbatches, "additions": added}
-        if self.side.probe and mixup is not None:
-            raise RequestError(f"{self.side} trains on features, and the loader's batches are images; give jax")
         params, shown, whole = self._trained_alone(model, params)
         if mixup is None:
             step = steps.make_update_step(model, sgd, **settings)
@@ -454,9 +449,7 @@ class JaxSide:
         """Returns logits, label and index of every example that evaluation counts, the sums that evaluation itself
         makes, and the number of examples."""
         model, params = self.model()
-        source = open_labelled(dataset, split, data_dir, class_names)
-        if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
+        source = open_labelled(dataset, split, data_dir, class_names, limit)
         views = input_pipeline.Views(size, size, flip=False)
         loader = input_pipeline.Loader(
             source, views, batch, place=lambda rows: (rows, sharding.shard_batch(rows, self.mesh))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from input_pipeline.examples import Source, Subset
 from parity import faults
 from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
@@ -356,9 +355,7 @@ class TorchSide:
         """Returns logits, label and index of every example of the split, and how many there are, how many were seen,
         and for how many the label is among the first one and the first five."""
         model, _ = self.model()
-        source: Source = open_labelled(dataset, split, data_dir, class_names)
-        if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
+        source = open_labelled(dataset, split, data_dir, class_names, limit)
         logits, labels, indices = [], [], []
         for images, label, index in pipeline.evaluation_batches(source, size, batch, self.dtype):
             with torch.no_grad(), self.precision.autocast(self.device):

@@ -26,7 +26,7 @@ import bit_jax
 from bit_jax import config
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
 from bit_jax.training import checkpoint, steps, trained
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.optimizer import clipped, learning_rate, sgd
@@ -221,6 +221,8 @@ def test_a_pattern_that_matches_nothing_is_refused_with_examples():
         said = rf"'{re.escape(pattern)}' matches no parameter; .*block\d/unit.*'block4\|head'"
         with pytest.raises(RequestError, match=said):
             trained.require(LAYOUT, pattern)
+    with pytest.raises(RequestError, match="paths such as head/conv2d/kernel, head/conv2d/bias, as in"):
+        trained.require([HEAD_KERNEL, HEAD_BIAS], "block4")
 
 
 @pytest.mark.parametrize("pattern", ["group_norm", "block4", "head/conv2d/bias"])

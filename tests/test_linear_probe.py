@@ -199,6 +199,14 @@ def test_requests_that_a_probe_cannot_mean(stored, small_npz, tmp_path, data, op
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("model", ["R14x0.5", "embedded"])
+def test_a_random_body_has_other_features(stored, small_npz, tmp_path, model):
+    asked = flags(stored, small_npz, tmp_path / "run")
+    asked = dataclasses.replace(asked, model=config.ModelConfig(model, "random"))
+    with pytest.raises(RequestError, match="--init random draws another body"):
+        runs.Run.of(asked)
+
+
 def test_other_weights_have_other_features(stored, small_npz, tmp_path):
     _, arrays = weights.read(small_npz)
     other = tmp_path / "other.npz"

@@ -139,7 +139,9 @@ class Additions:
                 "--weight-decay 1e-4"
             )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise RequestError(f"--clip-norm {self.clip_norm} must be greater than 0; leave it out to clip nothing")
+            raise RequestError(
+                f"--clip-norm {self.clip_norm} must be a finite number above 0; leave it out to clip nothing"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise RequestError(f"--label-smoothing {self.label_smoothing} must be at least 0 and below 1")
         if self.ema is not None and not 0 < self.ema < 1:

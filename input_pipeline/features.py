@@ -13,6 +13,7 @@ The file is a NumPy `.npz` without pickles:
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,7 +77,8 @@ class Features:
         except OSError:
             raise
         except Exception as error:  # zipfile and NumPy raise exceptions of many kinds
-            raise DamagedFile(f"{path} is no file of features ({error}); {REMEDY}") from None
+            why = error if zipfile.is_zipfile(path) else "it is no zip archive"  # NumPy takes any other for a pickle
+            raise DamagedFile(f"{path} is no file of features ({why}); {REMEDY}") from None
         for name, (axes, kind) in ARRAYS.items():
             array = arrays[name]
             if array.ndim != axes:

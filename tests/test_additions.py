@@ -26,7 +26,7 @@ import bit_jax
 from bit_jax import config
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
-from bit_jax.model.architecture import Architecture
+from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
 from bit_jax.training import checkpoint, steps, trained
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.optimizer import clipped, learning_rate, sgd
@@ -221,6 +221,8 @@ def test_a_pattern_that_matches_nothing_is_refused_with_examples():
         said = rf"'{re.escape(pattern)}' matches no parameter; .*block\d/unit.*'block4\|head'"
         with pytest.raises(RequestError, match=said):
             trained.require(LAYOUT, pattern)
+    with pytest.raises(RequestError, match="paths such as head/conv2d/kernel, head/conv2d/bias, as in"):
+        trained.require([HEAD_KERNEL, HEAD_BIAS], "block4")
 
 
 @pytest.mark.parametrize("pattern", ["group_norm", "block4", "head/conv2d/bias"])
@@ -265,7 +267,8 @@ def test_parity_refuses_a_pattern_that_matches_nothing(tmp_path):
         ({"weight_decay": -0.1}, "--weight-decay -0.1 must be a number from 0"),
         ({"weight_decay": math.nan}, "--weight-decay nan"),
         ({"weight_decay_kind": "decoupled"}, "--weight-decay-kind decoupled changes nothing without --weight-decay"),
-        ({"clip_norm": 0.0}, "--clip-norm 0.0 must be greater than 0"),
+        ({"clip_norm": 0.0}, "--clip-norm 0.0 must be a finite number above 0"),
+        ({"clip_norm": math.inf}, "--clip-norm inf must be a finite number above 0"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0 must be at least 0 and below 1"),
         ({"ema": 1.0}, "--ema 1.0 must be between 0 and 1"),
         ({"train": "(head"}, "no regular expression: missing"),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import parity
 from conftest import SMALL
 from PIL import Image
 from rich.console import Console
@@ -198,6 +199,14 @@ def test_requests_that_a_probe_cannot_mean(stored, small_npz, tmp_path, data, op
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("model", ["R14x0.5", "embedded"])
+def test_a_random_body_has_other_features(stored, small_npz, tmp_path, model):
+    asked = flags(stored, small_npz, tmp_path / "run")
+    asked = dataclasses.replace(asked, model=config.ModelConfig(model, "random"))
+    with pytest.raises(RequestError, match="--init random draws another body"):
+        runs.Run.of(asked)
+
+
 def test_other_weights_have_other_features(stored, small_npz, tmp_path):
     _, arrays = weights.read(small_npz)
     other = tmp_path / "other.npz"
@@ -212,6 +221,23 @@ def test_only_training_takes_features(stored):
     with pytest.raises(RequestError, match="add it"), working_folder() as folder:
         Ladder(Options(candidate="jax:probe"), folder)
     assert HeadAlone(SMALL.units, SMALL.width, 10).layout.keys() == {HEAD_KERNEL, HEAD_BIAS}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["throughput", "--arms", "torch", "jax:probe"],
+        ["convolutions", "--jax", "jax:probe"],
+        ["determinism", "--side", "jax:probe"],
+        ["step", "--workdir", "RUN", "--first", "--candidate", "jax:probe"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_choose_no_part_to_train_refuse_a_probe(finished, command):
+    """At once, in a sentence: its head would be given images, or nothing would be different."""
+    done = parity(*(finished[0] if word == "RUN" else word for word in command))
+    assert done.returncode == 2
+    assert "side 'jax:probe' trains a head on features, which only comparisons" in " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ from input_pipeline.errors import RequestError
 from input_pipeline.examples import DamagedImage, relabelled
 from input_pipeline.files import writable
 from input_pipeline.image_file import read_image_file
-from parity.in_jax.tasks import JaxSide
+from parity.in_jax.training_tasks import TrainingJax
 from parity.in_torch import models, pipeline, resnetv2, units
 from parity.in_torch import names as torch_names
 from parity.in_torch import precision as torch_precision
-from parity.in_torch.tasks import TorchSide
+from parity.in_torch.training_tasks import TrainingTorch
 from parity.ladder import ladder, question, rungs, statistics, verdict
 from parity.ladder.ladder import RungResult
 from parity.ladder.reference import Live
@@ -360,7 +360,7 @@ def test_a_step_whose_gradient_overflows_in_float16_is_skipped(framework, small_
     given: Any = {"mixed": str(mixed), "count": 1, "momentum": 0.9}
     given["schedule"] = {"base_lr": 0.1, "warmup_steps": 0, "decay_steps": [], "steps": 10}
     asked = Side(framework), "fp16", str(small_npz), lambda *_: None
-    side: Any = JaxSide(*asked) if framework == "jax" else TorchSide(*asked, rank=0, meeting=tmp_path)
+    side: Any = TrainingJax(*asked) if framework == "jax" else TrainingTorch(*asked, rank=0, meeting=tmp_path)
     before = arrays_of(small_npz)
     kernel = "resnet/block4/unit01/b/standardized_conv2d/kernel"
     for scale, overflows in ((2.0**10, 0), (2.0**60, 1)):

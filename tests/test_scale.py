@@ -16,7 +16,7 @@ from bit_jax.training.optimizer import sgd
 from bit_jax.training.program import abstract_state, lower_step
 from bit_jax.training.run import Run
 from input_pipeline.errors import RequestError
-from parity.in_jax.tasks import JaxSide
+from parity.in_jax.training_tasks import TrainingJax
 from parity.sides.side import parse_side
 
 ROWS, SIDE, STEPS = 32, 16, 3
@@ -70,7 +70,7 @@ def test_a_comparison_judges_the_very_program_that_is_trained(small_npz, tmp_pat
     split = sharding.batch_sharding(made.target.mesh)
     like = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in shapes.values()]
     trained = lower_step(made.update_step, made.state, *like)
-    side_of_parity = JaxSide(parse_side("jax:tuned,devices=8,fsdp=4,remat=norm"), "bf16", small_npz, print)
+    side_of_parity = TrainingJax(parse_side("jax:tuned,devices=8,fsdp=4,remat=norm"), "bf16", small_npz, print)
     schedule = dataclasses.asdict(Run.of(cfg).recipe.schedule)
     judged = side_of_parity.training(schedule, cfg.optimizer.momentum).lower(*like)
     assert side_of_parity.target.compiler_options == made.target.compiler_options

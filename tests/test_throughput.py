@@ -22,8 +22,8 @@ from input_pipeline.errors import RequestError
 from parity.in_jax.tasks import JaxSide
 from parity.in_jax.timing import TimedJax
 from parity.in_torch.devices import Devices
-from parity.in_torch.tasks import TorchSide
 from parity.in_torch.timing import TimedTorch
+from parity.in_torch.training_tasks import TrainingTorch
 from parity.ladder.verdict import Look
 from parity.sides import clock, flops
 from parity.sides.side import Side
@@ -250,7 +250,7 @@ def test_wrong_requests(flags, said):
 def _steps(rank, averaging, weights, batches, meeting, result):
     """A process of PyTorch's two."""
     with contextlib.nullcontext() if averaging else mock.patch.object(Devices, "replica", lambda self, model: model):
-        tasks = TorchSide(Side("torch", 2), "fp64", weights, lambda *_: None, rank=rank, meeting=meeting)
+        tasks = TrainingTorch(Side("torch", 2), "fp64", weights, lambda *_: None, rank=rank, meeting=meeting)
         _, saved = tasks.curve(batches, len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
     if rank == 0:
         np.savez(result, **saved)
@@ -264,7 +264,7 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
     rng, batches = np.random.default_rng(0), tmp_path / "batches.npz"
     images = {f"images/{number}": rng.normal(size=(4, 32, 32, 3)) for number in BATCHES}
     np.savez(batches, **images, **{f"targets/{number}": rng.dirichlet(np.ones(10), 4) for number in BATCHES})
-    one = TorchSide(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
+    one = TrainingTorch(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
     _, expected = one.curve(str(batches), len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
     for averaging in (True, False):
         result = tmp_path / f"{averaging}.npz"

@@ -91,9 +91,8 @@ class Probe:
         Raises:
             RequestError: the features are not those of this weight file.
         """
+        assert weight_file is not None  # `of` refuses --init random
         made = f"{self.metadata.get('weights')} ({self.metadata.get('architecture')})"
-        if weight_file is None:
-            raise RequestError(f"--init random has another body than {made}, whose features these are; leave it out")
         theirs, ours = self.metadata.get("sha256"), digest(weight_file)
         if (theirs, self.channels) != (ours, architecture.channels):
             raise RequestError(
@@ -104,6 +103,11 @@ class Probe:
 
 
 def _refuse_flags(cfg: Config) -> None:
+    if cfg.model.init == "random":
+        raise RequestError(
+            "--init random draws another body than the one whose features train the head; leave it out with --dataset "
+            "features:"
+        )
     if cfg.optimizer.mixup:
         raise RequestError(
             f"--mixup {cfg.optimizer.mixup:g} mixes images, and features of mixed images are not mixed features; "

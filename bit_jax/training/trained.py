@@ -37,7 +37,7 @@ def require(keys: Collection[str], pattern: str | None) -> list[str]:
     chosen = [key for key in keys if trains(key, pattern)]
     if not chosen:
         paths = [key.removeprefix(PREFIX) for key in keys]
-        examples = [paths[number * (len(paths) - 1) // (SHOWN - 1)] for number in range(SHOWN)]
+        examples = dict.fromkeys(paths[number * (len(paths) - 1) // (SHOWN - 1)] for number in range(SHOWN))
         raise RequestError(
             f"--train {pattern!r} matches no parameter; it is matched against whole parts of paths such as "
             f"{', '.join(examples)}, as in head or 'block4|head'"

@@ -9,7 +9,6 @@ import numpy as np
 
 import input_pipeline
 from input_pipeline.errors import RequestError
-from input_pipeline.examples import Subset
 from parity.exported.program import Program
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
@@ -98,9 +97,7 @@ class ExportedSide:
         """Returns logits, label and index of every example of the split, and how many there are, how many were seen,
         and for how many the label is among the first one and the first five. A fixed batch is filled up by the loader,
         which marks the rows that do not count."""
-        source = open_labelled(dataset, split, data_dir, class_names)
-        if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
+        source = open_labelled(dataset, split, data_dir, class_names, limit)
         batch = self.program.images.rows or batch
         loader = input_pipeline.Loader(source, input_pipeline.Views(size, size, flip=False), batch)
         logits, labels, indices = [], [], []

@@ -10,7 +10,6 @@ import jax
 
 from bit_jax.model.resnetv2 import ResNetV2
 from bit_jax.predictions import rows
-from bit_jax.training.trained import overlaid
 from parity.sides.side import HEAD
 
 
@@ -33,4 +32,4 @@ class Probe:
 
     def whole(self, head: Any) -> Any:
         """Returns the parameters of the whole model with this head."""
-        return overlaid(self._body | head, head)
+        return self._body | head

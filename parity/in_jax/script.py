@@ -16,17 +16,16 @@ from jax import lax
 DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
-def plain(question, arrays):
-    """Returns {`value`, `by NAME` of each operand: array} of the operation, in public functions alone.
+def dtypes(question):
+    """Returns the dtypes of products, and of parameters and results."""
+    precision = question["precision"]
+    return jnp.dtype(DTYPES[precision]), jnp.dtype("float64" if precision == "fp64" else "float32")
 
-    Args:
-        question: the content of operation.json.
-        arrays: {name of an operand: array}, and `gradient`, the gradient by the result.
-    """
-    kind, precision = question["kind"], question["precision"]
-    narrow = jnp.dtype(DTYPES[precision])
-    wide = jnp.dtype("float64" if precision == "fp64" else "float32")
-    exact = lax.Precision.HIGHEST if precision in ("fp32", "fp64") else lax.Precision.DEFAULT
+
+def operations(question):
+    """Returns {kind: function of the operands} in public functions alone, for the question's precision and numbers."""
+    narrow, wide = dtypes(question)
+    exact = lax.Precision.HIGHEST if question["precision"] in ("fp32", "fp64") else lax.Precision.DEFAULT
 
     def convolution(input, kernel):  # noqa: A002 (the operand's name)
         pad = (kernel.shape[0] - 1) // 2
@@ -57,32 +56,45 @@ def plain(question, arrays):
         padded = jnp.pad(input.astype(narrow), ((0, 0), (1, 1), (1, 1), (0, 0)))
         return lax.reduce_window(padded, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
-    def update(parameter, buffer, gradient):
-        schedule, step = question["schedule"], question["step"]
-        if step < schedule["warmup_steps"]:
-            rate = schedule["base_lr"] * step / schedule["warmup_steps"]
-        else:
-            rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
-        held = question["momentum"] * buffer + gradient
-        return {"value": parameter - rate * held, "momentum": held}
-
-    operations = {
+    return {
         "convolution": convolution,
         "standardization": standardization,
         "norm and ReLU": norm_and_relu,
         "head": head,
         "pool": pool,
     }
-    operands = {name: jnp.asarray(arrays[name], wide) for name in question["operands"]}
 
-    if kind == "update":
-        return update(**operands, gradient=jnp.asarray(arrays["gradient"], wide))
+
+def update(question, parameter, buffer, gradient):
+    """Returns a parameter and its momentum after one update by SGD."""
+    schedule, step = question["schedule"], question["step"]
+    if step < schedule["warmup_steps"]:
+        rate = schedule["base_lr"] * step / schedule["warmup_steps"]
+    else:
+        rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
+    held = question["momentum"] * buffer + gradient
+    return {"value": parameter - rate * held, "momentum": held}
+
+
+def plain(question, arrays):
+    """Returns {`value`, `by NAME` of each operand: array} of the operation, in public functions alone.
+
+    Args:
+        question: the content of operation.json.
+        arrays: {name of an operand: array}, and `gradient`, the gradient by the result.
+    """
+    _, wide = dtypes(question)
+    operands = {name: jnp.asarray(arrays[name], wide) for name in question["operands"]}
+    gradient = jnp.asarray(arrays["gradient"], wide)
+    if question["kind"] == "update":
+        return update(question, **operands, gradient=gradient)
+    operation = operations(question)[question["kind"]]
 
     def compute(operands, gradient):
-        value, backward = jax.vjp(lambda operands: operations[kind](**operands).astype(wide), operands)
+        value, backward = jax.vjp(lambda operands: operation(**operands).astype(wide), operands)
         return {"value": value} | {f"by {name}": array for name, array in backward(gradient)[0].items()}
 
-    return jax.jit(compute)(operands, jnp.asarray(arrays["gradient"], wide))
+    return jax.jit(compute)(operands, gradient)
 
 
 def difference(answer, result):
@@ -98,7 +110,7 @@ def main():
         jax.config.update("jax_enable_x64", True)
     arrays = np.load(folder / "inputs.npz")
     program = jax.export.deserialize(bytearray((folder / "jax_program.bin").read_bytes()))
-    wide = np.float64 if question["precision"] == "fp64" else np.float32
+    _, wide = dtypes(question)
     given = [arrays[name].astype(wide) for name in (*question["operands"], "gradient")]
     # compiled as the model was
     ran = jax.jit(program.call, **question["jax ran with"])(*given)[question["results"].index(question["what"])]

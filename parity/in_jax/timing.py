@@ -18,13 +18,13 @@ from bit_jax.training import steps as bit_steps
 from bit_jax.training.evaluation import evaluate as evaluated
 from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
-from parity.in_jax.tasks import JaxSide
+from parity.in_jax.training_tasks import TrainingJax
 from parity.sides import clock, flops
 from parity.sides.tasks import Result
 
 
-class TimedJax(JaxSide):
-    """A `JaxSide` with the tasks that time."""
+class TimedJax(TrainingJax):
+    """A `TrainingJax` with the tasks that time."""
 
     _call: Callable[[int], None]  # the timed function, which `again` repeats
 

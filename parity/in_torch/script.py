@@ -21,16 +21,15 @@ DTYPES = {
 }
 
 
-def plain(question, arrays):
-    """Returns {`value`, `by NAME` of each operand: array} of the operation, in public functions alone.
+def dtypes(question):
+    """Returns the dtypes of products, and of parameters and results."""
+    precision = question["precision"]
+    return DTYPES[precision], torch.float64 if precision == "fp64" else torch.float32
 
-    Args:
-        question: the content of operation.json.
-        arrays: {name of an operand: array, NHWC or HWIO}, and `gradient`, the gradient by the result.
-    """
-    kind, precision = question["kind"], question["precision"]
-    narrow = DTYPES[precision]
-    wide = torch.float64 if precision == "fp64" else torch.float32
+
+def operations(question):
+    """Returns {kind: function of the operands} in public functions alone, for the question's precision and numbers."""
+    narrow, wide = dtypes(question)
 
     def convolution(input, kernel):  # noqa: A002 (the operand's name)
         x, weight = input.permute(0, 3, 1, 2).to(narrow), kernel.permute(3, 2, 0, 1).to(narrow)
@@ -52,28 +51,40 @@ def plain(question, arrays):
         padded = F.pad(input.permute(0, 3, 1, 2).to(narrow), (1, 1, 1, 1))
         return F.max_pool2d(padded, 3, 2).permute(0, 2, 3, 1)
 
-    def update(parameter, buffer, gradient):
-        schedule, step = question["schedule"], question["step"]
-        if step < schedule["warmup_steps"]:
-            rate = schedule["base_lr"] * step / schedule["warmup_steps"]
-        else:
-            rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
-        held = question["momentum"] * buffer + gradient
-        return {"value": parameter - rate * held, "momentum": held}
-
-    operations = {
+    return {
         "convolution": convolution,
         "standardization": standardization,
         "norm and ReLU": norm_and_relu,
         "head": head,
         "pool": pool,
     }
+
+
+def update(question, parameter, buffer, gradient):
+    """Returns a parameter and its momentum after one update by SGD."""
+    schedule, step = question["schedule"], question["step"]
+    if step < schedule["warmup_steps"]:
+        rate = schedule["base_lr"] * step / schedule["warmup_steps"]
+    else:
+        rate = schedule["base_lr"] / 10 ** sum(step > decay for decay in schedule["decay_steps"])
+    held = question["momentum"] * buffer + gradient
+    return {"value": parameter - rate * held, "momentum": held}
+
+
+def plain(question, arrays):
+    """Returns {`value`, `by NAME` of each operand: array} of the operation, in public functions alone.
+
+    Args:
+        question: the content of operation.json.
+        arrays: {name of an operand: array, NHWC or HWIO}, and `gradient`, the gradient by the result.
+    """
+    _, wide = dtypes(question)
     operands = {name: torch.from_numpy(arrays[name]).to(wide) for name in question["operands"]}
     gradient = torch.from_numpy(arrays["gradient"]).to(wide)
-    if kind == "update":
-        return {name: array.numpy() for name, array in update(**operands, gradient=gradient).items()}
+    if question["kind"] == "update":
+        return {name: array.numpy() for name, array in update(question, **operands, gradient=gradient).items()}
     operands = {name: tensor.requires_grad_() for name, tensor in operands.items()}
-    value = operations[kind](**operands).to(wide)
+    value = operations(question)[question["kind"]](**operands).to(wide)
     by = torch.autograd.grad(value, list(operands.values()), gradient)
     named = {"value": value} | {f"by {name}": array for name, array in zip(operands, by, strict=True)}
     return {name: array.detach().numpy() for name, array in named.items()}
@@ -91,7 +102,7 @@ def main():
     arrays = np.load(folder / "inputs.npz")
     device = question["torch ran with"]["device"]
     program = torch.export.load(folder / "torch_program.pt2").module()
-    wide = torch.float64 if question["precision"] == "fp64" else torch.float32
+    _, wide = dtypes(question)
     given = [torch.from_numpy(arrays[name]).to(device, wide) for name in (*question["operands"], "gradient")]
     ran = program(*given)[question["results"].index(question["what"])]
     answer = arrays["float64"]

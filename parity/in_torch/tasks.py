@@ -1,9 +1,10 @@
-"""The tasks of the ladder in PyTorch, for the reference or any other BiT; the counterpart of `in_jax/tasks.py`."""
+"""The tasks of the ladder in PyTorch that train nothing, for the reference or any other BiT; the counterpart of
+`in_jax/tasks.py`."""
 
 import contextlib
 import copy
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from input_pipeline.examples import Source, Subset
 from parity import faults
-from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
+from parity.in_torch import devices, models, names, operations, pipeline, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
-from parity.in_torch.precision import FIRST_SCALE, choose, float32_settings, products
-from parity.in_torch.schedule import learning_rate
-from parity.in_torch.updates import Updates, freeze
+from parity.in_torch.precision import choose, float32_settings, products
+from parity.in_torch.updates import freeze
 from parity.sides import inputs
 from parity.sides.classes import open_labelled
 from parity.sides.fingerprint import fingerprint
@@ -29,7 +28,6 @@ from parity.sides.operations import operations as operations_of
 from parity.sides.side import Side
 from parity.sides.tasks import Disturb, Result
 
-MOMENTUM_FROM_PARAMS, EMA_FROM_PARAMS = 0.1, 0.8  # as in in_jax/tasks.py
 Added = dict[str, Any] | None  # fields of `Additions`; None: all of them are off
 
 
@@ -114,7 +112,7 @@ class TorchSide:
                 "model": self.side.model or "parity.in_torch.resnetv2",
             },
             "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
-            "weights sha256": fingerprint(_named(model, keys)),
+            "weights sha256": fingerprint(named_arrays(model, keys)),
             "pictures sha256": fingerprint({"images": np.load(images)["image"]}),
         } | inputs.described(dataset), None
 
@@ -124,7 +122,7 @@ class TorchSide:
 
     def weights(self) -> Result:
         """Returns every array of the weight file, as the model holds it."""
-        return None, _named(*self.model())
+        return None, named_arrays(*self.model())
 
     def pixels(
         self,
@@ -176,7 +174,7 @@ class TorchSide:
                 batch = pipeline.to_tensor(file["image"][0], self.dtype)
             else:
                 batch = torch.from_numpy(file["images/0"]).to(self.dtype).permute(0, 3, 1, 2).contiguous()
-        model, batch = self._disturbed_model(disturb), _disturbed(batch, "images", disturb).to(self.device)
+        model, batch = self._disturbed_model(disturb), disturbed(batch, "images", disturb).to(self.device)
         with torch.no_grad(), self.precision.autocast(self.device):
             outputs = units.record(model, keys, batch, teacher_outputs)
         return None, {site: to_nhwc(output) for site, output in outputs.items()}
@@ -207,37 +205,6 @@ class TorchSide:
         rows = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         mean = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return None, {"loss of each row": to_numpy(rows), "mean loss": to_numpy(mean)}
-
-    def gradients(
-        self,
-        mixed: str,
-        count: int,
-        disturb: Disturb | None = None,
-        scale: float = FIRST_SCALE,
-        additions: Added = None,
-    ) -> Result:
-        """Returns the gradient by every parameter that trains of each batch's mean loss, and {"overflows": number of
-        batches with gradients that are not finite}. In float16 the loss is multiplied by `scale` and its gradients are
-        divided by it."""
-        _, keys = self.model()
-        added = additions or {}
-        model = self._replica(disturb, added.get("train"))
-        saved, overflows = {}, 0
-        for number in range(count):
-            model.zero_grad()
-            loss = self._loss(model, *self._mixed(mixed, number, disturb), added.get("label_smoothing", 0.0))
-            if self.precision.scales_loss:
-                (loss * scale).backward()
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad /= scale
-            else:
-                loss.backward()
-            named = _named(model, keys, lambda parameter: parameter.grad, f"{number}/", training=True)
-            saved |= named
-            overflows += not all(np.isfinite(array).all() for array in named.values())
-            self.progress(number + 1, count)
-        return {"overflows": overflows}, saved
 
     def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
         """Records the first batch's values and gradients at a site; with a `teacher`, a recording, returns what each
@@ -270,79 +237,6 @@ class TorchSide:
             f"plain {name}": array for name, array in script.plain(question, arrays).items()
         }
 
-    def optimizer(
-        self,
-        gradients: str,
-        schedule: dict,
-        momentum: float,
-        step: int,
-        start: str | None = None,
-        additions: Added = None,
-    ) -> Result:
-        """Returns parameters, momentum and average, if one is kept, after update number `step` with the first batch's
-        gradients. The momentum and the average before it are those of the file `start`, or `MOMENTUM_FROM_PARAMS` and
-        `EMA_FROM_PARAMS` times the parameters, so that neither is zero or the parameters themselves."""
-        _, keys = self.model()
-        added = additions or {}
-        model = self._disturbed_model(None, added.get("train"))
-        updates = Updates(model, keys, momentum, added)
-        for _, parameter in updates.training():
-            updates.sgd.state[parameter]["momentum_buffer"] = MOMENTUM_FROM_PARAMS * parameter.detach().clone()
-        for mean in updates.averages().values():
-            mean.detach().mul_(EMA_FROM_PARAMS)
-        if start is not None:
-            _continue_from(start, model, keys, updates)
-        for parameter, gradient in _read(gradients, "0/", model, keys, training=True):
-            parameter.grad = gradient
-        updates.step(learning_rate(schedule, step))
-        return None, _named(model, keys, prefix="params/") | _state(model, keys, updates)
-
-    def curve(
-        self,
-        mixed: str,
-        count: int,
-        schedule: dict,
-        momentum: float,
-        disturb: Disturb | None = None,
-        scale: float = FIRST_SCALE,
-        start: str | None = None,
-        step: int = 0,
-        additions: Added = None,
-    ) -> Result:
-        """Returns the loss of each of `count` training steps on the file's batches, the parameters and the average, if
-        one is kept, after them, and {"overflows": number of skipped steps}. In float16 GradScaler scales the loss, by
-        `scale` at first.
-
-        With `start`, a file of the state after `step` steps, training goes on from there, and the momentum after the
-        steps is returned too. A disturbance is then of the parameters that each step's gradients are taken at, and not
-        of the state; it is the same in all steps, because parameters that hardly change are rounded alike.
-        """
-        _, keys = self.model()
-        added = additions or {}
-        model = self._replica(disturb if start is None else None, added.get("train"))
-        if start is not None:
-            with torch.no_grad():
-                for parameter, values in _read(start, "params/", model, keys):
-                    parameter.copy_(values)
-        updates = Updates(model, keys, momentum, added)
-        if start is not None:
-            _continue_from(start, model, keys, updates)
-        scaler = self._scaler(scale)
-        losses, overflows = [], 0
-        for number in range(count):
-            before = scaler.get_scale()
-            updates.sgd.zero_grad()
-            with _at_disturbed(model, keys, disturb if start is not None else None):
-                batch = self._mixed(mixed, number, disturb)
-                loss = self._loss(model, *batch, added.get("label_smoothing", 0.0))
-                scaler.scale(loss).backward()
-            updates.step(learning_rate(schedule, step + number), scaler)
-            losses.append(to_numpy(self.devices.mean(loss)))
-            overflows += scaler.get_scale() < before
-            self.progress(number + 1, count)
-        ended = _named(model, keys, prefix="params/") | _state(model, keys, updates, momentum=start is not None)
-        return {"overflows": overflows}, {"losses": np.stack(losses)} | ended
-
     def accuracy(
         self,
         dataset: str,
@@ -356,9 +250,7 @@ class TorchSide:
         """Returns logits, label and index of every example of the split, and how many there are, how many were seen,
         and for how many the label is among the first one and the first five."""
         model, _ = self.model()
-        source: Source = open_labelled(dataset, split, data_dir, class_names)
-        if limit is not None:
-            source = Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")
+        source = open_labelled(dataset, split, data_dir, class_names, limit)
         logits, labels, indices = [], [], []
         for images, label, index in pipeline.evaluation_batches(source, size, batch, self.dtype):
             with torch.no_grad(), self.precision.autocast(self.device):
@@ -384,10 +276,6 @@ class TorchSide:
             logits = model(images)
         return F.cross_entropy(logits.to(targets.dtype), targets, label_smoothing=smoothing)
 
-    def _scaler(self, scale: float = FIRST_SCALE) -> torch.amp.GradScaler:
-        """Returns the scaler of float16's loss; in other precisions it changes nothing."""
-        return torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self.precision.scales_loss)
-
     def _unit_input(self, nhwc: np.ndarray) -> Tensor:
         """Returns a unit's output, NHWC, as the next unit's input."""
         return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous().to(self.device, self.precision.dtype)
@@ -396,7 +284,7 @@ class TorchSide:
         """Reads batch `number` of a file and disturbs its images; returns this device's rows of images and targets."""
         with np.load(mixed) as file:
             images, targets = (torch.from_numpy(file[f"{name}/{number}"]) for name in ("images", "targets"))
-        images = _disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb)
+        images = disturbed(images.permute(0, 3, 1, 2), f"images/{number}", disturb)
         images, targets = self.devices.share(images), self.devices.share(targets)
         return self._placed(images), targets.to(self.device, self.dtype)
 
@@ -424,7 +312,7 @@ class TorchSide:
         model = copy.deepcopy(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(_disturbed(parameter, keys[name], disturb))
+                parameter.copy_(disturbed(parameter, keys[name], disturb))
         if self.side.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
@@ -442,55 +330,7 @@ class TorchSide:
         return replica
 
 
-def update(sgd: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
-    """Makes one update by the gradient of the loss, or none if the scaler is enabled and a gradient is not finite."""
-    scaler.scale(loss).backward()
-    scaler.step(sgd)
-    scaler.update()
-
-
-def _read(
-    path: str, prefix: str, model: nn.Module, keys: dict[str, str], *, training: bool = False
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each parameter, or each that trains, with the file's array of that prefix and the parameter's key, in the
-    parameter's shape."""
-    with np.load(path) as file:
-        for name, parameter in devices.unwrapped(model).named_parameters():
-            if training and not parameter.requires_grad:
-                continue
-            tensor = torch.from_numpy(resnetv2.to_torch(file[prefix + keys[name]]))
-            yield parameter, tensor.reshape(parameter.shape).to(parameter)  # a dense head has two axes
-
-
-def _continue_from(start: str, model: nn.Module, keys: dict[str, str], updates: Updates) -> None:
-    """Gives the optimizer the momentum and the average of a state's file."""
-    for parameter, momentums in _read(start, "momentum/", model, keys, training=True):
-        updates.sgd.state[parameter]["momentum_buffer"] = momentums
-    means = updates.averages()
-    if means:
-        names = [name for name, _ in updates.training()]
-        for name, (_, values) in zip(names, _read(start, "ema/", model, keys, training=True), strict=True):
-            means[name].detach().copy_(values)
-
-
-@contextlib.contextmanager
-def _at_disturbed(model: nn.Module, keys: dict[str, str], disturb: Disturb | None) -> Iterator[None]:
-    """Has disturbed parameters in the model while the `with` block runs."""
-    if disturb is None:
-        yield
-        return
-    named = list(devices.unwrapped(model).named_parameters())
-    kept = [parameter.detach().clone() for _, parameter in named]
-    with torch.no_grad():
-        for name, parameter in named:
-            parameter.copy_(_disturbed(parameter, keys[name], disturb))
-    yield
-    with torch.no_grad():
-        for (_, parameter), values in zip(named, kept, strict=True):
-            parameter.copy_(values)
-
-
-def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
+def disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
     """Returns the tensor times the seed's disturbance. The layouts of the two sides differ, so a value's factor does
     too; only the size of the factors matters."""
     if disturb is None:
@@ -499,19 +339,7 @@ def _disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:
     return tensor * factor.to(tensor.device, tensor.dtype)
 
 
-def _state(model: nn.Module, keys: dict[str, str], updates: Updates, *, momentum: bool = True) -> dict[str, np.ndarray]:
-    """Returns the momentum, if that is asked for, and the average, if one is kept, of the parameters that train."""
-
-    def held(parameter: nn.Parameter) -> Tensor | None:
-        return updates.sgd.state[parameter].get("momentum_buffer")  # none before the first update that is made
-
-    named = _named(model, keys, held, "momentum/", training=True) if momentum else {}
-    means = {keys[name]: to_numpy(mean) for name, mean in updates.averages().items()}
-    averages = {f"ema/{key}": np.array(to_official(mean, key)) for key, mean in means.items()}
-    return named | averages
-
-
-def _named(
+def named_arrays(
     model: nn.Module,
     keys: dict[str, str],
     value: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter,

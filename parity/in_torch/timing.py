@@ -14,14 +14,14 @@ from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity.in_torch import loader, pipeline
 from parity.in_torch.precision import products
-from parity.in_torch.tasks import TorchSide, update
+from parity.in_torch.training_tasks import TrainingTorch, update
 from parity.sides import clock, flops
 from parity.sides.tasks import Result
 
 
-class TimedTorch(TorchSide):
-    """A `TorchSide` with the tasks that time. On GPUs it uses what PyTorch offers for speed: cuDNN tries its algorithms
-    and keeps the fastest, and SGD is one kernel."""
+class TimedTorch(TrainingTorch):
+    """A `TrainingTorch` with the tasks that time. On GPUs it uses what PyTorch offers for speed: cuDNN tries its
+    algorithms and keeps the fastest, and SGD is one kernel."""
 
     _call: Callable[[int], None]  # the timed function, which `again` repeats
 

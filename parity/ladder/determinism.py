@@ -137,7 +137,7 @@ def run(request: Determinism, console: Console) -> bool:
 
 def repeat(request: Determinism, console: Console) -> list[Repetition]:
     """Does the work in the first process twice and in each of the others once; see `run` for the errors."""
-    parse_side(request.side)  # an exported file, which a comparison takes, is refused
+    parse_side(request.side)  # an exported file and a probe, which a comparison takes, are refused
     options, repetitions = request.options, []
     with working_folder() as folder, contextlib.ExitStack() as stack:
         ladder = stack.enter_context(Ladder(options, folder, console))

@@ -85,7 +85,7 @@ class Ladder:
         self.reference: Reference = Live(self)
         torch = {"model": options.torch_model, "state_dict": options.torch_weights and str(options.torch_weights)}
         named = {"reference": options.reference, "candidate": options.candidate}
-        self.sides = {role: parse_side(named[role], **torch, exported=True) for role in self.roles}
+        self.sides = {role: parse_side(named[role], **torch, exported=True, probe=True) for role in self.roles}
         files = [role for role, side in self.sides.items() if side.file is not None]
         if len(files) > 1:
             raise RequestError(

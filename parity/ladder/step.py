@@ -27,6 +27,7 @@ from parity.ladder.verdict import Line
 from parity.options import Options
 from parity.sides.inputs import Batches
 from parity.sides.recorded import RecordedRun, State, on_cpu
+from parity.sides.side import parse_side
 
 LOOKS_AHEAD = 20  # steps after a checkpoint that are repeated unless --steps says otherwise
 
@@ -110,10 +111,12 @@ def examine(request: Step, console: Console) -> Examination:
     """Answers the two questions for a step or, with --first, searches for the checkpoint first.
 
     Raises:
-        RequestError: the folder holds no run, the step is out of its range, the dataset cannot be opened, or nothing
-            is recorded that a question could be answered from.
+        RequestError: a side cannot go on from a run's state, the folder holds no run, the step is out of its range, the
+            dataset cannot be opened, or nothing is recorded that a question could be answered from.
         RunFailed: a side's process died.
     """
+    for side in (request.reference, request.candidate):
+        parse_side(side)  # an exported file and a probe, which a comparison takes, are refused
     on_cpu()
     run = RecordedRun.of(request.workdir, dataset=request.dataset, data_dir=request.data_dir)
     if run.global_batch % 2:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bit_jax.formats.described import described
 from bit_jax.predictions.classes import Head
 from input_pipeline.errors import RequestError
-from input_pipeline.examples import Source, relabelled
+from input_pipeline.examples import Source, Subset, relabelled
 from input_pipeline.sources import open_source
 from input_pipeline.terminal import printable
 
@@ -55,7 +57,13 @@ def matching(source: Source, weights: str, weight_file: Path, num_classes: int, 
     )
 
 
-def open_labelled(dataset: str, split: str, data_dir: Any, class_names: Sequence[str] | None) -> Source:
-    """Opens a split with the head's labels; both sides open datasets only here."""
+def open_labelled(
+    dataset: str, split: str, data_dir: Any, class_names: Sequence[str] | None, limit: int | None = None
+) -> Source:
+    """Opens a split with the head's labels, or its first `limit` examples; both sides open datasets only here."""
     source = open_source(dataset, split, data_dir)
-    return source if class_names is None else relabelled(source, class_names, "the head")
+    if class_names is not None:
+        source = relabelled(source, class_names, "the head")
+    if limit is None:
+        return source
+    return Subset(source, np.arange(min(limit, len(source))), f"{source.name} (first {limit})")

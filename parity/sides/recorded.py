@@ -24,7 +24,6 @@ from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.steps import FIRST_SCALE, mixup_weight
 from bit_jax.training.trained import trains
 from input_pipeline.errors import RequestError
-from input_pipeline.features import FEATURES
 from input_pipeline.files import DamagedFile, read_json
 from parity.sides.inputs import Batches
 
@@ -116,7 +115,7 @@ class RecordedRun:
         content = read_json(path, dict, REMEDY)
         try:
             flags, recipe = content["config"], content["recipe"]
-            if "features" in content or any(_is_features(name) for name in (dataset, flags["data.dataset"])):
+            if "features" in content:
                 raise RequestError(
                     f"{workdir} holds a linear probe, which trains on stored features, and parity's steps take images; "
                     "compare a probe with python -m parity curve --train head --candidate jax:probe"
@@ -324,11 +323,6 @@ class RecordedRun:
 def on_cpu() -> None:
     """Has JAX use the CPU alone in this process, which reads and draws but leaves accelerators to the sides."""
     jax.config.update("jax_platforms", "cpu")
-
-
-def _is_features(dataset: str | None) -> bool:
-    """Whether a dataset is one of stored features."""
-    return dataset is not None and dataset.partition(":")[0] == FEATURES
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

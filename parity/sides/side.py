@@ -107,16 +107,20 @@ class Side:
         return variables
 
 
-def parse_side(text: str, *, model: str | None = None, state_dict: str | None = None, exported: bool = False) -> Side:
+def parse_side(
+    text: str, *, model: str | None = None, state_dict: str | None = None, exported: bool = False, probe: bool = False
+) -> Side:
     """Parses `torch`, `torch:compile,channels_last`, `jax:tuned` or `jax:devices=8,fsdp=4,microbatches=2,remat=norm`.
 
     Args:
         text: the side.
         model, state_dict: a PyTorch side's model and its parameters.
         exported: whether `onnx:FILE` and `stablehlo:FILE` are taken, too; they neither train nor can be timed.
+        probe: whether `jax:probe` is taken, too; it is for comparisons that choose with --train what trains.
 
     Raises:
-        RequestError: the text has another form, `fsdp` does not divide `devices`, or there is no such file.
+        RequestError: the text has another form or names a side that is not taken, `fsdp` does not divide `devices`, or
+            there is no such file.
     """
     framework, _, rest = text.partition(":")
     if framework in EXPORTED:
@@ -132,6 +136,11 @@ def parse_side(text: str, *, model: str | None = None, state_dict: str | None = 
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
+    if side.probe and not probe:
+        raise RequestError(
+            f"side {text!r} trains a head on features, which only comparisons with --train head do, such as "
+            "python -m parity curve; leave out probe"
+        )
     return dataclasses.replace(side, model=model, state_dict=state_dict) if framework == "torch" else side
 
 

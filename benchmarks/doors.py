@@ -1,4 +1,4 @@
-"""Takes weights through every door and prints how far each is from float64: `python benchmarks/doors.py`.
+"""Converts weights to every kind of target, and prints each one's difference in float64: `python benchmarks/doors.py`.
 
 Random weights are converted to every kind of target under every naming that it may have, read back or run, and, where
 timm and transformers are installed, loaded and run by the library that the target is for. What bears the original

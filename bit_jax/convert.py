@@ -32,7 +32,7 @@ def main() -> None:
 
 def convert(
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
-    target: tyro.conf.Positional[UserPath],
+    target: Annotated[tyro.conf.Positional[UserPath], tyro.conf.arg(metavar="TARGET")],
     format: Literal["auto", "official", "original", "timm", "huggingface"] = "auto",  # noqa: A002 (the flag's name)
     num_classes: int | None = None,
     standardize_eps: float | None = None,
@@ -50,8 +50,9 @@ def convert(
         source: Weights to convert: a file or directory in any format that --model reads, a published name, `embedded`,
             or hf:OWNER/NAME.
         target: Target to write, known by its suffix: .npz (official), .safetensors, .pth (also .pt, .bin, .tar; these
-            need PyTorch), or a name without a suffix for a directory with config.json, as Hugging Face and timm load. A
-            program of images in, logits out: .stablehlo, .onnx, or .savedmodel (a directory, for TensorFlow).
+            need PyTorch), or a name without a suffix for a directory with config.json, as Hugging Face and timm load.
+            The suffixes .stablehlo, .onnx and .savedmodel (a directory, for TensorFlow) write a program that turns
+            images into logits.
         format: Naming of the arrays in the target. auto: official in an .npz, timm's in .safetensors, the original
             PyTorch code's in .pth, and Hugging Face's in a directory.
         num_classes: Size of a new head of zeros, in place of the source's or where the source has none.

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -39,7 +39,7 @@ RESULT = "reproduction.json"
 class Request:
     """The figure to measure, and where its data lie."""
 
-    name: tyro.conf.Positional[str] = LIST
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = LIST
     """Name of the figure, or `list` for all names."""
     data_dir: UserPath | None = None
     """Directory with the data, as `list` and the figure's own text say. None: tfds's default directory."""

@@ -1,5 +1,6 @@
 """Weights in other names and files: read whole or refused in one sentence, and written so that they compare equal."""
 
+import errno
 import importlib.util
 import json
 import struct
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from bit_jax import convert
 from bit_jax.conversion import kinds
-from bit_jax.formats import safetensors, weights
+from bit_jax.formats import recognize, safetensors, weights
 from bit_jax.formats.described import described
 from bit_jax.formats.names import PEERS, peer_of
 from bit_jax.formats.weights import WeightsError
@@ -105,7 +106,7 @@ def test_two_arrays_whose_names_become_one_are_refused(official, tmp_path, conta
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"", "is empty"),
+        (b"", "is empty; get it again$"),
         (b"PK\x03\x04", "is an .npz, which is named by itself, or damaged"),
         (None, "are a symbolic link to nothing"),
     ],
@@ -117,6 +118,40 @@ def test_a_directory_whose_weights_are_something_else(tmp_path, content, said):
         (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=said):
         weights.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; mend that"),
+        (MemoryError(), "does not fit into this machine's memory"),
+    ],
+)
+def test_a_file_in_a_directory_that_cannot_be_read_ends_in_a_sentence(tmp_path, monkeypatch, error, said):
+    convert.converted("embedded", tmp_path / "hub", checked=False)
+
+    def refused(*_):
+        raise error
+
+    if isinstance(error, OSError):
+        error.filename = str(tmp_path / "hub/model.safetensors")
+        monkeypatch.setattr(recognize, "open", refused, raising=False)
+    else:
+        monkeypatch.setattr(safetensors.np, "empty", refused)
+    with pytest.raises(RequestError, match=rf"cannot read .*hub/model\.safetensors: .*{said}"):
+        dict(weights.read(tmp_path / "hub")[1])
+
+
+def test_a_config_of_images_in_another_range_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}))
+    with pytest.raises(RequestError, match=r"config\.json says .* mean \[0\.485, .*; move it away from the weights"):
+        described(tmp_path)
+
+
+@pytest.mark.parametrize("number", [10**13, 10**30])
+def test_a_head_that_no_memory_holds_is_refused(number):
+    with pytest.raises(RequestError, match=f"a head of {number:,} classes does not fit into this machine's memory"):
+        dict(weights.read(EMBEDDED_FILE, num_classes=number)[1])
 
 
 def test_a_config_that_outlived_its_weights_is_not_believed(official, tmp_path):

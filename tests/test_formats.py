@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT
 
 from bit_jax import convert
-from bit_jax.conversion import kinds
+from bit_jax.conversion import kinds, layouts
+from bit_jax.conversion.conversion import Conversion
 from bit_jax.formats import recognize, safetensors, weights
-from bit_jax.formats.described import described
+from bit_jax.formats.described import Description, described
 from bit_jax.formats.names import PEERS, peer_of
 from bit_jax.formats.weights import WeightsError
 from bit_jax.model.architecture import HEAD_KERNEL, Architecture
@@ -252,9 +253,17 @@ def test_parts_and_their_index(tmp_path, official):
         where |= {peer.name(key): name for key in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     require_same(tmp_path, official, 1e-8)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../elsewhere"}}))
-    with pytest.raises(WeightsError, match="names files that are not in"):
-        weights.read(tmp_path)
+    for elsewhere in ("nowhere", f"../{tmp_path.name}/model-0.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": elsewhere}}))
+        with pytest.raises(WeightsError, match="names files that are not in"):
+            weights.read(tmp_path)
+
+
+def test_a_directory_for_timm_brings_its_class_names_and_its_size(tmp_path):
+    known = Description(["ant", "bee", "cat"], 160)
+    conversion = Conversion(tmp_path, Architecture.parse("R50x1", 3), {}, known)
+    (tmp_path / "config.json").write_text(json.dumps(layouts.timm(conversion)))
+    assert described(tmp_path) == known
 
 
 @pytest.mark.parametrize(

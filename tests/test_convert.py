@@ -1,16 +1,19 @@
 """What `convert` may replace, and that nothing else is lost, whatever fails."""
 
 import errno
+import io
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
 
 from bit_jax import convert
 from bit_jax.conversion import check
 from bit_jax.conversion.conversion import Conversion
 from bit_jax.formats import pickles, weights
+from bit_jax.formats.described import described
 from bit_jax.formats.names import PEERS
 from bit_jax.model.architecture import HEAD_KERNEL
 from input_pipeline import files
@@ -134,13 +137,20 @@ def test_a_step_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, fa
     assert contents(tmp_path).keys() == before.keys()
 
 
-def test_a_full_disk_is_an_error_of_the_system_and_no_defect():
-    """PyTorch's writer raises RuntimeError, which `replacing_path` would let pass as a defect."""
+def test_a_full_disk_is_an_error_of_the_system_and_no_defect(monkeypatch):
+    """PyTorch's writer may raise RuntimeError, which `replacing_path` would let pass as a defect."""
+
+    def failing(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
     with (
         open("/dev/full", "wb", buffering=0) as file,
         pytest.raises(OSError, match=r"PyTorch's writer failed|No space"),
     ):
         pickles.write(file, {"w": np.zeros(1 << 20, np.float32)})
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match=r"PyTorch's writer failed \(RuntimeError: \[enforce fail"):
+        pickles.write(io.BytesIO(), {})
 
 
 def test_a_new_head_of_zeros_does_not_hide_a_library_that_is_wrong(small_npz, tmp_path, monkeypatch):
@@ -163,6 +173,7 @@ def test_a_new_head_has_no_names_of_the_old_ones_classes(tmp_path):
     said = convert.converted("embedded", tmp_path / "hub", num_classes=10, checked=False)
     assert not said["class_names_known"]
     assert json.loads((tmp_path / "hub/config.json").read_text())["id2label"]["0"] == "LABEL_0"
+    assert described(tmp_path / "hub").class_names is None
     assert not dict(weights.read(tmp_path / "hub")[1])[HEAD_KERNEL].any()
     with pytest.raises(RequestError, match="--num-classes is 0"):
         convert.converted("embedded", tmp_path / "x.npz", num_classes=0)

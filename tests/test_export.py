@@ -150,6 +150,7 @@ def test_onnx_is_the_model_elsewhere(source, exact, known, tmp_path, beside):
     assert found is not None
     assert found.apart < 1e-11
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"][: 1 + beside]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one may read both
     same_predictions(outside(ONNX, tmp_path / "model.onnx", IMAGES[0].astype(np.float32)), exact[np.float64][0])
 
 

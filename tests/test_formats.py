@@ -1,5 +1,6 @@
 """Weights in other names and files: read whole or refused in one sentence, and written so that they compare equal."""
 
+import errno
 import importlib.util
 import json
 import struct
@@ -13,9 +14,10 @@ import torch
 from conftest import ROOT
 
 from bit_jax import convert
-from bit_jax.conversion import kinds
-from bit_jax.formats import safetensors, weights
-from bit_jax.formats.described import described
+from bit_jax.conversion import kinds, layouts
+from bit_jax.conversion.conversion import Conversion
+from bit_jax.formats import recognize, safetensors, weights
+from bit_jax.formats.described import Description, described
 from bit_jax.formats.names import PEERS, peer_of
 from bit_jax.formats.weights import WeightsError
 from bit_jax.model.architecture import HEAD_KERNEL, Architecture
@@ -105,7 +107,7 @@ def test_two_arrays_whose_names_become_one_are_refused(official, tmp_path, conta
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"", "is empty"),
+        (b"", "is empty; get it again$"),
         (b"PK\x03\x04", "is an .npz, which is named by itself, or damaged"),
         (None, "are a symbolic link to nothing"),
     ],
@@ -117,6 +119,40 @@ def test_a_directory_whose_weights_are_something_else(tmp_path, content, said):
         (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=said):
         weights.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; mend that"),
+        (MemoryError(), "does not fit into this machine's memory"),
+    ],
+)
+def test_a_file_in_a_directory_that_cannot_be_read_ends_in_a_sentence(tmp_path, monkeypatch, error, said):
+    convert.converted("embedded", tmp_path / "hub", checked=False)
+
+    def refused(*_):
+        raise error
+
+    if isinstance(error, OSError):
+        error.filename = str(tmp_path / "hub/model.safetensors")
+        monkeypatch.setattr(recognize, "open", refused, raising=False)
+    else:
+        monkeypatch.setattr(safetensors.np, "empty", refused)
+    with pytest.raises(RequestError, match=rf"cannot read .*hub/model\.safetensors: .*{said}"):
+        dict(weights.read(tmp_path / "hub")[1])
+
+
+def test_a_config_of_images_in_another_range_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}))
+    with pytest.raises(RequestError, match=r"config\.json says .* mean \[0\.485, .*; move it away from the weights"):
+        described(tmp_path)
+
+
+@pytest.mark.parametrize("number", [10**13, 10**30])
+def test_a_head_that_no_memory_holds_is_refused(number):
+    with pytest.raises(RequestError, match=f"a head of {number:,} classes does not fit into this machine's memory"):
+        dict(weights.read(EMBEDDED_FILE, num_classes=number)[1])
 
 
 def test_a_config_that_outlived_its_weights_is_not_believed(official, tmp_path):
@@ -217,9 +253,17 @@ def test_parts_and_their_index(tmp_path, official):
         where |= {peer.name(key): name for key in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     require_same(tmp_path, official, 1e-8)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../elsewhere"}}))
-    with pytest.raises(WeightsError, match="names files that are not in"):
-        weights.read(tmp_path)
+    for elsewhere in ("nowhere", f"../{tmp_path.name}/model-0.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": elsewhere}}))
+        with pytest.raises(WeightsError, match="names files that are not in"):
+            weights.read(tmp_path)
+
+
+def test_a_directory_for_timm_brings_its_class_names_and_its_size(tmp_path):
+    known = Description(["ant", "bee", "cat"], 160)
+    conversion = Conversion(tmp_path, Architecture.parse("R50x1", 3), {}, known)
+    (tmp_path / "config.json").write_text(json.dumps(layouts.timm(conversion)))
+    assert described(tmp_path) == known
 
 
 @pytest.mark.parametrize(

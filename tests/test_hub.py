@@ -23,7 +23,10 @@ NEEDS_HUB = pytest.mark.skipif(
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the files of one model, as the hub does: its commit, its size, and the SHA-256 as ETag."""
+    """Serves the files of one model, as the hub does: its commit, its size, and the hash as ETag.
+
+    The hash is SHA-256 of weights, which lie in LFS, and Git's SHA-1 of everything else.
+    """
 
     files: dict[str, bytes]
     commits: dict[str, str]  # the newest when a file was asked for; "0" * 40 unless given
@@ -47,7 +50,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         asked = self.path.split("/")[-2]
         self.send_header("X-Repo-Commit", self.commits.get(name, "0" * 40) if asked == "main" else asked)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        in_git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest() if name in hub.WEIGHTS else in_git}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":

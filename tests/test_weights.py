@@ -341,7 +341,7 @@ def test_the_same_array_under_two_spellings(tmp_path):
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[:-1000], "truncated"),
         (lambda data: b"", "is empty"),
-        (lambda data: b"not a zip at all" * 100, "not an .npz"),
+        (lambda data: b"not a zip at all" * 100, "is no file of weights"),
         (lambda data: bytes(2000) + data[2000:], "begins with zeros"),
         (lambda data: data[:4_000_000] + bytes(16) + data[4_000_016:], "CRC"),
     ],

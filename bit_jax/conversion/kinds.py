@@ -48,7 +48,7 @@ class Kind:
             RequestError: this kind of target has no such names.
         """
         if asked != AUTO and asked not in self.namings:
-            raise RequestError(f"--format {asked} is not written to {self.title}; choose of {', '.join(self.namings)}")
+            raise RequestError(f"--format {asked} is not written to {self.title}; choose {' or '.join(self.namings)}")
         return self.namings[0] if asked == AUTO else asked
 
     def check(self, conversion: Conversion, path: Path, naming: str) -> list[Compared]:

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bit_jax.formats.weights import Params, flatten
 from bit_jax.model.architecture import STANDARDIZED, Architecture
-from bit_jax.model.resnetv2 import ResNetV2
 from input_pipeline.errors import RequestError
 
 # bytes of weights in one file: protobuf and flatbuffers, which ONNX and jax.export write, end at 2 GiB
@@ -26,11 +24,6 @@ class Source:
 
     architecture: Architecture
     arrays: Mapping[str, np.ndarray]
-
-    @classmethod
-    def of(cls, model: ResNetV2, params: Params) -> "Source":
-        """Returns the source of what `bit_jax.load` returns."""
-        return cls(Architecture.of(model), {key: np.asarray(array) for key, array in flatten(params).items()})
 
     def require_room(self, dtype: Any) -> None:
         """Raises RequestError where the weights do not fit into one file."""

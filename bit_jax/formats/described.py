@@ -54,7 +54,7 @@ def described(weight_file: Path) -> Description:
     recipe = entry(content, "recipe", "an object", lambda value: isinstance(value, dict), {})
     config = entry(content, "config", "an object", lambda value: isinstance(value, dict), {})
     if {"id2label", "pretrained_cfg", "label_names"} & content.keys():
-        return _of_a_hub(content, entry)
+        return _of_a_hub(path, content, entry)
     return Description(
         entry(content, "class_names", "a list of names", _are_names, None),
         entry(recipe, "crop", "a number of pixels", _is_side, None),
@@ -62,11 +62,11 @@ def described(weight_file: Path) -> Description:
     )
 
 
-def _of_a_hub(content: dict, entry: Callable) -> Description:
+def _of_a_hub(path: Path, content: dict, entry: Callable) -> Description:
     """Returns what Hugging Face's or timm's config.json says.
 
     Raises:
-        RequestError: its model wants images in another range than [-1, 1], which all of BiT has.
+        RequestError: its model takes images in another range than [-1, 1], in which a BiT has them.
     """
     labels = entry(content, "id2label", "an object", lambda value: isinstance(value, dict), None)
     names = entry(content, "label_names", "a list of names", _are_names, None)
@@ -80,8 +80,8 @@ def _of_a_hub(content: dict, entry: Callable) -> Description:
         value = entry(config, key, "three numbers", lambda value: isinstance(value, list), [0.5] * 3)
         if value != [0.5] * 3:
             raise RequestError(
-                f"these weights were trained on images with {key} {value}, and a BiT takes images in [-1, 1], whose "
-                f"{key} is [0.5, 0.5, 0.5] in that convention; {REMEDY}"
+                f"{path} says that the weights take images with {key} {repr(value)[:60]}, and a BiT takes images in "
+                f"[-1, 1], which is {key} [0.5, 0.5, 0.5]; {REMEDY}"
             )
     size = entry(config, "input_size", "[3, side, side]", _is_size, None)
     return Description(names, None if size is None else size[-1])

@@ -112,18 +112,16 @@ TIMM = Peer(
     dense=False,
     standardize_eps=1e-8,
 )
-HUGGING_FACE = Peer(
+# Hugging Face's model was made from timm's: the names within a unit and the constant are the same
+HUGGING_FACE = dataclasses.replace(
+    TIMM,
     key="huggingface",
     title="Hugging Face",
     root="bit.embedder.convolution",
     norm="bit.norm",
     head="classifier.1",
     unit="bit.encoder.stages.{stage}.layers.{unit}",
-    first=0,
-    gn="norm",
-    projection="downsample.conv",
     dense=True,
-    standardize_eps=1e-8,
 )
 PEERS = {peer.key: peer for peer in (ORIGINAL, TIMM, HUGGING_FACE)}
 HEADLESS = "embedder.convolution.weight"  # Hugging Face's model without a head has no `bit.` before its names

@@ -57,7 +57,7 @@ def read_members(path: Path) -> dict[str, Member]:
     """Returns {official key: member}. Reads only headers, and believes no size that the file cannot have.
 
     Raises:
-        WeightsError: the file is missing, damaged, or something else than an `.npz` of plain arrays.
+        WeightsError: the file is damaged, or something else than an `.npz` of plain arrays.
         RequestError: the file cannot be read for another reason.
     """
     try:
@@ -69,10 +69,6 @@ def read_members(path: Path) -> dict[str, Member]:
             return _read_headers(archive, infos, path)
     except WeightsError:
         raise
-    except FileNotFoundError:
-        raise WeightsError(
-            f"weight file {path} does not exist; `python -m bit_jax.zoo list` names those that can be fetched"
-        ) from None
     except Exception as error:  # damaged directories make zipfile raise many kinds
         raise _unreadable(path, "is truncated or damaged", error) from None
 
@@ -188,11 +184,14 @@ def fits_float32(array: np.ndarray) -> bool:
 
 def _unreadable(path: Path, damage: str, error: Exception) -> RequestError:
     """Returns the exception to raise where reading failed; only content that was read and is wrong is damage."""
-    if isinstance(error, OSError) and _of_the_system(error):
-        return RequestError(f"cannot read {path}: {error.strerror}; mend that and start again")
-    if isinstance(error, MemoryError):
-        return RequestError(f"cannot read {path}: it does not fit into this machine's memory")
-    return WeightsError(f"{path} {damage} ({error}); {AGAIN}")
+    return cannot_read(path, error) if _of_the_system(error) else WeightsError(f"{path} {damage} ({error}); {AGAIN}")
+
+
+def cannot_read(path: Path, error: BaseException) -> RequestError:
+    """Returns the exception to raise for an OSError or a MemoryError, which say nothing about a file's content."""
+    if isinstance(error, OSError):
+        return RequestError(f"cannot read {error.filename or path}: {error.strerror}; mend that and start again")
+    return RequestError(f"cannot read {path}: it does not fit into this machine's memory")
 
 
 def _of_the_system(error: BaseException) -> bool:

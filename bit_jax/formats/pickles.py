@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bit_jax.formats.names import ROOTS
-from bit_jax.formats.official import AGAIN, SPELLED, WeightsError, check_sizes, listed
+from bit_jax.formats.official import AGAIN, SPELLED, WeightsError, cannot_read, check_sizes, listed
 from bit_jax.formats.states import named_state_dicts, unwrapped
 from input_pipeline.errors import RequestError
 
@@ -98,10 +98,10 @@ def _content(path: Path) -> Any:
         raise
     except OSError as error:
         if error.strerror:
-            raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None
+            raise cannot_read(path, error) from None
         raise WeightsError(f"{path} is damaged ({_sentence(error)}); {AGAIN}") from None
-    except MemoryError:
-        raise RequestError(f"cannot read {path}: it does not fit into this machine's memory") from None
+    except MemoryError as error:
+        raise cannot_read(path, error) from None
     except Exception as error:  # torch.load raises what its unpickler and zip reader raise
         if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise WeightsError(

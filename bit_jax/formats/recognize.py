@@ -6,17 +6,16 @@ import stat
 import zipfile
 from pathlib import Path
 
-OFFICIAL = "the official .npz is wanted; `python -m bit_jax.zoo list` names those that can be fetched"
-CONVERTED = (
-    "what is read is the official .npz, safetensors, or PyTorch files in the names of the original code, timm or "
-    "Hugging Face"
+WANTED = (
+    "a BiT is read from an official .npz (`python -m bit_jax.zoo list` names those that can be fetched), safetensors, "
+    "or a PyTorch file in the names of the original code, timm or Hugging Face"
 )
 
 # (first bytes, description, remedy) of files that people may take for weights
 BEGINNINGS = (
-    (b"\x93NUMPY", "a single NumPy array (.npy)", OFFICIAL),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them", CONVERTED),
-    (b"GGUF", "a GGUF file", CONVERTED),
+    (b"\x93NUMPY", "a single NumPy array (.npy)", WANTED),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them", WANTED),
+    (b"GGUF", "a GGUF file", WANTED),
     (
         b"version https://git-lfs.github.com/spec/",
         "a Git LFS pointer, which stands for the file itself",
@@ -28,7 +27,7 @@ BEGINNINGS = (
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
     (b"Rar!", "a RAR archive", "unpack it first"),
-    (b"%PDF", "a PDF document", OFFICIAL),
+    (b"%PDF", "a PDF document", WANTED),
 )
 TAR_MAGIC = slice(257, 262)  # a tar archive has "ustar" here
 START = 1024  # bytes of a file that are read to recognize it
@@ -39,7 +38,7 @@ HEADER = 100_000_000  # bytes: the longest header that the safetensors format al
 
 # (name of an entry, description, remedy) of directories that people may take for weights
 CONTENTS = (
-    ("saved_model.pb", "a TensorFlow SavedModel", CONVERTED),
+    ("saved_model.pb", "a TensorFlow SavedModel", WANTED),
     ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
     ("manifest.ocdbt", "an Orbax checkpoint", "a run writes its weights as final.npz in its work directory"),
     ("final.npz", "a run's work directory", "name the final.npz in it"),
@@ -78,11 +77,11 @@ def recognize(path: Path) -> str | None:
     if stat.S_ISDIR(mode):
         return _directory(path)
     if not stat.S_ISREG(mode):
-        return "is a pipe, socket or device; name an .npz file"
+        return "is a pipe, socket or device; name a file of weights"
     with open(path, "rb") as file:
         start = file.read(START)
     if not start:
-        return f"is empty; {OFFICIAL}"
+        return "is empty; get it again"
     for beginning, what, remedy in BEGINNINGS:
         if start.startswith(beginning):
             return f"is {what}; {remedy}"
@@ -128,18 +127,18 @@ def _zip(path: Path) -> str | None:
     if any(name.endswith("data.pkl") for name in names):
         return "is a PyTorch file, and an .npz is wanted here"
     if "model.weights.h5" in names:
-        return f"is a Keras model; {CONVERTED}"
+        return f"is a Keras model; {WANTED}"
     if not any(name.endswith(".npy") for name in names):
-        return f"is a zip file without .npy arrays; {OFFICIAL}"
+        return f"is a zip file without .npy arrays; {WANTED}"
     return None
 
 
 def _text(start: bytes) -> str:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
-        return f"is a web page, such as a server's login or error page; {OFFICIAL}"
+        return f"is a web page, such as a server's login or error page; {WANTED}"
     if text.startswith(b"<?xml"):
-        return f"is an XML document, such as a server's error message; {OFFICIAL}"
+        return f"is an XML document, such as a server's error message; {WANTED}"
     if text.startswith((b"{", b"[")):
-        return f"is JSON text; {OFFICIAL}"
-    return f"is not an .npz file; {OFFICIAL}"
+        return f"is JSON text; {WANTED}"
+    return f"is no file of weights; {WANTED}"

@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from bit_jax.formats import recognize
-from bit_jax.formats.official import AGAIN, SPELLED, WeightsError, listed
-from input_pipeline.errors import RequestError
+from bit_jax.formats.official import AGAIN, SPELLED, WeightsError, cannot_read, listed
 
 LENGTH = 8  # bytes of the header's length
 METADATA = "__metadata__"
@@ -54,8 +53,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if length > min(recognize.HEADER, size - LENGTH):
                 raise WeightsError(f"{path} is truncated or damaged: it is too short for its header; {AGAIN}")
             text = file.read(length)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None
+    except (OSError, MemoryError) as error:
+        raise cannot_read(path, error) from None
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
         metadata = header.pop(METADATA, {})
@@ -106,7 +105,7 @@ def read_arrays(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str,
 
     Raises:
         WeightsError: the file became shorter since its header was read.
-        RequestError: it cannot be read.
+        RequestError: it cannot be read, or an array does not fit into memory.
     """
     try:
         with open(path, "rb") as file:
@@ -116,8 +115,8 @@ def read_arrays(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str,
                 if array.size and file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
                     raise WeightsError(f"{path} has changed while it was read; {AGAIN}")
                 yield name, array.astype(np.float32) if entry.dtype == DTYPES["BF16"] else array
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None
+    except (OSError, MemoryError) as error:
+        raise cannot_read(path, error) from None
 
 
 def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 
 from bit_jax.formats import comment, names, official, pickles, recognize, safetensors
 from bit_jax.formats.official import WeightsError, listed
-from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json
 
 EPS = comment.KEY  # of safetensors' metadata, where this project wrote them
@@ -36,18 +35,15 @@ class Source:
     """Arrays somewhere; only their names and shapes have been read.
 
     Attributes:
-        kind: `official`, or the peer that the names are of.
         shapes: {official key: shape in the official layout}; a name that is no array's of BiT is a key itself.
         arrays: function (keys) -> (key, array) of each, in the order in which they are stored.
-        standardize_eps: what the weights' model adds to a kernel's variance.
-        told: whether the file says so itself; otherwise it is what such files are computed with.
+        standardize_eps: what the weights' model adds to a kernel's variance: what the file says, else what such files
+            are computed with.
     """
 
-    kind: str
     shapes: dict[str, Shape]
     arrays: Callable[[Collection[str]], Arrays]
     standardize_eps: float
-    told: bool
 
 
 def open_source(path: Path) -> Source:
@@ -59,17 +55,17 @@ def open_source(path: Path) -> Source:
     """
     try:
         container = recognize.container(path)
+        if container == "npz":
+            return _official(path)
+        if container == "directory":
+            return _directory(path)
+        return _foreign(path, [path])
     except FileNotFoundError:
         raise WeightsError(
             f"weight file {path} does not exist; `python -m bit_jax.zoo list` names those that can be fetched"
         ) from None
     except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}; mend that and start again") from None
-    if container == "npz":
-        return _official(path)
-    if container == "directory":
-        return _directory(path)
-    return _foreign(path, [path])
+        raise official.cannot_read(path, error) from None
 
 
 def digest(path: Path) -> str:
@@ -89,8 +85,7 @@ def _official(path: Path) -> Source:
     def arrays(keys: Collection[str]) -> Arrays:
         return official.read_arrays(path, {key: member for key, member in members.items() if key in keys})
 
-    eps = comment.read(path)
-    return Source("official", {key: member.shape for key, member in members.items()}, arrays, eps, told=True)
+    return Source({key: member.shape for key, member in members.items()}, arrays, comment.read(path))
 
 
 def _directory(path: Path) -> Source:
@@ -175,8 +170,7 @@ def _foreign(path: Path, files: list[Path]) -> Source:
 
     # of the metadata alone: a config.json keeps what it does not know when other weights are saved beside it
     said = next((part.metadata[EPS] for part in parts if EPS in part.metadata), None)
-    eps = peer.standardize_eps if said is None else _eps(said, path)
-    return Source(peer.key, shapes, arrays, eps, told=said is not None)
+    return Source(shapes, arrays, peer.standardize_eps if said is None else _eps(said, path))
 
 
 def _eps(said: str, path: Path) -> float:

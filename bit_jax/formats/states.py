@@ -14,12 +14,6 @@ DEEPEST = 4  # levels of dicts within dicts that a checkpoint is searched throug
 WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
 
 
-def state_dicts(content: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Yields the tensors of every dict in a checkpoint that has any."""
-    for _, tensors in named_state_dicts(content, depth):
-        yield tensors
-
-
 def named_state_dicts(content: Any, depth: int = 0, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (name, tensors) of every dict in a checkpoint that has any; the outermost has no name."""
     if not isinstance(content, Mapping) or depth > DEEPEST:

@@ -114,9 +114,19 @@ def read(
         yield from source.arrays(kept)
         for key, shape in architecture.layout.items():
             if key not in kept:
-                yield key, np.zeros(shape, np.float32)
+                yield key, _zeros(shape)
 
     return architecture, arrays()
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of a new head; raises RequestError where there is no room for it."""
+    try:
+        return np.zeros(shape, np.float32)
+    except (MemoryError, ValueError):  # NumPy raises the latter where the size is no 64-bit number
+        raise RequestError(
+            f"a head of {shape[-1]:,} classes does not fit into this machine's memory; give a smaller number of them"
+        ) from None
 
 
 def with_telling_head(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

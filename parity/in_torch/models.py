@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bit_jax.formats.states import WRAPPERS, state_dicts, unwrapped
+from bit_jax.formats.states import WRAPPERS, named_state_dicts, unwrapped
 from input_pipeline.errors import RequestError
 from input_pipeline.terminal import printable
 from parity.in_torch import resnetv2
@@ -93,7 +93,7 @@ def fill(model: nn.Module, path: Path) -> None:
     expected = model.state_dict()
     content = _loaded(path)
     names = {WRAPPERS.sub("", name): name for name in expected}
-    candidates = [unwrapped(state, names) for state in state_dicts(content)]
+    candidates = [unwrapped(state, names) for _, state in named_state_dicts(content)]
     best = max(candidates, key=lambda state: len(names.keys() & state.keys()), default={})
     if not names.keys() & best.keys():
         raise RequestError(f"--torch-weights {path} holds no state dict of this model: it is {_described(content)}")

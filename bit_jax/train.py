@@ -6,6 +6,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,11 +21,11 @@ import jax
 import tyro
 
 from bit_jax import config, doctor
+from bit_jax.accounts.timeline import STARTING, Observer, Timeline, nobody
 from bit_jax.compiled import profile
 from bit_jax.published import fetch
 from bit_jax.scale import hosts
 from bit_jax.training import figures, run
-from bit_jax.training.timeline import Observer, nobody
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -34,7 +35,7 @@ from input_pipeline.limits import raise_descriptor_limit
 def main() -> None:
     cfg = configuration()
     if cfg.scale.doctor:
-        with _joined(cfg):
+        with _joined(cfg, Timeline()):
             return doctor.examine(cfg)
     if result := train(cfg):
         with contextlib.suppress(BrokenPipeError):  # the run is done and kept, whether or not anybody reads of it
@@ -66,18 +67,23 @@ def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | N
     Returns:
         The content of result.json on the first host, None on the others.
     """
-    with _joined(cfg):
-        result = run.finetune(run.Run.of(cfg), observer)
+    timeline = Timeline(before=time.time() - figures.process_start())
+    with _joined(cfg, timeline):
+        with timeline(STARTING):
+            settled = run.Run.of(cfg)
+        result = run.finetune(settled, observer, timeline)
         first = hosts.is_first()
     return result if first else None
 
 
 @contextlib.contextmanager
-def _joined(cfg: config.Config) -> Iterator[None]:
+def _joined(cfg: config.Config, timeline: Timeline) -> Iterator[None]:
     """Prepares this process for the run and joins the run's other hosts while the `with` block runs."""
     raise_descriptor_limit()
     keep_compiled_programs()
-    with hosts.joined(cfg.scale):
+    with contextlib.ExitStack() as hosts_of_the_run:
+        with timeline("joining"):
+            hosts_of_the_run.enter_context(hosts.joined(cfg.scale))
         yield
 
 

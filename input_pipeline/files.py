@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,6 +156,11 @@ def parse_json(text: bytes | str, kind: type, name: object, remedy: str) -> Any:
     if not isinstance(value, kind):
         raise DamagedFile(f"{name} is damaged (it holds a {type(value).__name__}, not a {kind.__name__}); {remedy}")
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that can be shown: not NaN, no whole number beyond all floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_json(path: Path, kind: type, remedy: str) -> Any:

@@ -23,15 +23,15 @@ from conftest import COMPILES_FAST, ROOT
 from PIL import Image
 
 from bit_jax import config
+from bit_jax.accounts.timeline import Timeline
 from bit_jax.launch import free_port
+from bit_jax.process.reporter import Reporter
 from bit_jax.report import card
 from bit_jax.training import figures, run, steps
 from bit_jax.training.evaluation import evaluate
 from bit_jax.training.flagperf import Rank0Share, epoch_steps, p_core_unsynchronized
 from bit_jax.training.hyperrule import Recipe, Schedule
-from bit_jax.training.log import Reporter
 from bit_jax.training.optimizer import learning_rate
-from bit_jax.training.timeline import Timeline
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError
 from parity.in_torch import schedule as in_torch

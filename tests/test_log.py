@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bit_jax.process import reporter
+from bit_jax.process.reporter import Reporter
 from bit_jax.training import log as logs
-from bit_jax.training.log import Log, Reporter
+from bit_jax.training.log import Log
 from input_pipeline.errors import RequestError
 
 
@@ -34,7 +36,7 @@ def lines_of(workdir):
 
 
 def test_a_terminal_that_nobody_reads_blocks_nothing(tmp_path, monkeypatch, terminal):
-    monkeypatch.setattr(logs, "PATIENCE", 0.05)
+    monkeypatch.setattr(reporter, "PATIENCE", 0.05)
     with log_of(tmp_path) as log:
         for step in range(5000):  # 64 KiB fit into the pipe
             log.write(step, loss=1.0)
@@ -104,8 +106,8 @@ def test_damaged_lines_are_dropped_and_said(tmp_path, terminal):
 
 
 def test_a_report_that_blocks_holds_up_nothing(monkeypatch):
-    monkeypatch.setattr(logs, "PATIENCE", 0.05)
-    monkeypatch.setattr(logs, "WAITING", 2)
+    monkeypatch.setattr(reporter, "PATIENCE", 0.05)
+    monkeypatch.setattr(reporter, "WAITING", 2)
     never, done = threading.Event(), []
     report = Reporter("test")
     report(never.wait)

@@ -27,12 +27,12 @@ from conftest import COMPILES_FAST
 from PIL import Image
 
 from bit_jax import config, train
+from bit_jax.accounts.timeline import Timeline
 from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
 from bit_jax.training import resources
 from bit_jax.training.loop import Begun, Loop
 from bit_jax.training.run import open_sources
-from bit_jax.training.timeline import Timeline
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
 from parity.sides.inputs import pictures

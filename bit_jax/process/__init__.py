@@ -1,5 +1,5 @@
-"""What does this process take from the operating system?
+"""How does this process live with its operating system?
 
-Memory in large pages.
+Memory in large pages, and threads that report without holding up the work.
 It may import: nothing of this project.
 """

@@ -1,7 +1,7 @@
 """What became of runs: `python -m bit_jax.report WORKDIR...`.
 
-Prints a row for each run that is finished or under way, from its config.json, result.json and metrics.jsonl. Nothing is
-computed again, and no device is needed.
+Prints a row for each run that is finished or under way, and where its time went, over all starts, from the files in its
+work directory. Nothing is computed again, and no device is needed.
 """
 
 import dataclasses
@@ -47,7 +47,10 @@ def main() -> None:
         for line in card.lines(records):
             print(printable(line))
     else:
-        terminal.console(width=140).print(overview.table(records))
+        console = terminal.console(width=140)
+        console.print(overview.table(records))
+        if (table := overview.times(records)) is not None:
+            console.print(table)
     if arguments.json is not None:
         write_json(arguments.json, [_content(record) for record in records])
 
@@ -59,6 +62,7 @@ def _content(record: Record) -> dict:
         "result": record.result,
         "config": record.config,
         "last": record.last,
+        "over_all_starts": None if record.account is None else record.account.described(),
         "flagperf": card.row(record),
     }
 

@@ -1,9 +1,10 @@
-"""A table of runs, a row for each, in the form of FlagPerf's row."""
+"""Tables of runs: a row for each, in the form of FlagPerf's row, and where the time of each went."""
 
 from collections.abc import Sequence
 
 from rich.table import Table
 
+from bit_jax.accounts.goodput import ROWS
 from bit_jax.report.record import Record
 from bit_jax.training import figures
 from input_pipeline.terminal import printable
@@ -21,3 +22,29 @@ def table(records: Sequence[Record]) -> Table:
         for record, what in zip(records, whats, strict=True)
     ]
     return figures.table(rows, whats[0] if same else "")
+
+
+def times(records: Sequence[Record]) -> Table | None:
+    """Returns a table of where the time of each run went, over all starts, a column for each run; None where no run
+    says so."""
+    known = [(printable(record.workdir), record.account) for record in records if record.account is not None]
+    if not known:
+        return None
+    said = [row for row in ROWS if any(account.seconds[row] for _, account in known)]
+    rows = [
+        {"over all starts": row} | {name: _of(account.wall, account.seconds[row]) for name, account in known}
+        for row in said
+    ]
+    rows.append({"over all starts": "in all"} | {name: _of(account.wall, account.wall) for name, account in known})
+    rows.append({"over all starts": "starts"} | {name: str(len(account.starts)) for name, account in known})
+    for figure in ("p_whole", "p_train", "p_core"):
+        rows.append({"over all starts": figure} | {name: _shown(account.figures[figure]) for name, account in known})
+    return figures.table(rows, "")
+
+
+def _of(wall: float, seconds: float) -> str:
+    return f"{seconds:,.1f} s  {seconds / wall:6.1%}"
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:,.1f}"

@@ -2,16 +2,17 @@
 
 import dataclasses
 import reprlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bit_jax.accounts import goodput, starts
+from bit_jax.accounts.goodput import Account
 from bit_jax.training import metrics
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, read_json
+from input_pipeline.files import DamagedFile, is_number, read_json
 
-FILES = ("config.json", "result.json", "metrics.jsonl")  # what `read` reads of a work directory
+FILES = ("config.json", "result.json", "metrics.jsonl", starts.NAME)  # what `read` reads of a work directory
 REMEDY = "restore it, or leave this run out"
 # the fields of result.json that are shown as numbers; any of them may be missing or null
 NUMBERS = (
@@ -34,6 +35,7 @@ class Record:
         result: the content of result.json; None before the run's end.
         metrics: the entries of metrics.jsonl.
         damaged_lines: number of lines of metrics.jsonl that could not be read.
+        account: where the time went, over all starts; None where no starts.jsonl says so.
     """
 
     workdir: Path
@@ -41,6 +43,7 @@ class Record:
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     damaged_lines: int
+    account: Account | None
 
     @property
     def finished(self) -> bool:
@@ -79,8 +82,8 @@ class Record:
             "model": self.flags.get("model.model"),
             "dataset": self.flags.get("data.dataset"),
             "precision": self.flags.get("model.precision"),
-            "batch_per_device": batch if _is_number(batch) else None,
-            "final_acc1": accuracy if _is_number(accuracy) else None,
+            "batch_per_device": batch if is_number(batch) else None,
+            "final_acc1": accuracy if is_number(accuracy) else None,
         }
 
 
@@ -99,7 +102,7 @@ def read(workdir: Path) -> Record:
     content = {name: read_json(path, dict, REMEDY) for name, path in there.items()}
     result = content.get("result")
     if result is not None:
-        _check(paths["result"], result, NUMBERS, _is_number, "number")
+        _check(paths["result"], result, NUMBERS, is_number, "number")
         _check(paths["result"], result, TEXTS, _is_text, "text")
         _check(paths["result"], result, ("flagperf_compat",), _is_texts, "list of texts")
         _objects(paths["result"], result, "versions")
@@ -108,7 +111,15 @@ def read(workdir: Path) -> Record:
     _check(paths["config"], objects["config"], FLAG_TEXTS, _is_text, "text")
     _objects(paths["config"], objects["recipe"], "schedule")
     entries, damaged = metrics.read(workdir / "metrics.jsonl")
-    return Record(workdir, config, result, entries, damaged)
+    return Record(workdir, config, result, entries, damaged, _account(workdir / starts.NAME))
+
+
+def _account(path: Path) -> Account | None:
+    """Raises RequestError if the file is there and cannot be read."""
+    try:
+        return goodput.read(path) if path.exists() else None
+    except OSError as error:
+        raise RequestError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
 
 
 def _objects(path: Path, content: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -126,11 +137,6 @@ def _check(path: Path, content: dict[str, Any], names: Sequence[str], holds: Cal
         value = content.get(name)
         if value is not None and not holds(value):
             raise DamagedFile(f"{path} is damaged ({name} is {reprlib.repr(value)}, not a {kind}); {REMEDY}")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that can be shown: not NaN, and not a whole number beyond all floats."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +25,7 @@ Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
+_told_of_loss: list[Callable[[str], object]] = []
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
 
@@ -59,6 +60,11 @@ def on_all_hosts(error: Ending) -> Ending:
     """Marks an exception that every host raises, because they agreed on its cause."""
     error.on_all_hosts = True
     return error
+
+
+def tell_of_loss(tell: Callable[[str], object]) -> None:
+    """Has `tell` called, in a thread and with the sentence, before another host's death ends this process."""
+    _told_of_loss.append(tell)
 
 
 @contextlib.contextmanager
@@ -277,6 +283,9 @@ class _Watch:
     def _end(self, sentence: str) -> None:
         if self._stopping.is_set():
             return
+        for tell in _told_of_loss:
+            with contextlib.suppress(Exception):  # nothing may keep this process from ending
+                tell(sentence)
         sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
         if self._host == 0:
             time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it

@@ -12,7 +12,7 @@ import jax
 import psutil
 from rich.table import Table
 
-from bit_jax.training.timeline import Timeline, rates
+from bit_jax.accounts.timeline import Timeline, rates
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ import math
 
 from jaxtyping import Array, Bool, Int
 
-from bit_jax.training.timeline import Timeline
+from bit_jax.accounts.timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True)

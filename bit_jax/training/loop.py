@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 import jax
 import numpy as np
 
+from bit_jax.accounts.starts import Start
+from bit_jax.accounts.timeline import Timeline
 from bit_jax.compiled import profile
 from bit_jax.model.architecture import HeadAlone
 from bit_jax.scale import hosts, sharding
@@ -19,7 +21,6 @@ from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
 from bit_jax.training.steps import TrainState, evaluated
-from bit_jax.training.timeline import Timeline
 from input_pipeline.errors import RunFailed, Stopped
 from input_pipeline.exits import signal_asked
 from input_pipeline.files import replacing
@@ -76,6 +77,7 @@ class Loop:
         program: the run's compiled steps.
         validation: batches of the split that is evaluated.
         checkpoints, timeline, log: the places where the state, the time and the metrics go.
+        account: the account of this start, over whose steps the time is divided.
         replaced: number of rows so far that showed another example because their own is damaged.
         input_is_slow: whether the log said last that the devices wait for input.
     """
@@ -86,6 +88,7 @@ class Loop:
     checkpoints: Checkpoints
     timeline: Timeline
     log: Log
+    account: Start
     replaced: int = 0
     input_is_slow: bool = False
 
@@ -143,7 +146,7 @@ class Loop:
                     self.log.note(f"acc1 reached {flags.target_acc1} after step {step}: training ends")
                     break
                 if step % flags.checkpoint_every == 0 and step < steps:
-                    self.checkpoints.save(state)
+                    self.save(state)
         finally:
             waiting.shutdown(wait=False)
         return state, accuracy
@@ -159,7 +162,7 @@ class Loop:
                 return
             if not begun or begun[-1].end.done():
                 idle_since = max(asked, begun[-1].end.result()[1]) if begun else asked
-                self.timeline.add("input", time.perf_counter() - idle_since)
+                self.timeline.part("input", time.perf_counter() - idle_since, of="reading")
             yield batch
 
     def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> None:
@@ -179,6 +182,7 @@ class Loop:
             step = begun.popleft()
             metrics, _ = step.end.result()
             self.check(metrics, step, state)
+            self.account.step = step.number
             self.replaced += int(metrics["replaced"])
             self.log.advance(step.number)
             if step.number % self.run.config.run.log_every == 0:
@@ -189,6 +193,12 @@ class Loop:
             signal = signal or int(metrics["signal"])
         if signal:
             self.end(signal, state)
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving the state as a checkpoint, as of now in the account of the time."""
+        self.account.mark()
+        with self.timeline("saving"):
+            self.checkpoints.save(state)
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
         """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.
@@ -228,8 +238,9 @@ class Loop:
         """Saves the state, and raises Stopped by the signal of that number."""
         step = int(state.step)
         if step and step != self.checkpoints.newest:
-            self.checkpoints.save(state)
-        self.checkpoints.close()
+            self.save(state)
+        with self.timeline("saving"):
+            self.checkpoints.close()
         sentence = f"ended by a signal after step {step}, which is saved; the same command continues"
         raise hosts.on_all_hosts(Stopped(number, sentence))
 
@@ -240,8 +251,9 @@ class Loop:
             return
         step, loss, cfg = begun.number, float(metrics["loss"]), self.run.config
         if step > 1 and self.checkpoints.newest != step - 1:
-            self.checkpoints.save(state)
-        self.checkpoints.close()
+            self.save(state)
+        with self.timeline("saving"):
+            self.checkpoints.close()
         shown = self.run.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: sharding.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
         with replacing(shown) as file:

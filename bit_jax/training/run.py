@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 import input_pipeline
+from bit_jax.accounts import goodput
+from bit_jax.accounts.starts import LOST_HOST, Start
+from bit_jax.accounts.timeline import Observer, Timeline, nobody
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import HEAD_KERNEL, STANDARDIZE_EPS, Architecture, HeadAlone
 from bit_jax.model.precision import choose, products
+from bit_jax.process.reporter import Reporter
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, flagperf, hyperrule, resources, trained
@@ -27,12 +32,11 @@ from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.linear_probe import Probe
-from bit_jax.training.log import Log, Reporter
+from bit_jax.training.log import Log
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
-from bit_jax.training.timeline import Observer, Timeline, nobody
 from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
@@ -280,13 +284,14 @@ def _matched(
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
 
 
-def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
+def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = None) -> dict[str, Any]:
     """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
     that is finished there is left alone.
 
     Args:
         observer: function that is told when the activities in `OBSERVED` begin and end, as by a `Timeline`. It is
             called in a thread, and neither an exception in it nor its waiting stops the run.
+        timeline: this process's time since it began. None: it is counted from now on.
 
     Returns:
         The content of result.json.
@@ -308,8 +313,13 @@ def finetune(run: Run, observer: Observer = nobody) -> dict[str, Any]:
             print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
         return result
     resources.require(run.needs())
+    timeline = timeline or Timeline()
     with run.workdir.owned():
-        return _trained(run, observer)
+        path = run.workdir.starts if hosts.is_first() else None
+        machines = {"hosts": jax.process_count(), "devices": run.mesh.size}
+        with Start(path, timeline, **machines, global_batch=run.global_batch) as start:
+            hosts.tell_of_loss(lambda sentence: start.end(LOST_HOST, sentence))
+            return _trained(run, observer, timeline, start)
 
 
 def told_by(reporter: Reporter, observer: Observer) -> Observer:
@@ -322,10 +332,11 @@ def told_by(reporter: Reporter, observer: Observer) -> Observer:
     return tell
 
 
-def _trained(run: Run, observer: Observer) -> dict[str, Any]:
+def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start) -> dict[str, Any]:
     """Does what `finetune` says, in a work directory that this process owns."""
     reporter = Reporter("observer")
-    workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(told_by(reporter, observer))
+    workdir, total = run.workdir, run.recipe.schedule.steps
+    timeline.observer = told_by(reporter, observer)
     with contextlib.closing(reporter), deferring_signals():
         checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
         start = checkpoints.newest or 0
@@ -335,25 +346,32 @@ def _trained(run: Run, observer: Observer) -> dict[str, Any]:
         with timeline("compilation"):
             program = compile_program(run.steps())
         if start:
-            state = checkpoints.restore(start, program.state_shape)
+            with timeline("restore"):
+                state = jax.block_until_ready(checkpoints.restore(start, program.state_shape))
         else:
-            state = program.initial_state(run.initial_params(program.state_shape.params))
+            with timeline("initial parameters"):
+                params = run.initial_params(program.state_shape.params)
+                state = jax.block_until_ready(program.initial_state(params))
+        account.continues_from(start)
         quiet = not hosts.is_first()
         with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
             for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):
                 log.note(sentence)
-            loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log)
+            loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log, account)
             state, accuracy = loop.train(state, start, batches)
             reporter.close()
             if reporter.failure:
                 log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
-        if int(state.step) > start:
-            checkpoints.save(state)
-        checkpoints.close()
-        save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
+            if account.failure:
+                log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
+        with timeline("saving"):
+            if int(state.step) > start:
+                checkpoints.save(state)
+            checkpoints.close()
+            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
-        write_json(workdir.result, result)
+        write_json(workdir.result, result | _over_all_starts(account))
     return result
 
 
@@ -371,6 +389,14 @@ def save_final(workdir: Workdir, params: Params, standardize_eps: float = STANDA
     else:
         for array in weights.flatten(params).values():
             sharding.fetch(array)
+
+
+def _over_all_starts(account: Start) -> dict[str, Any]:
+    """Returns what result.json says of the time since the run first started; empty if starts.jsonl cannot be read."""
+    if account.earlier is None:
+        return {}
+    whole = goodput.of([*account.earlier, [account.line()]], last_sign=time.time())
+    return {"over_all_starts": whole.described()}
 
 
 def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bit_jax.accounts import starts
 from bit_jax.config import Config, identity
 from bit_jax.scale import hosts
 from bit_jax.training.hyperrule import Recipe
@@ -49,6 +50,10 @@ class Workdir:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def starts(self) -> Path:
+        return self.path / starts.NAME
 
     @property
     def checkpoints(self) -> Path:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
+from bit_jax.accounts.timeline import Timeline
 from bit_jax.model import ops
 from bit_jax.model.precision import products
 from bit_jax.scale import sharding
 from bit_jax.training import figures
 from bit_jax.training import steps as bit_steps
 from bit_jax.training.evaluation import evaluate as evaluated
-from bit_jax.training.timeline import Timeline
 from input_pipeline.examples import Subset
 from parity.in_jax.training_tasks import TrainingJax
 from parity.sides import clock, flops

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from bit_jax.training.timeline import Timeline
+from bit_jax.accounts.timeline import Timeline
 from input_pipeline.examples import Subset
 from input_pipeline.sources import open_source
 from parity.in_torch import loader, pipeline

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bit_jax.training.timeline import Timeline, rates
+from bit_jax.accounts.timeline import Timeline, rates
 from parity.sides.flops import Convolution
 
 WARM_UP = 2  # calls after the first, in which allocators and caches settle

@@ -1,0 +1,214 @@
+"""WORKDIR/starts.jsonl: what each start of a run did with its time, so far.
+
+Each line is the whole account of one start up to a moment; a later line of the same start replaces it, except that the
+lines in between say how much time the training up to their steps had taken. Host 0 writes them: where a checkpoint is
+saved, at the end, and every `BEAT` seconds, after an hour and a half every 500th part of the time. In between the
+file's time of change is set anew, so that the next start knows until when this one lived. A line that was cut off, as
+by a full disk, is left out when the file is read.
+"""
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bit_jax.accounts.timeline import Timeline
+from bit_jax.process.reporter import Reporter
+from input_pipeline.errors import RequestError, RunFailed, Stopped
+from input_pipeline.files import DamagedFile, is_number, parse_json
+
+NAME = "starts.jsonl"
+BEAT = 10.0  # seconds between two signs of life
+LINES = 500  # later, lines are written every 500th part of the time: a run of a month has about four thousand
+LOST_HOST = "lost host"
+ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, "defect")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The account of a start up to a moment.
+
+    Attributes:
+        began: when its process began, in seconds since 1970; it tells one start from another.
+        elapsed: seconds since then; the sum of `seconds`.
+        seconds: {activity: seconds in which it was the innermost one}.
+        activity, since: the innermost activity, and the seconds since it began or went on.
+        hosts, devices, global_batch: numbers of hosts and devices, and of examples in a step.
+        start: the step that it continues from, or None as long as that is not known.
+        step: the last finished step.
+        trains, trained: seconds from `began` to the beginning of training, and to its end, or None before.
+        before: when the start before gave its last sign of life, in seconds since 1970, or None if there was none.
+        ended: one of `ENDS`, or None while it runs, or where it was killed.
+        why: the sentence that it ended with.
+    """
+
+    began: float
+    elapsed: float
+    seconds: dict[str, float]
+    activity: str
+    since: float
+    hosts: int
+    devices: int
+    global_batch: int
+    start: int | None = None
+    step: int = 0
+    trains: float | None = None
+    trained: float | None = None
+    before: float | None = None
+    ended: str | None = None
+    why: str = ""
+
+
+class Start:
+    """Writes the lines of this start. A disk that is full or stuck neither ends nor blocks the run.
+
+    Args:
+        path: the file, to which lines are appended; None: nothing is written, as on all hosts but the first.
+        timeline: this process's time since it began.
+        hosts, devices, global_batch: see `Line`.
+
+    Attributes:
+        earlier: the lines of the starts before; None if they cannot be read.
+        step: the last finished step.
+    """
+
+    def __init__(self, path: Path | None, timeline: Timeline, *, hosts: int, devices: int, global_batch: int):
+        self.step = 0
+        self._continued: int | None = None
+        self._path, self._timeline = path, timeline
+        self._constant = {"hosts": hosts, "devices": devices, "global_batch": global_batch}
+        self._began = time.time() - sum(timeline.own()[0].values())
+        self.earlier, self._before = _earlier(path)
+        self._written = 0.0  # seconds from the beginning to the last line
+        self._ended, self._lock = threading.Event(), threading.RLock()
+        self._reporter = Reporter("starts")
+
+    @property
+    def failure(self) -> str:
+        """Why the lines cannot be written; empty if they can."""
+        return self._reporter.failure
+
+    def __enter__(self) -> "Start":
+        if self._path is not None:
+            if self._path.exists():
+                self._reporter(self._end_line)
+            self.mark()
+            threading.Thread(target=self._beat, name="starts", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.end(_end_of(error), "" if error is None else (str(error).splitlines() or [type(error).__name__])[0])
+
+    def mark(self, **more: Any) -> None:
+        """Writes a line of the time so far, unless the last one is written."""
+        with self._lock:
+            if self._path is None or (self._ended.is_set() and not more):
+                return
+            line = self.line(**more)
+            self._written = line.elapsed
+            text = json.dumps(dataclasses.asdict(line)) + "\n"
+            self._reporter(lambda: self._append(text))
+
+    def continues_from(self, step: int) -> None:
+        """Enters the step that the run continues from."""
+        self._continued = self.step = step
+        self.mark()
+
+    def end(self, ended: str, why: str) -> None:
+        """Writes the last line, and waits until it is written."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._ended.set()
+                self.mark(ended=ended, why=why)
+        self._reporter.close()
+
+    def line(self, **more: Any) -> Line:
+        """Returns the account so far."""
+        seconds, activity, since = self._timeline.own()
+        whole, took = self._timeline.began.get("whole"), self._timeline.seconds.get("whole")
+        trains = None if whole is None else whole - self._began
+        return Line(
+            began=self._began,
+            elapsed=sum(seconds.values()),
+            seconds=seconds,
+            activity=activity,
+            since=since,
+            start=self._continued,
+            step=self.step,
+            trains=trains,
+            trained=None if trains is None or took is None else trains + took,
+            before=self._before,
+            **self._constant,
+            **more,
+        )
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            elapsed = sum(self._timeline.own()[0].values())
+            if elapsed - self._written >= max(BEAT, elapsed / LINES) - 1:
+                self.mark()
+            else:
+                self._reporter(lambda: os.utime(self._path or ""))
+
+    def _append(self, text: str) -> None:
+        assert self._path is not None
+        with open(self._path, "a") as file:
+            file.write(text)
+
+    def _end_line(self) -> None:
+        """Ends the last line, if a start was killed, or the disk was full, in the middle of it."""
+        assert self._path is not None
+        with open(self._path, "rb+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
+
+
+def _end_of(error: BaseException | None) -> str:
+    """Returns which of `ENDS` an exception is."""
+    kinds: tuple[tuple[type, str], ...] = ((Stopped, "stopped"), (RunFailed, "failed"), (RequestError, "refused"))
+    if error is None:
+        return "finished"
+    return next((end for kind, end in kinds if isinstance(error, kind)), "defect")
+
+
+def _earlier(path: Path | None) -> tuple[list[list[Line]] | None, float | None]:
+    """Returns the lines of earlier starts, as `Start.earlier`, and when the last of them gave its last sign of life."""
+    if path is None or not path.exists():
+        return [], None
+    try:
+        return read(path), path.stat().st_mtime
+    except OSError:
+        return None, None
+
+
+def read(path: Path) -> list[list[Line]]:
+    """Returns the lines of each start, in the order in which the starts began, without those that are damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    starts: dict[float, list[Line]] = {}
+    for text in path.read_bytes().splitlines():
+        if (line := _parsed(text, path)) is not None:
+            starts.setdefault(line.began, []).append(line)
+    return [starts[began] for began in sorted(starts)]
+
+
+def _parsed(text: bytes, path: Path) -> Line | None:
+    """Returns a line, or None if it is damaged."""
+    try:
+        line = Line(**parse_json(text, dict, path, ""))
+    except (DamagedFile, TypeError):
+        return None
+    optional = [value for value in (line.start, line.trains, line.trained, line.before) if value is not None]
+    if not isinstance(line.seconds, dict) or not isinstance(line.activity, str) or not isinstance(line.why, str):
+        return None
+    numbers = (line.began, line.elapsed, line.since, line.hosts, line.devices, line.global_batch, line.step, *optional)
+    whole = all(is_number(value) for value in (*numbers, *line.seconds.values()))
+    return line if whole and line.ended in (None, *ENDS) else None

@@ -1,0 +1,222 @@
+"""Every second since a run first started is accounted for, once, whatever became of its starts."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+
+import pytest
+
+from bit_jax.accounts import goodput, starts
+from bit_jax.accounts.goodput import DEAD, DOWN, KEPT, LOST
+from bit_jax.accounts.starts import Line, Start
+from bit_jax.accounts.timeline import OTHER, STARTING, Timeline
+from bit_jax.process import reporter
+from input_pipeline.errors import RequestError, RunFailed, Stopped
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still; a test sets its only entry, in seconds."""
+    now = [100.0]
+    monkeypatch.setattr("bit_jax.accounts.timeline.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bit_jax.accounts.timeline.time.time", lambda: now[0])
+    return now
+
+
+def test_each_moment_counts_once_for_the_innermost_activity(clock):
+    timeline = Timeline(before=3.0)
+    clock[0] += 1  # outside of all
+    with timeline("whole"):
+        clock[0] += 2
+        with timeline("steps"):
+            clock[0] += 4
+            with timeline("dispatch"):
+                clock[0] += 8
+            clock[0] += 16
+        with timeline("reading"):
+            clock[0] += 32
+        timeline.part("input", 5.0, of="reading")
+        own, activity, since = timeline.own()
+        assert (activity, since) == ("whole", 0.0)
+        clock[0] += 64
+    wanted = {STARTING: 3, OTHER: 1, "whole": 66, "steps": 20, "dispatch": 8, "reading": 27, "input": 5}
+    assert timeline.own()[0] == wanted
+    assert sum(wanted.values()) == clock[0] - 97  # all the time since the process began
+    assert timeline["whole"] == 126  # with what is within it
+    assert own["whole"] == 2  # a copy, which does not go on
+
+
+def test_an_activity_that_fails_is_counted_too(clock):
+    timeline = Timeline()
+    with contextlib.suppress(KeyError), timeline("steps"):
+        clock[0] += 2
+        raise KeyError
+    clock[0] += 1
+    assert timeline.own()[0] == {"steps": 2, OTHER: 1}
+
+
+def line(began=0.0, elapsed=0.0, start=None, step=0, **changes) -> Line:
+    """A line of one host with two devices; what its seconds do not say was spent on steps."""
+    seconds = dict(changes.pop("seconds", {}))
+    seconds["steps"] = elapsed - sum(seconds.values())
+    known = {"activity": "steps", "since": 0.0, "hosts": 1, "devices": 2, "global_batch": 10}
+    return Line(began, elapsed, seconds, start=start, step=step, **known | changes)
+
+
+def test_training_after_the_step_that_is_continued_from_is_lost():
+    """Killed after step 130 or more, of which 100 are kept; then continued to the end."""
+    first = [
+        line(1000, 20, seconds={"compilation": 20}, start=0),
+        line(1000, 120, seconds={"compilation": 20}, start=0, step=100, trains=20),
+        line(1000, 150, seconds={"compilation": 20}, start=0, step=130, trains=20),
+    ]
+    second = [
+        line(1200, 10, seconds={"restore": 10}, start=100, step=100, before=1155),
+        line(1200, 112, seconds={"restore": 10, "input": 2}, start=100, step=200, trains=10, ended="finished"),
+    ]
+    account = goodput.of([first, second], last_sign=5000)
+    seconds = {row: taken for row, taken in account.seconds.items() if taken}
+    wanted = {"compilation": 20, "restore": 10, "waiting for input": 2, KEPT: 200, LOST: 35, DOWN: 45}
+    assert seconds == wanted  # 30 s to step 130, and 5 s until the process was last heard of
+    assert account.wall == 312  # from 1000 to 1312
+    assert account.goodput == 200 / 312
+    # 2,000 images; the clock starts at 1020
+    assert account.figures["raw_train_time"] == 292
+    assert account.figures["p_whole"] == 2000 / 292
+    assert account.figures["p_core"] == 2000 / 290
+
+
+@pytest.mark.parametrize(("continued", "kept"), [(0, 0), (50, 50), (100, 100), (115, 115), (130, 135), (131, 135)])
+def test_the_time_up_to_a_step_without_a_line_is_interpolated(continued, kept):
+    """At a second a step; 131 is a step that no line has, as where a copy is newer than the last line."""
+    first = [line(0, 0, start=0), line(0, 100, start=0, step=100), line(0, 130, start=0, step=130)]
+    second = [line(135, 0, start=continued, step=continued, before=135)]
+    account = goodput.of([first, second], last_sign=135)
+    if continued == 130:
+        kept = 130  # what followed its line was done again
+    assert (account.seconds[KEPT], account.seconds[LOST]) == (kept, 135 - kept)
+
+
+def test_an_older_checkpoint_loses_the_training_of_several_starts():
+    """The third start finds a damaged checkpoint and goes back behind the second."""
+    runs = [
+        [line(0, 50, start=0, step=50), line(0, 100, start=0, step=100, ended="stopped")],
+        [line(100, 40, start=100, step=140, ended="stopped")],
+        [line(140, 150, start=50, step=200, ended="finished")],
+    ]
+    account = goodput.of(runs, last_sign=0)
+    assert (account.seconds[KEPT], account.seconds[LOST]) == (200, 90)
+
+
+def test_the_time_that_waits_for_a_dead_host_is_neither_training_nor_lost_training():
+    first = [
+        line(0, 100, start=0, step=100),
+        line(0, 160, start=0, step=100, since=60.0, ended="lost host", why="host 1 is not heard any more"),
+    ]
+    second = [line(170, 100, start=100, step=200, before=160, ended="finished")]
+    account = goodput.of([first, second], last_sign=0)
+    seconds = {row: taken for row, taken in account.seconds.items() if taken}
+    assert seconds == {KEPT: 200, DEAD: 60, DOWN: 10}
+
+
+def test_what_never_trained_has_no_rates():
+    account = goodput.of([[line(0, 30, seconds={"compilation": 30}, activity="compilation")]], last_sign=40)
+    assert account.seconds["compilation"] == 40
+    assert account.figures == {"e2e_time": 40, "raw_train_time": None, "p_whole": None, "p_train": None, "p_core": None}
+
+
+def written(folder, error=None, *, within=lambda start: None):
+    """The lines of all starts in a folder after one more has been made, which raises the error, if any."""
+    path = folder / starts.NAME
+    start = Start(path, Timeline(before=1.0), hosts=1, devices=2, global_batch=10)
+    with contextlib.suppress(Stopped, RunFailed, RequestError, ZeroDivisionError), start:
+        start.continues_from(5)
+        within(start)
+        if error is not None:
+            raise error
+    return starts.read(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended", "why"),
+    [
+        (None, "finished", ""),
+        (Stopped(15, "ended by a signal\nand more"), "stopped", "ended by a signal"),
+        (RunFailed("the loss is nan"), "failed", "the loss is nan"),
+        (RequestError("no"), "refused", "no"),
+        (ZeroDivisionError(), "defect", "ZeroDivisionError"),
+    ],
+)
+def test_a_start_says_how_it_ended(tmp_path, error, ended, why):
+    (lines,) = written(tmp_path, error)
+    assert (lines[-1].ended, lines[-1].why, lines[-1].start, lines[-1].step) == (ended, why, 5, 5)
+    assert lines[-1].elapsed == pytest.approx(sum(lines[-1].seconds.values()))
+
+
+def test_a_lost_host_is_said_once_and_last(tmp_path):
+    (lines,) = written(tmp_path, ZeroDivisionError(), within=lambda start: start.end("lost host", "host 1 is gone"))
+    assert [made.ended for made in lines] == [None, None, "lost host"]
+
+
+def test_a_line_that_a_kill_cut_off_harms_no_other(tmp_path):
+    path = tmp_path / starts.NAME
+    whole = json.dumps(dataclasses.asdict(line(10, 5, start=0, step=3)))
+    path.write_text(f"{whole}\n{whole[:40]}")
+    os.utime(path, (30, 30))
+    earlier, own = written(tmp_path)
+    assert [made.step for made in earlier] == [3]
+    assert own[0].before == 30  # the file's time of change, which tells when the start before was alive
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"began": "x"},
+        {"elapsed": float("nan")},
+        {"seconds": {"steps": "1"}},
+        {"seconds": []},
+        {"ended": "somehow"},
+        {"start": []},
+        {"why": 3},
+        {"unknown": 1},
+    ],
+)
+def test_a_damaged_line_is_left_out(tmp_path, damage):
+    path = tmp_path / starts.NAME
+    good = dataclasses.asdict(line(10, 5))
+    path.write_text(json.dumps(good | damage) + "\n" + json.dumps(good) + "\n[]\n\n")
+    assert starts.read(path) == [[line(10, 5)]]
+
+
+def test_a_disk_that_takes_nothing_ends_nothing(tmp_path):
+    folder = tmp_path / starts.NAME
+    folder.mkdir()  # a file of that name cannot be opened
+    start = Start(folder, Timeline(), hosts=1, devices=1, global_batch=1)
+    with start:
+        start.mark()
+    assert "Is a directory" in start.failure
+    assert start.earlier is None  # so result.json says nothing of all starts, instead of something wrong
+
+
+def test_a_disk_that_is_stuck_blocks_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(reporter, "PATIENCE", 0.05)
+    stuck = threading.Event()
+    monkeypatch.setattr(Start, "_append", lambda *_: stuck.wait())
+    with Start(tmp_path / starts.NAME, Timeline(), hosts=1, devices=1, global_batch=1) as start:
+        start.mark()
+    stuck.set()
+
+
+def test_signs_of_life_become_rarer_lines(tmp_path, monkeypatch):
+    """At 20 signs of life, the lines of a start that is young, and none of one whose next line is not due yet."""
+    monkeypatch.setattr(starts, "BEAT", 0.01)
+    beats = threading.Semaphore(0)
+    monkeypatch.setattr(os, "utime", lambda *_: beats.release())
+    timeline = Timeline(before=1e6)
+    with Start(tmp_path / starts.NAME, timeline, hosts=1, devices=1, global_batch=1):
+        for _ in range(20):
+            assert beats.acquire(timeout=60)
+    (lines,) = starts.read(tmp_path / starts.NAME)
+    assert [made.ended for made in lines] == [None, "finished"]

@@ -6,13 +6,13 @@
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
 from bit_jax.process import hugepages
+from bit_jax.process.age import age
 
 if __name__ == "__main__":
     hugepages.restart()
@@ -67,7 +67,7 @@ def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | N
     Returns:
         The content of result.json on the first host, None on the others.
     """
-    timeline = Timeline(before=time.time() - figures.process_start())
+    timeline = Timeline(before=age())
     with _joined(cfg, timeline):
         with timeline(STARTING):
             settled = run.Run.of(cfg)

@@ -177,7 +177,7 @@ class Runs:
 
     def until_progress(self, process: int, workdir: Path, step: int) -> None:
         """Returns once the run has logged a step beyond `step`."""
-        while last_step(workdir) == step:
+        while last_step(workdir) <= step:  # a run that goes back to its checkpoint has dropped later lines first
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, 0)
                 time.sleep(0.005)

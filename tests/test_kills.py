@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import last_step
 
+from bit_jax.accounts import goodput, starts
 from bit_jax.training.checkpoint import MANIFEST
 
 STEPS, KILLS = 120, 20
@@ -34,7 +35,7 @@ def test_killed_twenty_times_it_ends_the_same(runs, tmp_path):
     alone.start()
     assert alone.finish() == 0
 
-    moments, saving = random.Random(0), 0
+    moments, saving, began = random.Random(0), 0, time.time()
     for number in range(KILLS):
         process, before = killed.start(), last_step(workdir)
         if number % 4 == 0:  # while it starts, restores or compiles
@@ -54,3 +55,13 @@ def test_killed_twenty_times_it_ends_the_same(runs, tmp_path):
     assert losses(workdir) == losses(tmp_path / "alone")
     assert len(losses(workdir)) == STEPS
     assert not (workdir / "damaged").exists()
+
+    account = goodput.read(workdir / starts.NAME)  # and every second of it all is accounted for
+    assert account is not None
+    assert (account.starts[-1].step, account.starts[-1].ended) == (STEPS, "finished")
+    assert KILLS // 2 < len(account.starts) <= KILLS + 1  # one that is killed before it has the directory says nothing
+    assert account.seconds[goodput.LOST] > 0
+    assert account.seconds[goodput.KEPT] > 0
+    whole = account.starts[-1].began + account.starts[-1].elapsed - account.starts[0].began
+    assert account.wall == pytest.approx(whole)
+    assert whole < time.time() - began

@@ -27,6 +27,7 @@ from conftest import COMPILES_FAST
 from PIL import Image
 
 from bit_jax import config, train
+from bit_jax.accounts import starts
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
@@ -99,6 +100,14 @@ def test_a_run_leaves_what_it_promises(finished):
     assert result["trained_examples"] == 96
     assert result["p_train"] == pytest.approx(96 / result["train_seconds"])
     assert result["mem_gib"] > 0.1
+    over_all = result["over_all_starts"]
+    assert over_all["starts"] == 1
+    assert sum(over_all["seconds"].values()) == over_all["e2e_time"] >= result["e2e_time"]
+    for figure in ("p_whole", "p_train", "p_core"):
+        assert over_all[figure] == pytest.approx(result[figure], rel=0.01)
+    assert over_all["goodput"] * over_all["e2e_time"] == pytest.approx(
+        result["train_seconds"] - result["input_wait_seconds"] - over_all["seconds"]["saving"], abs=0.5
+    )
     assert result["versions"]["jax"]
     assert set(arrays_of(finished)) == set(np.load(finished / "final.npz").files)
     assert len(list((finished / "tensorboard").iterdir())) == 1
@@ -224,6 +233,8 @@ def test_a_signal_ends_it_after_the_step_with_all_its_threads_and_processes(comm
     saved = re.search(r"error: ended by a signal after step (\d+), which is saved; the same command continues\n$", said)
     assert saved is not None, said
     assert (tmp_path / "run" / "checkpoints" / saved[1] / "sha256.json").exists()
+    ((*_, last),) = starts.read(tmp_path / "run" / "starts.jsonl")
+    assert (last.ended, last.step, last.why) == ("stopped", int(saved[1]), saved[0].removeprefix("error: ").strip())
 
 
 def test_the_log_says_which_side_waits():
@@ -231,7 +242,7 @@ def test_the_log_says_which_side_waits():
     log: Any = SimpleNamespace(note=said.append)
     unused: Any = None
     timeline = Timeline()
-    loop = Loop(unused, unused, unused, unused, timeline, log)
+    loop = Loop(unused, unused, unused, unused, timeline, log, unused)
     for waited, stepped, notes in ((0.5, 9.5, 0), (2.0, 98.0, 1), (3.0, 97.0, 1), (3.5, 996.5, 2), (3.6, 996.5, 2)):
         timeline.seconds.update(input=waited, reading=waited, steps=stepped)
         loop.say_who_waits()
@@ -280,7 +291,7 @@ def test_waiting_for_input_counts_while_the_devices_have_nothing_to_do(monkeypat
     clock = [0.0]
     monkeypatch.setattr("bit_jax.training.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     unused: Any = None
-    loop = Loop(unused, unused, unused, unused, Timeline(), unused)
+    loop = Loop(unused, unused, unused, unused, Timeline(), unused, unused)
     begun: deque[Begun] = deque()
     ends = [None, 3.0, 14.0, 20.0]  # of the step under way while each batch is read; the second one's comes too late
 
@@ -343,7 +354,8 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
     program: Any = SimpleNamespace(train_step=begin)
     log: Any = SimpleNamespace(advance=lambda step: None)
     checkpoints: Any = SimpleNamespace(newest=None)
-    loop = Loop(run, program, nothing, checkpoints, Timeline(), log)
+    account: Any = SimpleNamespace(step=0)
+    loop = Loop(run, program, nothing, checkpoints, Timeline(), log, account)
     batches: Any = iter([(index, {}) for index in range(3)])
     state, _ = loop.train_from(State(step=0), 0, batches, None)
     assert state.step == 3

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import psutil
 from rich.table import Table
 
 from bit_jax.accounts.timeline import Timeline, rates
+from bit_jax.process.age import age
 
 GIB = 2**30
 
@@ -32,8 +32,8 @@ def figures(timeline: Timeline, *, trained: int, evaluation_before: float) -> di
     memory, memory_of = peak_memory()
     began = timeline.began.get("whole")
     return {
-        "e2e_time": time.time() - process_start(),
-        "init_time": None if began is None else began - process_start(),
+        "e2e_time": age(),
+        "init_time": None if began is None else age() - (time.time() - began),
         "raw_train_time": timeline["whole"],
         **rates(timeline, trained),
         "compile_time": timeline["compilation"],
@@ -47,11 +47,6 @@ def figures(timeline: Timeline, *, trained: int, evaluation_before: float) -> di
         "mem_limit_gib": memory_limit(),
         "mem_total_gib": card_memory(),
     }
-
-
-def process_start() -> float:
-    """Returns the time when this process began, before its imports, in seconds since 1970."""
-    return psutil.Process().create_time()
 
 
 def peak_memory() -> tuple[float, str]:

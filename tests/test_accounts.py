@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from bit_jax.accounts import goodput, starts
 from bit_jax.accounts.goodput import DEAD, DOWN, KEPT, LOST
-from bit_jax.accounts.starts import Line, Start
+from bit_jax.accounts.starts import BEAT, Line, Start
 from bit_jax.accounts.timeline import OTHER, STARTING, Timeline
 from bit_jax.process import reporter
 from input_pipeline.errors import RequestError, RunFailed, Stopped
@@ -73,13 +74,13 @@ def test_training_after_the_step_that_is_continued_from_is_lost():
         line(1000, 150, seconds={"compilation": 20}, start=0, step=130, trains=20),
     ]
     second = [
-        line(1200, 10, seconds={"restore": 10}, start=100, step=100, before=1155),
+        line(1200, 10, seconds={"restore": 10}, start=100, step=100),
         line(1200, 112, seconds={"restore": 10, "input": 2}, start=100, step=200, trains=10, ended="finished"),
     ]
-    account = goodput.of([first, second], last_sign=5000)
+    account = goodput.of([first, second])
     seconds = {row: taken for row, taken in account.seconds.items() if taken}
-    wanted = {"compilation": 20, "restore": 10, "waiting for input": 2, KEPT: 200, LOST: 35, DOWN: 45}
-    assert seconds == wanted  # 30 s to step 130, and 5 s until the process was last heard of
+    wanted = {"compilation": 20, "restore": 10, "waiting for input": 2, KEPT: 200, LOST: 30, DOWN: 50}
+    assert seconds == wanted
     assert account.wall == 312  # from 1000 to 1312
     assert account.goodput == 200 / 312
     # 2,000 images; the clock starts at 1020
@@ -88,15 +89,13 @@ def test_training_after_the_step_that_is_continued_from_is_lost():
     assert account.figures["p_core"] == 2000 / 290
 
 
-@pytest.mark.parametrize(("continued", "kept"), [(0, 0), (50, 50), (100, 100), (115, 115), (130, 135), (131, 135)])
+@pytest.mark.parametrize(("continued", "kept"), [(0, 0), (50, 50), (100, 100), (115, 115), (130, 130), (131, 130)])
 def test_the_time_up_to_a_step_without_a_line_is_interpolated(continued, kept):
     """At a second a step; 131 is a step that no line has, as where a copy is newer than the last line."""
     first = [line(0, 0, start=0), line(0, 100, start=0, step=100), line(0, 130, start=0, step=130)]
-    second = [line(135, 0, start=continued, step=continued, before=135)]
-    account = goodput.of([first, second], last_sign=135)
-    if continued == 130:
-        kept = 130  # what followed its line was done again
-    assert (account.seconds[KEPT], account.seconds[LOST]) == (kept, 135 - kept)
+    second = [line(135, 0, start=continued, step=continued)]
+    account = goodput.of([first, second])
+    assert (account.seconds[KEPT], account.seconds[LOST], account.seconds[DOWN]) == (kept, 130 - kept, 5)
 
 
 def test_an_older_checkpoint_loses_the_training_of_several_starts():
@@ -106,7 +105,7 @@ def test_an_older_checkpoint_loses_the_training_of_several_starts():
         [line(100, 40, start=100, step=140, ended="stopped")],
         [line(140, 150, start=50, step=200, ended="finished")],
     ]
-    account = goodput.of(runs, last_sign=0)
+    account = goodput.of(runs)
     assert (account.seconds[KEPT], account.seconds[LOST]) == (200, 90)
 
 
@@ -115,16 +114,16 @@ def test_the_time_that_waits_for_a_dead_host_is_neither_training_nor_lost_traini
         line(0, 100, start=0, step=100),
         line(0, 160, start=0, step=100, since=60.0, ended="lost host", why="host 1 is not heard any more"),
     ]
-    second = [line(170, 100, start=100, step=200, before=160, ended="finished")]
-    account = goodput.of([first, second], last_sign=0)
+    second = [line(170, 100, start=100, step=200, ended="finished")]
+    account = goodput.of([first, second])
     seconds = {row: taken for row, taken in account.seconds.items() if taken}
     assert seconds == {KEPT: 200, DEAD: 60, DOWN: 10}
 
 
 def test_what_never_trained_has_no_rates():
-    account = goodput.of([[line(0, 30, seconds={"compilation": 30}, activity="compilation")]], last_sign=40)
-    assert account.seconds["compilation"] == 40
-    assert account.figures == {"e2e_time": 40, "raw_train_time": None, "p_whole": None, "p_train": None, "p_core": None}
+    account = goodput.of([[line(0, 30, seconds={"compilation": 30}, activity="compilation")]])
+    assert account.seconds["compilation"] == 30
+    assert account.figures == {"e2e_time": 30, "raw_train_time": None, "p_whole": None, "p_train": None, "p_core": None}
 
 
 def written(folder, error=None, *, within=lambda start: None):
@@ -164,10 +163,9 @@ def test_a_line_that_a_kill_cut_off_harms_no_other(tmp_path):
     path = tmp_path / starts.NAME
     whole = json.dumps(dataclasses.asdict(line(10, 5, start=0, step=3)))
     path.write_text(f"{whole}\n{whole[:40]}")
-    os.utime(path, (30, 30))
     earlier, own = written(tmp_path)
     assert [made.step for made in earlier] == [3]
-    assert own[0].before == 30  # the file's time of change, which tells when the start before was alive
+    assert own[-1].ended == "finished"
 
 
 @pytest.mark.parametrize(
@@ -209,14 +207,17 @@ def test_a_disk_that_is_stuck_blocks_nothing(tmp_path, monkeypatch):
     stuck.set()
 
 
-def test_signs_of_life_become_rarer_lines(tmp_path, monkeypatch):
-    """At 20 signs of life, the lines of a start that is young, and none of one whose next line is not due yet."""
-    monkeypatch.setattr(starts, "BEAT", 0.01)
-    beats = threading.Semaphore(0)
-    monkeypatch.setattr(os, "utime", lambda *_: beats.release())
-    timeline = Timeline(before=1e6)
-    with Start(tmp_path / starts.NAME, timeline, hosts=1, devices=1, global_batch=1):
-        for _ in range(20):
-            assert beats.acquire(timeout=60)
-    (lines,) = starts.read(tmp_path / starts.NAME)
-    assert [made.ended for made in lines] == [None, "finished"]
+@pytest.mark.parametrize(("age", "lines"), [(1.0, 20), (1e6, 0)])
+def test_lines_become_rarer(tmp_path, monkeypatch, age, lines):
+    """Within 20 beats: one each of a young start, none of one whose next is due after half an hour."""
+    start = Start(tmp_path / starts.NAME, Timeline(before=age), hosts=1, devices=1, global_batch=1)
+    monkeypatch.setattr(
+        start, "_timeline", SimpleNamespace(own=lambda: ({"steps": next(ages)}, "steps", 0.0), began={}, seconds={})
+    )
+    ages, beats = itertools.count(age, BEAT), iter([False] * 20 + [True])
+    start.mark()
+    monkeypatch.setattr(start._ended, "wait", lambda _: next(beats))
+    start._beat()
+    start.end("finished", "")
+    (made,) = starts.read(tmp_path / starts.NAME)
+    assert len(made) == 2 + lines

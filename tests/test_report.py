@@ -1,5 +1,6 @@
 """`python -m bit_jax.report`: a row for each run, FlagPerf's card, and a sentence for what is no run."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from bit_jax.accounts.starts import Line
 from bit_jax.report import __main__ as report
 from bit_jax.report import card
 from bit_jax.report.record import read
@@ -209,3 +211,51 @@ def test_a_report_never_takes_the_place_of_its_run(tmp_path, reported, name):
     assert (code, out) == (2, "")
     assert "and --json both name" in err
     assert (run / name).read_bytes() == before
+
+
+def started(folder, **changes):
+    """Writes a starts.jsonl of one start, a minute long."""
+    line = Line(
+        1e9, 60.0, {"compilation": 20.0, "steps": 40.0}, "other", 0.0, 2, 16, 128, start=0, step=1000, trains=20.0
+    )
+    (folder / "starts.jsonl").write_text(json.dumps(dataclasses.asdict(dataclasses.replace(line, **changes))) + "\n")
+    return folder
+
+
+def test_the_page_compares_runs(tmp_path, reported):
+    """Curves, results, where the time went, and only those flags that differ."""
+    runs = {name: written(tmp_path / name, flagperfs()) for name in ("first", "second")}
+    (runs["second"] / "config.json").write_text(json.dumps(flagperfs(config={"mixup": 0.2})["config"]))
+    (runs["first"] / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.0, "watch/new": 7}\n')
+    (runs["second"] / "metrics.jsonl").write_text('{"step": 1, "loss": 2.25}\n')
+    started(runs["second"], ended="lost host", why="host 1 <is> gone", since=10.0, activity="steps")
+    page = tmp_path / "page.html"
+    code, out, _ = reported(*runs.values(), "--html", page)
+    assert code == 0
+    assert "waiting for a dead host" in out
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text), "the page fetches something"
+    assert "host 1 &lt;is&gt; gone" in text
+    differing = text[text.index('id="what-differs"') : text.index("</section>", text.index('id="what-differs"'))]
+    assert re.findall(r"<td>(.*?)</td>", differing) == ["recipe.mixup", "0.1", "0.2"]
+    assert re.findall(r"<h2>(.*?)</h2>", text)[4:] == ["loss", "watch/new"]
+    assert text.count("<svg") == 2
+    assert "optimizer.momentum" in text[text.index("<details>") :]
+
+
+def test_where_the_time_went_is_in_the_json(tmp_path, reported):
+    folder = started(written(tmp_path / "run", flagperfs()))
+    assert reported(folder, "--json", tmp_path / "all.json")[0] == 0
+    (content,) = json.loads((tmp_path / "all.json").read_text())
+    assert content["over_all_starts"]["seconds"] == {"compilation": 20.0, "training that counts": 40.0}
+    assert content["over_all_starts"]["p_whole"] == 128_000 / 40
+
+
+def test_a_page_does_not_take_the_place_of_what_it_is_of(tmp_path, reported):
+    folder = started(written(tmp_path / "run", flagperfs()))
+    code, _, said = reported(folder, "--html", folder / "starts.jsonl")
+    assert code == 2
+    assert "starts.jsonl" in said
+    code, _, said = reported(folder, "--html", tmp_path / "both", "--json", tmp_path / "both")
+    assert code == 2
+    assert "--json and --html" in said

@@ -2,10 +2,12 @@
 
 The name is from Google's ML Goodput Measurement: the share of the time that made progress which was kept. Here nothing
 is sampled or estimated but the time of training up to a step that has no line of its own, as where a run continues
-from a copy on a local disk; it is interpolated between the lines around it.
+from a copy on a local disk; it is interpolated between the lines around it. What a killed start did after its last line
+counts as `DOWN`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,42 +77,25 @@ def read(path: Path) -> Account | None:
         OSError: the file cannot be read.
     """
     lines = starts.read(path)
-    return of(lines, path.stat().st_mtime) if lines else None
+    return of(lines) if lines else None
 
 
-def of(lines: Sequence[Sequence[Line]], last_sign: float) -> Account:
-    """Returns the account of starts, of which there is at least one, given the lines of each.
-
-    Args:
-        last_sign: when the last start gave its last sign of life, in seconds since 1970.
-    """
+def of(lines: Sequence[Sequence[Line]]) -> Account:
+    """Returns the account of starts, of which there is at least one, given the lines of each."""
     seconds = dict.fromkeys(ROWS, 0.0)
-    signs = [following[0].before for following in lines[1:]]
-    ends = [_end(start[-1], sign) for start, sign in zip(lines, [*signs, last_sign], strict=True)]
-    for index, (start, end) in enumerate(zip(lines, ends, strict=True)):
+    for index, start in enumerate(lines):
         last = start[-1]
         for activity, taken in last.seconds.items():
             seconds[NAMES.get(activity, OTHER)] += taken
-        seconds[_row(last)] += end - last.began - last.elapsed  # unheard of since its last line, it went on as it did
         if last.ended == LOST_HOST:
             seconds[NAMES.get(last.activity, OTHER)] -= last.since
             seconds[DEAD] += last.since
-        lost = _trained(start, end) - _kept(start, end, lines[index + 1 :])
+        lost = _trained(start) - _kept(start, lines[index + 1 :])
         seconds[KEPT] -= lost
         seconds[LOST] += lost
-    for end, following in zip(ends, lines[1:], strict=False):
-        seconds[DOWN] += max(following[0].began - end, 0.0)
+    for start, following in itertools.pairwise(lines):
+        seconds[DOWN] += max(following[0].began - start[-1].began - start[-1].elapsed, 0.0)
     return Account(tuple(start[-1] for start in lines), seconds, _figures(lines, seconds))
-
-
-def _row(line: Line) -> str:
-    return NAMES.get(line.activity, OTHER)
-
-
-def _end(line: Line, sign: float | None) -> float:
-    """Returns when a start ended, or was last heard of, in seconds since 1970."""
-    end = line.began + line.elapsed
-    return end if line.ended or sign is None else max(end, sign)
 
 
 def _training(line: Line) -> float:
@@ -118,20 +103,20 @@ def _training(line: Line) -> float:
     return sum(taken for activity, taken in line.seconds.items() if NAMES.get(activity) == KEPT)
 
 
-def _trained(start: Sequence[Line], end: float) -> float:
-    """Returns the seconds of a start's training, up to its end; without those that waited for a dead host."""
+def _trained(start: Sequence[Line]) -> float:
+    """Returns the seconds of a start's training, without those that waited for a dead host."""
     last = start[-1]
-    unheard = end - last.began - last.elapsed - (last.since if last.ended == LOST_HOST else 0.0)
-    return _training(last) + (unheard if _row(last) == KEPT else 0.0)
+    waited = last.since if last.ended == LOST_HOST and NAMES.get(last.activity) == KEPT else 0.0
+    return _training(last) - waited
 
 
-def _kept(start: Sequence[Line], end: float, later: Sequence[Sequence[Line]]) -> float:
+def _kept(start: Sequence[Line], later: Sequence[Sequence[Line]]) -> float:
     """Returns the seconds of a start's training up to the step that every later start continued from or after."""
     continued = [line.start for following in later for line in following if line.start is not None]
     points = [(line.step, _training(line)) for line in start if line.start is not None]
     kept = min(continued, default=math.inf)
     if not points or kept > points[-1][0]:  # it is the last, or the next found a step that is in none of its lines
-        return _trained(start, end)
+        return _trained(start)
     before, trained_before = start[-1].start or 0, 0.0
     for step, trained in points:
         if step >= kept:

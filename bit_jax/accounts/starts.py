@@ -2,9 +2,9 @@
 
 Each line is the whole account of one start up to a moment; a later line of the same start replaces it, except that the
 lines in between say how much time the training up to their steps had taken. Host 0 writes them: where a checkpoint is
-saved, at the end, and every `BEAT` seconds, after an hour and a half every 500th part of the time. In between the
-file's time of change is set anew, so that the next start knows until when this one lived. A line that was cut off, as
-by a full disk, is left out when the file is read.
+saved, at the end, and every `BEAT` seconds, after an hour and a half every 500th part of the time. So much of the time
+of a start that was killed may be missing. A line that was cut off, as by a full disk, is left out when the file is
+read.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from input_pipeline.errors import RequestError, RunFailed, Stopped
 from input_pipeline.files import DamagedFile, is_number, parse_json
 
 NAME = "starts.jsonl"
-BEAT = 10.0  # seconds between two signs of life
-LINES = 500  # later, lines are written every 500th part of the time: a run of a month has about four thousand
+BEAT = 10.0  # seconds between two lines
+LINES = 500  # later, lines are written every 500th part of the time: a month has about three thousand
 LOST_HOST = "lost host"
 ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, "defect")
 
@@ -41,7 +41,6 @@ class Line:
         start: the step that it continues from, or None as long as that is not known.
         step: the last finished step.
         trains, trained: seconds from `began` to the beginning of training, and to its end, or None before.
-        before: when the start before gave its last sign of life, in seconds since 1970, or None if there was none.
         ended: one of `ENDS`, or None while it runs, or where it was killed.
         why: the sentence that it ended with.
     """
@@ -58,7 +57,6 @@ class Line:
     step: int = 0
     trains: float | None = None
     trained: float | None = None
-    before: float | None = None
     ended: str | None = None
     why: str = ""
 
@@ -72,7 +70,7 @@ class Start:
         hosts, devices, global_batch: see `Line`.
 
     Attributes:
-        earlier: the lines of the starts before; None if they cannot be read.
+        earlier: the lines of the starts before, as `read` returns them; None if they cannot be read.
         step: the last finished step.
     """
 
@@ -82,7 +80,7 @@ class Start:
         self._path, self._timeline = path, timeline
         self._constant = {"hosts": hosts, "devices": devices, "global_batch": global_batch}
         self._began = time.time() - sum(timeline.own()[0].values())
-        self.earlier, self._before = _earlier(path)
+        self.earlier = _earlier(path)
         self._written = 0.0  # seconds from the beginning to the last line
         self._ended, self._lock = threading.Event(), threading.RLock()
         self._reporter = Reporter("starts")
@@ -141,7 +139,6 @@ class Start:
             step=self.step,
             trains=trains,
             trained=None if trains is None or took is None else trains + took,
-            before=self._before,
             **self._constant,
             **more,
         )
@@ -149,10 +146,8 @@ class Start:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             elapsed = sum(self._timeline.own()[0].values())
-            if elapsed - self._written >= max(BEAT, elapsed / LINES) - 1:
+            if elapsed - self._written >= elapsed / LINES:
                 self.mark()
-            else:
-                self._reporter(lambda: os.utime(self._path or ""))
 
     def _append(self, text: str) -> None:
         assert self._path is not None
@@ -177,14 +172,11 @@ def _end_of(error: BaseException | None) -> str:
     return next((end for kind, end in kinds if isinstance(error, kind)), "defect")
 
 
-def _earlier(path: Path | None) -> tuple[list[list[Line]] | None, float | None]:
-    """Returns the lines of earlier starts, as `Start.earlier`, and when the last of them gave its last sign of life."""
-    if path is None or not path.exists():
-        return [], None
+def _earlier(path: Path | None) -> list[list[Line]] | None:
     try:
-        return read(path), path.stat().st_mtime
+        return read(path) if path is not None and path.exists() else []
     except OSError:
-        return None, None
+        return None
 
 
 def read(path: Path) -> list[list[Line]]:
@@ -206,7 +198,7 @@ def _parsed(text: bytes, path: Path) -> Line | None:
         line = Line(**parse_json(text, dict, path, ""))
     except (DamagedFile, TypeError):
         return None
-    optional = [value for value in (line.start, line.trains, line.trained, line.before) if value is not None]
+    optional = [value for value in (line.start, line.trains, line.trained) if value is not None]
     if not isinstance(line.seconds, dict) or not isinstance(line.activity, str) or not isinstance(line.why, str):
         return None
     numbers = (line.began, line.elapsed, line.since, line.hosts, line.devices, line.global_batch, line.step, *optional)

@@ -11,6 +11,7 @@ import tyro
 
 from bit_jax.report import card, overview
 from bit_jax.report.record import FILES, Record, read
+from bit_jax.training import figures
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -27,17 +28,23 @@ class Arguments:
     """Print FlagPerf's card instead, in Markdown, with the columns of FlagPerf's own pages."""
     json: UserPath | None = None
     """File that receives everything as JSON, too."""
+    html: UserPath | None = None
+    """File that receives a page: curves, results side by side, where the time went, and the flags that differ."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m bit_jax.report", description=__doc__)
     if not arguments.workdirs:
         raise RequestError("no run to report; name the --workdir of at least one")
-    if arguments.json is not None:
-        for workdir in arguments.workdirs:
+    outputs = {"--json": arguments.json, "--html": arguments.html}
+    for flag, path in outputs.items():
+        for workdir in arguments.workdirs if path is not None else ():
             for name in FILES:  # a report must not take the place of what it is of
-                require_distinct({f"the run in {workdir}": workdir / name, "--json": arguments.json})
-        writable(arguments.json)
+                require_distinct({f"the run in {workdir}": workdir / name, flag: path})
+    require_distinct(outputs)
+    for path in outputs.values():
+        if path is not None:
+            writable(path)
     records = [read(workdir) for workdir in arguments.workdirs]
     for record in records:
         if record.damaged_lines:
@@ -49,8 +56,12 @@ def main() -> None:
     else:
         console = terminal.console(width=140)
         console.print(overview.table(records))
-        if (table := overview.times(records)) is not None:
-            console.print(table)
+        if rows := overview.times(records):
+            console.print(figures.table(rows, ""))
+    if arguments.html is not None:
+        from bit_jax.report import page  # importing matplotlib takes a second
+
+        page.write(records, arguments.html)
     if arguments.json is not None:
         write_json(arguments.json, [_content(record) for record in records])
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -395,7 +394,7 @@ def _over_all_starts(account: Start) -> dict[str, Any]:
     """Returns what result.json says of the time since the run first started; empty if starts.jsonl cannot be read."""
     if account.earlier is None:
         return {}
-    whole = goodput.of([*account.earlier, [account.line()]], last_sign=time.time())
+    whole = goodput.of([*account.earlier, [account.line()]])
     return {"over_all_starts": whole.described()}
 
 

@@ -1,11 +1,9 @@
 """Writes a report as one self-contained HTML page, which fetches nothing: plots are inline SVG, images data URLs."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +11,7 @@ from PIL import Image
 
 from bit_jax.model.class_names import in_words
 from bit_jax.pages import page as pages
+from bit_jax.pages.plot import plot
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError, Source
 from input_pipeline.sources import open_source
@@ -26,16 +25,6 @@ from parity.sides.tasks import UNKNOWN
 THUMBNAIL = 96  # side of a flipped image on the page, in pixels
 SHOWN_FLIPS = 60  # the most flipped images that the page shows
 COLOURS = {"reference": "#c2185b", "candidate": "#1565c0", "disturbed": "#757575"}
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
-    "svg.hashsalt": "parity",  # the same report gives the same page
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
 
 
 def write(report: Report, path: Path, logits: dict[str, np.ndarray] | None = None) -> None:
@@ -113,16 +102,6 @@ def flipped_images(report: Report, logits: dict[str, np.ndarray] | None) -> list
         | ({"url": _thumbnail(source, flip["row"])} if source is not None else {})
         for flip in flips
     ]
-
-
-def plot(title: str, text: str, draw: Callable[..., None], *data: Any) -> dict[str, str]:
-    """Returns {title, text, svg}, where `draw` draws the data on a figure."""
-    svg = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        draw(figure, *data)
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    return {"title": title, "text": text, "svg": svg.getvalue()[svg.getvalue().index("<svg") :]}
 
 
 def _by_depth(figure: Figure, rung: dict, precision: str) -> None:

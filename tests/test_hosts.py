@@ -181,11 +181,11 @@ def test_whatever_ends_a_host_the_others_say_so_and_the_run_goes_on(launch, smal
 ENDS_TOGETHER = """
 import sys, time
 from bit_jax.config import ScaleConfig
-from bit_jax.scale import hosts
+from bit_jax.scale import hosts, watch
 from input_pipeline.errors import Stopped
 from input_pipeline.exits import exit_code
 
-hosts.BEAT = 0.1
+watch.BEAT = 0.1
 address, host = sys.argv[1:]
 
 def main():

@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,14 +17,13 @@ from jax.experimental import multihost_utils
 from bit_jax.config import ScaleConfig
 from bit_jax.scale import coordinator, jax_internals
 from bit_jax.scale.schedulers import ALL, Task
+from bit_jax.scale.watch import Sign, Watch
 from input_pipeline import exits
 from input_pipeline.errors import RequestError, RunFailed, Stopped
 
 Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
-BEAT = 1.0  # seconds between two signs of life
-AGAIN = "start all hosts again to continue from the last checkpoint"
-_told_of_loss: list[Callable[[str], object]] = []
+_watch: list[Watch] = []  # of the hosts that this process has joined
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
 
@@ -52,7 +50,7 @@ def exchange(what: str, text: str) -> list[str]:
         return [text]
     client = jax_internals.store()
     client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
-    forever = 10**9  # ms; if another host dies meanwhile, `_Watch` ends this one
+    forever = 10**9  # ms; if another host dies meanwhile, `Watch` ends this one
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
 
 
@@ -62,9 +60,16 @@ def on_all_hosts(error: Ending) -> Ending:
     return error
 
 
-def tell_of_loss(tell: Callable[[str], object]) -> None:
-    """Has `tell` called, in a thread and with the sentence, before another host's death ends this process."""
-    _told_of_loss.append(tell)
+def observe(sign: Callable[[], Sign], lost: Callable[[str], object]) -> None:
+    """Tells the other hosts where this one stands, and this one when another is lost.
+
+    Args:
+        sign: function that says where this host stands; a thread calls it every second.
+        lost: function that is told, in a thread, the sentence with which another host's end ends this process.
+    """
+    for watch in _watch:
+        watch.sign = sign
+        watch.told_of_loss.append(lost)
 
 
 @contextlib.contextmanager
@@ -100,7 +105,8 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
             raise
         except Exception as error:  # JAX raises several kinds
             raise RequestError(f"the hosts cannot be joined: {_sentence(error)}") from None
-    watch = _Watch(scale.host_timeout)
+    watch = Watch(scale.host_timeout)
+    _watch[:] = [watch]
     exits.end_abruptly()  # an orderly end would wait for hosts that are gone
     agreed = None
     try:
@@ -216,82 +222,3 @@ def _in_kubernetes_job() -> bool:
 
 def _sentence(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-class _Watch:
-    """Watches the other hosts: one thread writes this host's signs of life into the coordinator's store and reads the
-    others', another ends this process if a host fails or falls silent."""
-
-    def __init__(self, timeout: float):
-        self._client = jax_internals.store()
-        self._timeout = timeout
-        self._host, self._hosts = jax.process_index(), jax.process_count()
-        self._stopping = threading.Event()
-        now = time.monotonic()
-        # {host: (its last beat, the time at which that was new)}
-        self._seen: dict[int, tuple[int, float]] = dict.fromkeys(range(self._hosts), (0, now))
-        self._heard = now  # the time at which the store last answered
-        self._failed: dict[int, str] = {}
-        threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
-        threading.Thread(target=self._look, name="watch", daemon=True).start()
-
-    def leave(self, sentence: str) -> None:
-        """Tells the other hosts why this host ends, and gives them time to read it.
-
-        This host's error may be caused by another host's death. So this waits until every other host has given a sign
-        of life after the error; if one does not, `_look` ends this host with the right sentence.
-        """
-        failed = time.monotonic() + 2 * BEAT  # signs of life that are seen until then may be from before the error
-        while not all(when > failed for host, (_, when) in self._seen.items() if host != self._host):
-            time.sleep(BEAT / 10)
-        with contextlib.suppress(Exception):  # the store itself may be gone
-            self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
-            self._stopping.set()
-            time.sleep(3 * BEAT)
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    def _beat(self) -> None:
-        count = 0
-        while not self._stopping.wait(BEAT):
-            count += 1
-            try:
-                self._client.key_value_set(f"bit_jax/alive/{self._host}", str(count), allow_overwrite=True)
-                alive = self._client.key_value_dir_get("bit_jax/alive/")
-                self._failed = {_number(key): why for key, why in self._client.key_value_dir_get("bit_jax/failed/")}
-            except Exception:  # the store does not answer; `_look` ends this host if that lasts
-                continue
-            now = self._heard = time.monotonic()
-            for key, beat in alive:
-                if self._seen[_number(key)][0] != int(beat):
-                    self._seen[_number(key)] = int(beat), now
-
-    def _look(self) -> None:
-        silence = f"nothing for {self._timeout} s; it died, or is cut off"
-        while not self._stopping.wait(BEAT):
-            now = time.monotonic()
-            for host, why in self._failed.items():
-                if host != self._host:
-                    self._end(f"host {host} ended: {why}")
-            if now - self._heard > self._timeout:
-                self._end(f"host 0 is not heard any more: {silence}")
-            for host, (_, when) in self._seen.items():
-                if self._heard - when > self._timeout:
-                    self._end(f"host {host} is not heard any more: {silence}")
-
-    def _end(self, sentence: str) -> None:
-        if self._stopping.is_set():
-            return
-        for tell in _told_of_loss:
-            with contextlib.suppress(Exception):  # nothing may keep this process from ending
-                tell(sentence)
-        sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
-        if self._host == 0:
-            time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _number(key: str) -> int:
-    return int(key.rsplit("/", 1)[1])

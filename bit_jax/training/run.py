@@ -26,6 +26,8 @@ from bit_jax.model.precision import choose, products
 from bit_jax.process.reporter import Reporter
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
+from bit_jax.scale.same_work import SameWork
+from bit_jax.scale.watch import Sign
 from bit_jax.training import figures, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
@@ -317,8 +319,12 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
         path = run.workdir.starts if hosts.is_first() else None
         machines = {"hosts": jax.process_count(), "devices": run.mesh.size}
         with Start(path, timeline, **machines, global_batch=run.global_batch) as start:
-            hosts.tell_of_loss(lambda sentence: start.end(LOST_HOST, sentence))
-            return _trained(run, observer, timeline, start)
+            work = SameWork()
+            hosts.observe(
+                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds),
+                lambda sentence: start.end(LOST_HOST, sentence),
+            )
+            return _trained(run, observer, timeline, start, work)
 
 
 def told_by(reporter: Reporter, observer: Observer) -> Observer:
@@ -331,7 +337,7 @@ def told_by(reporter: Reporter, observer: Observer) -> Observer:
     return tell
 
 
-def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start) -> dict[str, Any]:
+def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, work: SameWork) -> dict[str, Any]:
     """Does what `finetune` says, in a work directory that this process owns."""
     reporter = Reporter("observer")
     workdir, total = run.workdir, run.recipe.schedule.steps
@@ -352,6 +358,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start) -
                 params = run.initial_params(program.state_shape.params)
                 state = jax.block_until_ready(program.initial_state(params))
         account.continues_from(start)
+        work.measure()
         quiet = not hosts.is_first()
         with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
             for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):

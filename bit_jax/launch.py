@@ -32,11 +32,7 @@ SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10"
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Runs the command behind -- as several hosts.
-
-    Raises:
-        RequestError: a number is out of its range, or two flags do not go together.
-    """
+    """Runs the command behind -- as several hosts."""
 
     hosts: int | None = None
     """Number of processes to start, each of which acts as one host. None: one on each machine of --on, or 2.
@@ -70,7 +66,13 @@ class Launch:
     command_starts_hosts: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run the command once, as it is, because it starts all hosts itself, like srun or mpirun."""
 
-    def __post_init__(self):
+    def check(self, command: list[str]) -> None:
+        """Raises RequestError if a number is out of its range, or two flags or a flag and the command do not go
+        together."""
+        if not command:
+            raise RequestError(
+                "nothing to run; write the command behind --: python -m bit_jax.launch -- train.py digits"
+            )
         numbers = {"--hosts": self.hosts, "--devices": self.devices, "--port": self.port, "--min-hosts": self.min_hosts}
         require_positive(numbers | {"--back-off": self.back_off, "--grace": self.grace})
         if self.restarts < 0:
@@ -90,6 +92,17 @@ class Launch:
                 "--command-starts-hosts runs one command, which has its own machines; leave out --on, --hosts, "
                 "--min-hosts and --port"
             )
+        timeout = commands.number(command, "--host-timeout", HOST_TIMEOUT)
+        if self.supervises and self.grace <= timeout:
+            raise RequestError(
+                f"--grace {self.grace:g} is not above the {timeout} s of --host-timeout, in which hosts end by "
+                f"themselves when one is lost; write --grace {timeout + 30}"
+            )
+
+    @property
+    def supervises(self) -> bool:
+        """Whether the command may be started again or elsewhere."""
+        return bool(self.restarts or self.on or self.command_starts_hosts)
 
     @property
     def number(self) -> int:
@@ -100,16 +113,9 @@ class Launch:
 def main() -> int:
     own, command = _split(sys.argv[1:])
     flags = tyro.cli(Launch, description=__doc__, args=own)
-    if not command:
-        raise RequestError("nothing to run; write the command behind --: python -m bit_jax.launch -- train.py digits")
-    if not (flags.restarts or flags.on or flags.command_starts_hosts):
+    flags.check(command)
+    if not flags.supervises:
         return run(command, flags.number, flags.devices, flags.port or free_port())
-    timeout = commands.number(command, "--host-timeout", HOST_TIMEOUT)
-    if flags.grace <= timeout:
-        raise RequestError(
-            f"--grace {flags.grace:g} is not above the {timeout} s of --host-timeout, in which hosts end by themselves "
-            f"when one is lost; write --grace {timeout + 30}"
-        )
     rsh = tuple(shlex.split(flags.rsh))
     return supervise(
         Wanted(

@@ -43,7 +43,10 @@ def test_the_global_batch_stays_and_a_pass_holds_no_more_rows(tmp_path, batch_pe
     assert rows / spread.microbatches <= max(batch_per_device / microbatches, 1)
     changed = rows != batch_per_device
     assert len(spread.notes) == changed
-    assert not changed or f"its global batch of {rows * 8}, which is {rows} rows" in spread.notes[0]
+    assert (
+        not changed
+        or f"the global batch of {rows * 8} that it began with; that is {rows} rows a device" in spread.notes[0]
+    )
 
 
 def test_as_many_passes_as_memory_needs():
@@ -82,7 +85,7 @@ def test_the_fsdp_axis_stays_and_the_data_axis_takes_the_rest(tmp_path, mesh, ex
     typed = mesh in ("fsdp=2", "data=1,fsdp=8")
     assert (spread.notes == ()) == typed
     if not typed:
-        assert f"--mesh {mesh} does not fit the 8 devices that there are now" in spread.notes[0]
+        assert f"--mesh {mesh} does not fit the present number of devices, 8" in spread.notes[0]
         with pytest.raises(RequestError, match="places, but there are 8 devices"):
             Spread.of(cfg, None)
 
@@ -102,5 +105,5 @@ def test_the_run_is_made_of_it(small_npz, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(first.workdir.content | {"global_batch": 48}))
     again = Run.of(cfg)
     assert (again.global_batch, again.target.microbatches) == (48, 3)
-    assert "its global batch of 48" in again.notes[0]
+    assert "the global batch of 48" in again.notes[0]
     again.workdir.check()  # and config.json is the same run's

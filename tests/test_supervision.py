@@ -509,29 +509,38 @@ def test_sizes_come_from_the_flags_and_the_work_directory(workdir):
 TIMEOUT = 15  # seconds without a sign of life; hosts that share two busy cores are silent for some
 TRAIN = (
     "train.py digits --resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 2 "
-    "--eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05"
+    "--eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05 --steps 16"
 ).split()
 
 
+@pytest.fixture(scope="module")
+def environment(compilation_cache):
+    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILES_FAST}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_npz, environment, tmp_path_factory):
+    """The work directory of a run on one device that nothing happens to."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    command = [sys.executable, *TRAIN, "--model", small_npz, "--global-batch", 16, "--workdir", workdir]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
+    return workdir
+
+
 @pytest.fixture
-def trained(small_npz, compilation_cache, tmp_path):
-    """Starts train.py: alone, to its end, or under the launcher."""
-    environment = os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILES_FAST}
+def trained(small_npz, environment, tmp_path):
+    """(the launcher's flags, train.py's) -> the launcher, started; it writes to said.txt."""
     running = []
 
-    def alone(*flags):
-        command = [sys.executable, *TRAIN, "--model", small_npz, *flags]
-        subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
-
     def launched(own, *flags):
-        command = [sys.executable, "-m", "bit_jax.launch", "--back-off", 0.5, "--grace", TIMEOUT + 30, *own, "--"]
-        command += [*TRAIN, "--model", small_npz, "--host-timeout", TIMEOUT, *flags]
-        output = {"stdout": subprocess.DEVNULL, "stderr": open(tmp_path / "said.txt", "wb")}  # noqa: SIM115
-        running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **output))
-        output["stderr"].close()
+        command = [sys.executable, "-m", "bit_jax.launch", "--devices", 1, "--grace", TIMEOUT + 30, *own, "--", *TRAIN]
+        command += ["--model", small_npz, "--workdir", tmp_path / "run", "--host-timeout", TIMEOUT, *flags]
+        with open(tmp_path / "said.txt", "wb") as said:
+            output = {"stdout": subprocess.DEVNULL, "stderr": said}
+            running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **output))
         return running[-1]
 
-    yield alone, launched
+    yield launched
     for started in running:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(started.pid).children(recursive=True):
@@ -559,43 +568,39 @@ def the_same_weights(one, other):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_by_itself_with_fewer_hosts_and_then_with_all(trained, rsh, tmp_path):
-    """Two hosts begin it with 8 rows each. One machine dies: the other takes all 16, in two passes. It is back later."""
-    alone, launched = trained
+def test_a_run_goes_on_by_itself_with_fewer_hosts_and_then_with_all(trained, undisturbed, rsh, tmp_path):
+    """Two hosts begin it with 8 rows each. A machine dies: the other takes all 16, in two passes. Then it is back."""
     workdir, said = tmp_path / "run", tmp_path / "said.txt"
-    on = ("--on", "127.0.0.1", "localhost", "--min-hosts", 1, "--rsh", rsh, "--devices", 1, "--restarts", 2)
-    launcher = launched(on, "--batch-per-device", 8, "--mesh", "data=2", "--steps", 24, "--workdir", workdir)
+    on = ("--on", "127.0.0.1", "localhost", "--min-hosts", 1, "--rsh", rsh, "--restarts", 2, "--back-off", 0.5)
+    launcher = trained(on, "--batch-per-device", 8, "--mesh", "data=2")
     until_beyond(workdir, 4, launcher, said)
     (tmp_path / "localhost.away").touch()
     host_of(launcher, 1).kill()
     until(lambda: "start 2 is on 1 host: 127.0.0.1; localhost does not answer" in said.read_text(), 300)
-    until_beyond(workdir, max(last_step(workdir), 8), launcher, said)
+    on_two = last_step(workdir)
+    until_beyond(workdir, on_two + 4, launcher, said)  # a checkpoint is written in between
     (tmp_path / "localhost.away").unlink()
     host_of(launcher, 0).kill()
     assert launcher.wait(600) == 0, said.read_text()
 
     assert "start 3 is on 2 hosts" in said.read_text()
-    assert "goes on with its global batch of 16, which is 16 rows for each of the 1 devices" in said.read_text()
-    assert "in 2 passes of 8" in said.read_text()
-    assert "--mesh data=2 does not fit the 1 devices" in said.read_text()
+    assert "the global batch of 16 that it began with; that is 16 rows a device (devices: 1)" in said.read_text()
+    assert "in passes of 8" in said.read_text()
+    assert "--mesh data=2 does not fit the present number of devices, 1" in said.read_text()
     result = json.loads((workdir / "result.json").read_text())
-    assert (result["hosts"], result["global_batch"], result["microbatches"], result["steps"]) == (2, 16, 1, 24)
-    assert result["resumed_from_step"] >= 8
-    alone("--global-batch", 16, "--steps", 24, "--workdir", tmp_path / "alone")
-    the_same_weights(tmp_path / "alone", workdir)
+    assert (result["hosts"], result["global_batch"], result["microbatches"]) == (2, 16, 1)
+    assert on_two < result["resumed_from_step"] < 16
+    the_same_weights(undisturbed, workdir)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_by_itself_when_the_first_host_freezes(trained, tmp_path):
-    alone, launched = trained
+def test_a_run_goes_on_by_itself_when_the_first_host_freezes(trained, undisturbed, tmp_path):
     workdir, said = tmp_path / "run", tmp_path / "said.txt"
-    flags = ("--global-batch", 16, "--steps", 12)
-    launcher = launched(("--devices", 1, "--restarts", 2), *flags, "--workdir", workdir)
+    launcher = trained(("--restarts", 2, "--back-off", 0.5), "--global-batch", 16)
     until_beyond(workdir, 4, launcher, said)
     frozen = host_of(launcher, 0)
     frozen.suspend()
     assert launcher.wait(600) == 0, said.read_text()
     assert ended(frozen)
     assert "host 0 has not ended in 45 s and is killed" in said.read_text()
-    alone(*flags, "--workdir", tmp_path / "alone")
-    the_same_weights(tmp_path / "alone", workdir)
+    the_same_weights(undisturbed, workdir)

@@ -58,9 +58,8 @@ class Spread:
         rows = sharding.global_batch_size(mesh, global_batch=begun, batch_per_device=None) // devices
         passes = enough_passes(rows, scale.microbatches, at_most=data.batch_per_device / scale.microbatches)
         notes += (
-            f"--batch-per-device {data.batch_per_device}: the run goes on with its global batch of {begun}, which is "
-            f"{rows} rows for each of the {devices} devices that there are now, in {passes} "
-            f"pass{'es' if passes > 1 else ''} of {rows // passes}",
+            f"--batch-per-device {data.batch_per_device}: the run goes on with the global batch of {begun} that it "
+            f"began with; that is {rows} rows a device (devices: {devices}), in passes of {rows // passes}",
         )
         return cls(mesh, begun, passes, notes)
 
@@ -89,6 +88,6 @@ def _fsdp(text: str, devices: int, *, goes_on: bool) -> tuple[int, tuple[str, ..
         if not goes_on or devices % fsdp:
             raise
     return fsdp, (
-        f"--mesh {text} does not fit the {devices} devices that there are now; the run goes on with "
+        f"--mesh {text} does not fit the present number of devices, {devices}; the run goes on with "
         f"{sharding.DATA}={devices // fsdp},{sharding.FSDP}={fsdp}",
     )

@@ -66,7 +66,9 @@ class DataConfig:
     global_batch: int = 512
     """Training examples per step, over all devices of all hosts."""
     batch_per_device: int | None = None
-    """Training examples per step and device; it replaces --global-batch. None: --global-batch decides."""
+    """Training examples per step and device; it replaces --global-batch. None: --global-batch decides.
+    A run that goes on with other devices keeps its global batch; each device takes more or fewer examples then,
+    in parts of at most so many."""
     skip_damaged: bool = False
     """Use the next example in place of a training image that cannot be decoded, instead of ending the run."""
     input_threads: int | None = None
@@ -170,6 +172,7 @@ class ScaleConfig:
     mesh: str = ""
     """Device mesh, such as data=2,fsdp=8. Batches are split over all devices;
     parameters, gradients and momentum are split over fsdp, for models that one device cannot hold.
+    A run that goes on with other devices keeps fsdp, and data is chosen anew.
     Empty: the devices are data-parallel, and each holds all parameters."""
     remat: Remat = "none"
     """Activations that the backward pass recomputes to save memory:

@@ -23,14 +23,24 @@ def parse_mesh(text: str, devices: int) -> int:
     """
     if not text:
         return 1
-    sizes = {name: int(size) for name, size in re.findall(rf"({DATA}|{FSDP})=([1-9]\d*)", text)}
-    if ",".join(f"{name}={size}" for name, size in sizes.items()) != text:
-        raise RequestError(f"--mesh {text!r} is not of the form data=N,fsdp=M")
+    sizes = mesh_sizes(text)
     fsdp = sizes.get(FSDP, 1)
     places = sizes.get(DATA, max(devices // fsdp, 1)) * fsdp
     if places != devices:
         raise RequestError(f"--mesh {text} has {places} places, but there are {devices} devices")
     return fsdp
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Returns {axis: size} of those that `--mesh` names.
+
+    Raises:
+        RequestError: the text has another form than data=N,fsdp=M.
+    """
+    sizes = {name: int(size) for name, size in re.findall(rf"({DATA}|{FSDP})=([1-9]\d*)", text)}
+    if ",".join(f"{name}={size}" for name, size in sizes.items()) != text:
+        raise RequestError(f"--mesh {text!r} is not of the form data=N,fsdp=M")
+    return sizes
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:

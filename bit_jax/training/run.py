@@ -27,6 +27,7 @@ from bit_jax.process.reporter import Reporter
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.scale.same_work import SameWork
+from bit_jax.scale.spread import Spread
 from bit_jax.scale.watch import Sign
 from bit_jax.training import figures, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
-from bit_jax.training.workdir import Workdir
+from bit_jax.training.workdir import Workdir, begun_in
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
@@ -86,13 +87,8 @@ class Run:
         """
         precision = choose(cfg.model.precision)  # before any array is made
         scale, data = cfg.scale, cfg.data
-        mesh = sharding.make_mesh(fsdp=sharding.parse_mesh(scale.mesh, jax.device_count()))
-        global_batch = sharding.global_batch_size(
-            mesh,
-            global_batch=data.global_batch,
-            batch_per_device=data.batch_per_device,
-            microbatches=scale.microbatches,
-        )
+        spread = Spread.of(cfg, begun_in(cfg.run.workdir))
+        mesh, global_batch = spread.mesh, spread.global_batch
         if not starts_from_nothing(cfg.model):
             locate.resolve(cfg.model.model)  # a wrong name is said before anything is read or fetched
         probe = Probe.of(cfg)
@@ -100,6 +96,7 @@ class Run:
             cfg = probe.config
         train, validation = open_sources(cfg) if probe is None else _matched(probe.train, probe.validation)
         train, recipe, notes = _settled(cfg, train, mesh, global_batch)
+        notes = (*spread.notes, *notes)
         class_names = list(train.class_names)
         architecture, weight_file = initial_weights(cfg.model, num_classes=len(class_names))
         if probe is not None:
@@ -121,7 +118,7 @@ class Run:
             views=views if probe is None else probe.views,
             architecture=architecture,
             weight_file=weight_file,
-            target=Target(mesh, precision, scale.remat, scale.microbatches, deterministic=cfg.run.deterministic),
+            target=Target(mesh, precision, scale.remat, spread.microbatches, deterministic=cfg.run.deterministic),
             global_batch=global_batch,
             train=train,
             validation=validation,

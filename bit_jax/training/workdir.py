@@ -141,6 +141,16 @@ class Workdir:
         return None
 
 
+def begun_in(workdir: Path) -> dict[str, Any] | None:
+    """Returns the content of the directory's config.json, or None if no run has begun there.
+
+    Raises:
+        RequestError: config.json is damaged.
+    """
+    path = workdir / "config.json"
+    return read_json(path, dict, OTHER) if path.exists() else None
+
+
 def _plain(value: Any) -> Any:
     """Converts values that JSON cannot express: the recipe to an object, paths to text."""
     return value.described() if isinstance(value, Recipe) else str(value)

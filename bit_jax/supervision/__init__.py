@@ -1,0 +1,4 @@
+"""When is a run started again, on which hosts, and when is it given up?
+
+It may import: input_pipeline.
+"""

@@ -59,7 +59,7 @@ def plan() -> int:
 
 
 def launch() -> int:
-    """Runs a command as several hosts on this machine."""
+    """Runs a command as several hosts, and again when one of them dies."""
     from bit_jax.launch import main
 
     return exit_code(main)

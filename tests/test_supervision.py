@@ -26,8 +26,8 @@ from bit_jax.supervision.supervisor import Start, has_returned, seconds_before_n
 from input_pipeline import exits
 from input_pipeline.exits import exit_code
 
-# acts.json holds, for each start, what each host does: an exit code, a negative signal, "stop" to freeze, or "wait" for
-# a signal; and what host 0 then writes to starts.jsonl
+# acts.json holds, for each start, what each host does: an exit code, a negative signal, "stop" to freeze, "wait" for a
+# signal, or be "deaf" to it; and what host 0 then writes to starts.jsonl
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -46,8 +46,8 @@ if host == 0 and "line" in act:
     with open(workdir / "starts.jsonl", "a") as file:
         print(json.dumps({"began": time.time()} | act["line"]), file=file)
     time.sleep(0.1 if todo == 1 else 0)
-if todo == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if todo in ("wait", "deaf"):
+    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if todo == "wait" else signal.SIG_IGN)
     (workdir / f"host{host}.waits").write_text(str(os.getpid()))
     time.sleep(600)
 if todo == "stop":
@@ -281,10 +281,11 @@ def process(workdir):
             for child in psutil.Process(started.pid).children(recursive=True):
                 child.kill()
         started.kill()
+    for left in psutil.process_iter(["cmdline"]):  # without a parent, by a failed test
+        if str(workdir) in (left.info["cmdline"] or ()):
+            left.kill()
+    for started in running:
         started.communicate()
-    for place in workdir.glob("*.waits"):
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(int(place.read_text()), signal.SIGKILL)
 
 
 def until(condition, seconds=60):
@@ -320,6 +321,19 @@ def test_a_signal_goes_to_the_hosts_and_nothing_is_started_again(process, workdi
     assert sorted(out.splitlines()) == ["host 0 runs", "host 1 runs"]
     assert all(ended(host) for host in hosts)
     assert len(starts(workdir)) == 1
+
+
+def test_a_second_signal_kills_the_hosts(process, workdir):
+    told(workdir, ["deaf", "deaf"])
+    started = process(*words(workdir, "--restarts", 3))
+    hosts = waiting(workdir)
+    started.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert not any(ended(host) for host in hosts)
+    started.send_signal(signal.SIGTERM)
+    _, said = started.communicate(timeout=60)
+    assert (started.returncode, said) == (143, "error: ended at once, because it was asked a second time\n")
+    until(lambda: all(ended(host) for host in hosts))
 
 
 def test_a_signal_before_the_next_start_ends_the_command(process, workdir):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -111,16 +110,15 @@ class Guard:
             self._process.stdin.flush()
 
     def _listen(self) -> None:
-        assert isinstance(self._process.stdout, io.BufferedReader)
+        assert self._process.stdout is not None
         with self._process.stdout as output, contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            for line in output:  # a login shell may greet first
-                if match := re.fullmatch(rb"ready (\d+)\n", line):
+            for line in output:
+                if self.port is not None:
+                    sys.stdout.buffer.write(line)  # whole lines, because several hosts may print
+                    sys.stdout.buffer.flush()
+                elif match := re.fullmatch(rb"ready (\d+)\n", line):  # a login shell may greet first
                     self.port = int(match[1])
                     self._events.put(Ready(self))
-                    break
-            while part := output.read1():
-                sys.stdout.buffer.write(part)
-                sys.stdout.buffer.flush()
 
     def _wait(self) -> None:
         code = self._process.wait()

@@ -49,7 +49,7 @@ HOST_TIMEOUT = 10  # seconds without a sign of life
 CALM = (5.0, 20.0)  # seconds of progress between two disturbances
 CUT = 1.6 * HOST_TIMEOUT  # seconds without a cable
 RUN = (
-    "digits --precision fp64 --resize-to 36 --crop 32 --global-batch 48 --mixup 0.3 --warmup-steps 5 --log-every 1 "
+    "digits --precision fp64 --resize-to 36 --crop 32 --global-batch 12 --mixup 0.3 --warmup-steps 5 --log-every 1 "
     f"--eval-every 50 --checkpoint-every 10 --host-timeout {HOST_TIMEOUT}"
 ).split()
 LIMIT = 1e-10  # largest difference of a parameter between runs on different meshes, in float64

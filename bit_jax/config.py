@@ -16,6 +16,7 @@ from bit_jax.model.execution import Remat
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import UserPath, require_positive
 
+AUTO = "auto"  # the mesh that is chosen by the devices' memory
 EMBEDDED = "embedded"  # --model's name for the small model under bit_jax/assets/
 
 
@@ -173,6 +174,7 @@ class ScaleConfig:
     """Device mesh, such as data=2,fsdp=8. Batches are split over all devices;
     parameters, gradients and momentum are split over fsdp, for models that one device cannot hold.
     A run that goes on with other devices keeps fsdp, and data is chosen anew.
+    auto: fsdp is the smallest with which a step fits into the devices' memory, which its compiled program says.
     Empty: the devices are data-parallel, and each holds all parameters."""
     remat: Remat = "none"
     """Activations that the backward pass recomputes to save memory:

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from bit_jax.compiled import hlo
+from bit_jax.compiled import hlo, memory
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.plan.request import Request
 from bit_jax.scale import sharding
@@ -18,9 +18,6 @@ from bit_jax.training.target import Target
 from input_pipeline.errors import RequestError
 
 POOL = 0.9  # of a device's memory is XLA's (train.py asks for it); the rest is the CUDA context's and NCCL's
-# cuDNN's workspaces come out of the pool, unseen by the compiler: this many times the largest activation. Bounds of
-# 0.7 GiB for R152x2 and 1.4 GiB for R152x4, float32, batch 16, are 1.6 times theirs.
-WORKSPACE = 1.6
 UNLIMITED = 2**50  # bytes of memory, with which XLA does not rematerialize
 
 
@@ -92,8 +89,7 @@ def steps_on(request: Request, mesh: Mesh) -> Steps:
 
 def memory_needs(request: Request, compiled: Compiled) -> dict[str, Any]:
     """Returns parameters, optimizer, peak, workspace, pool and outside_pool, in bytes of one device, and `fits`."""
-    largest = max(line.bytes for line, _ in compiled.module.executed() if hlo.is_convolution(line))
-    workspace, pool = int(WORKSPACE * largest), int(POOL * request.gpu.memory)
+    workspace, pool = memory.workspace(compiled.module), int(POOL * request.gpu.memory)
     return {
         "parameters": compiled.parameters,
         "optimizer": compiled.optimizer,

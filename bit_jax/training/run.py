@@ -18,7 +18,7 @@ import input_pipeline
 from bit_jax.accounts import goodput
 from bit_jax.accounts.starts import LOST_HOST, Start
 from bit_jax.accounts.timeline import Observer, Timeline, nobody
-from bit_jax.config import Config, ModelConfig
+from bit_jax.config import AUTO, Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import HEAD_KERNEL, STANDARDIZE_EPS, Architecture, HeadAlone
@@ -29,7 +29,7 @@ from bit_jax.scale import hosts, sharding
 from bit_jax.scale.same_work import SameWork
 from bit_jax.scale.spread import Spread
 from bit_jax.scale.watch import Sign
-from bit_jax.training import figures, flagperf, hyperrule, resources, trained
+from bit_jax.training import figures, fitting, flagperf, hyperrule, resources, trained
 from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
@@ -86,6 +86,8 @@ class Run:
             RequestError: something is wrong or missing, or does not fit the rest.
         """
         precision = choose(cfg.model.precision)  # before any array is made
+        if cfg.scale.mesh == AUTO:
+            return fitting.fitted(cfg, cls.of)
         scale, data = cfg.scale, cfg.data
         spread = Spread.of(cfg, begun_in(cfg.run.workdir))
         mesh, global_batch = spread.mesh, spread.global_batch

@@ -122,7 +122,7 @@ def test_a_wrong_request_is_not_started_again(launched, workdir):
     assert said == ["launch: host 0 ended with exit code 2: the request is wrong, and would be at every start"]
 
 
-NAN = {"hosts": [1, 1], "line": {"step": 6, "ended": "failed", "why": "the loss of step 7 is nan"}}
+NAN = {"hosts": [1, 1], "line": {"step": 6, "ended": "failed", "why": "the loss of step 7 is nan; lower --base-lr"}}
 
 
 def test_a_fault_that_returns_at_the_same_step_is_given_up(launched, workdir):

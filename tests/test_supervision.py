@@ -20,7 +20,7 @@ from bit_jax import config, launch
 from bit_jax.supervision import guard, supervisor
 from bit_jax.supervision.causes import Cause, End, cause_of
 from bit_jax.supervision.command import flag, number, trains
-from bit_jax.supervision.records import Record, Workdir
+from bit_jax.supervision.records import Record, RunFolder
 from bit_jax.supervision.sizes import Sizes
 from bit_jax.supervision.supervisor import Start, has_returned, seconds_before_next, table
 from input_pipeline import exits
@@ -45,16 +45,21 @@ todo = act["hosts"][host] if host < len(act["hosts"]) else 0
 if host == 0 and "line" in act:
     with open(workdir / "starts.jsonl", "a") as file:
         print(json.dumps({"began": time.time()} | act["line"]), file=file)
-    time.sleep(0.1 if todo == 1 else 0)
 if todo in ("wait", "deaf"):
     signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if todo == "wait" else signal.SIG_IGN)
     (workdir / f"host{host}.waits").write_text(str(os.getpid()))
     time.sleep(600)
 if todo == "stop":
     os.kill(os.getpid(), signal.SIGSTOP)
+dying = [workdir / f"start{start}.host{other}.dies" for other, does in enumerate(act["hosts"]) if does in (-9, -11)]
 if todo < 0:
+    dying[0].write_text(str(os.getpid()))
     os.kill(os.getpid(), -todo)
-time.sleep(0.1 if todo == 1 else 0)  # it notices that another one died
+while todo == 1 and dying and not (dying[0].exists() and dying[0].read_text()):
+    time.sleep(0.01)
+while todo == 1 and dying and os.path.exists("/proc/" + dying[0].read_text()):
+    time.sleep(0.01)
+time.sleep(0.2 if todo == 1 and dying else 0)  # it notices only now that the other one died
 sys.exit(todo)
 """
 
@@ -122,7 +127,7 @@ def test_a_wrong_request_is_not_started_again(launched, workdir):
     assert said == ["launch: host 0 ended with exit code 2: the request is wrong, and would be at every start"]
 
 
-NAN = {"hosts": [1, 1], "line": {"step": 6, "ended": "failed", "why": "the loss of step 7 is nan"}}
+NAN = {"hosts": [1, 1], "line": {"step": 6, "ended": "failed", "why": "the loss of step 7 is nan; lower --base-lr"}}
 
 
 def test_a_fault_that_returns_at_the_same_step_is_given_up(launched, workdir):
@@ -221,7 +226,7 @@ def test_a_run_begins_on_all_hosts(launched, workdir, rsh, tmp_path):
 
 
 def test_a_machine_that_says_nothing_is_away(launched, workdir, monkeypatch, tmp_path):
-    monkeypatch.setattr(supervisor, "ANSWERS", 0.5)
+    monkeypatch.setattr(supervisor, "ANSWERS", 3.0)
     silent = tmp_path / "silent"
     silent.write_text('#!/bin/sh\n[ "$1" = b ] && exec sleep 60\nexec sh -c "$2"\n')
     silent.chmod(0o755)
@@ -475,7 +480,7 @@ def test_what_a_command_says_of_itself():
 
 
 def test_starts_are_read_whatever_state_their_file_is_in(tmp_path):
-    workdir, file = Workdir(str(tmp_path)), tmp_path / "starts.jsonl"
+    workdir, file = RunFolder(str(tmp_path)), tmp_path / "starts.jsonl"
     assert (workdir.length(), workdir.last_start()) == (0, None)
     lines = [{"began": 1, "step": 9, "hosts": 4, "devices": 8}, {"began": 2, "hosts": 2, "devices": 4}]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"began": 2, "step": 12}]))
@@ -489,7 +494,11 @@ def test_starts_are_read_whatever_state_their_file_is_in(tmp_path):
     assert workdir.last_start(length) == Record(None, "lost host", "gone")
     assert workdir.last_start(workdir.length()) is None
     for nowhere in (None, "gs://bucket/run"):
-        assert (Workdir(nowhere).last_start(), Workdir(nowhere).config(), Workdir(nowhere).length()) == (None, None, 0)
+        assert (RunFolder(nowhere).last_start(), RunFolder(nowhere).config(), RunFolder(nowhere).length()) == (
+            None,
+            None,
+            0,
+        )
 
 
 @pytest.mark.parametrize(

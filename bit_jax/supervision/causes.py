@@ -88,10 +88,11 @@ def cause_of(ends: Sequence[End], record: Record | None) -> Cause | None:
 
 
 def _recorded(first: End, record: Record | None) -> Cause:
-    """Returns the cause where every host ended by itself with exit code 1; host 0 has written why, if it could."""
+    """Returns the cause where every host ended by itself with exit code 1; host 0 has written why, if it could. The
+    advice behind the first clause is left out: the hosts themselves have given it."""
     if record is None or record.ended is None:
         return Cause("run", first.said, f"exit code {first.code}")
-    why = record.why or first.said
+    why = (record.why or first.said).partition("; ")[0]
     if record.ended == "lost host":
         # a host that fails by itself tells the others why, and one that is not heard any more does not
         if own := re.search(r"\bhost \d+ ended: (.+)", why):

@@ -28,7 +28,7 @@ class Record:
     hosts: int | None = None
 
 
-class Workdir:
+class RunFolder:
     """The work directory that a command's --workdir names, to be read; nothing of it has to be there.
 
     Args:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from bit_jax.supervision import command as commands
-from bit_jax.supervision.records import Workdir
+from bit_jax.supervision.records import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Sizes:
         """
         if not commands.trains(command):
             return cls()
-        workdir = Workdir(commands.flag(command, "--workdir"))
-        content, record = workdir.config() or {}, workdir.last_start()
+        folder = RunFolder(commands.flag(command, "--workdir"))
+        content, record = folder.config() or {}, folder.last_start()
         if devices is None and record is not None and record.hosts and record.devices:
             devices = record.devices // record.hosts
         batch = content.get("global_batch")

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from bit_jax.supervision import command as commands
 from bit_jax.supervision.causes import REFUSED, Cause, End, cause_of
 from bit_jax.supervision.machines import Ended, Guard, Machine, Ready
-from bit_jax.supervision.records import Workdir
+from bit_jax.supervision.records import RunFolder
 from bit_jax.supervision.sizes import Sizes
 from input_pipeline import exits
 from input_pipeline.errors import RunFailed, Stopped
@@ -84,7 +84,7 @@ class Supervisor:
 
     def __init__(self, wanted: Wanted):
         self.wanted = wanted
-        self.workdir = Workdir(commands.flag(wanted.command, "--workdir"))
+        self.folder = RunFolder(commands.flag(wanted.command, "--workdir"))
         self.failed: list[Start] = []
         self._events: SimpleQueue[Ready | Ended | _Asked] = SimpleQueue()
         self._asked = 0
@@ -95,11 +95,11 @@ class Supervisor:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda number, _: self._events.put(_Asked(number)))
         while True:
-            began, length = time.strftime("%Y-%m-%d %H:%M:%S"), self.workdir.length()
+            began, length = time.strftime("%Y-%m-%d %H:%M:%S"), self.folder.length()
             ends, cause = self._start()
             if self._asked:
                 return next((end.code for end in ends if end.code), 0)
-            record = self.workdir.last_start(length)
+            record = self.folder.last_start(length)
             cause = cause or cause_of(ends, record)
             if cause is None:
                 return 0
@@ -196,7 +196,7 @@ class Supervisor:
         A run begins on all hosts: with fewer, --batch-per-device would make another global batch.
         """
         wanted, available = self.wanted, min(len(ready), self.wanted.hosts)
-        begins = commands.trains(wanted.command) and self.workdir.config() is None
+        begins = commands.trains(wanted.command) and self.folder.config() is None
         at_least = wanted.hosts if begins else wanted.min_hosts
         if available < at_least:
             why = "a run begins on all of them" if begins else f"--min-hosts is {at_least}"
@@ -217,7 +217,8 @@ class Supervisor:
     def _description(self, chosen: Sequence[Guard], away: Sequence[str]) -> str:
         names = [guard.machine.name for guard in chosen if guard.machine.name]
         hosts = f"{len(chosen)} host{'s' if len(chosen) > 1 else ''}{': ' if names else ''}{', '.join(names)}"
-        return "; ".join([f"start {len(self.failed) + 1} is on {hosts}", *away])
+        where = "" if self.wanted.as_it_is else f" is on {hosts}"
+        return "; ".join([f"start {len(self.failed) + 1}{where}", *away])
 
     def _run(self, chosen: Sequence[Guard]) -> None:
         """Has each of the guards start its host."""

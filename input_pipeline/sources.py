@@ -1,7 +1,10 @@
 """Datasets by name: `open_source` opens one, whatever its format."""
 
+import functools
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,12 +103,29 @@ class SyntheticSource:
 
 def _digits(split: str) -> ArraySource:
     """1,797 scanned digits of 8x8 pixels and 17 grey levels, from UCI's "Optical Recognition of Handwritten Digits"."""
-    from sklearn.datasets import load_digits  # this import takes a second, which other datasets do not need
-
     if split not in ("train", "test"):
         raise DatasetError(f"digits has no split {split!r}; it has train and test")
-    digits: Any = load_digits()
-    held_out = np.arange(len(digits.target)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
+    scans, labels = _scanned_digits()
+    held_out = np.arange(len(labels)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
     chosen = held_out if split == "test" else ~held_out
-    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ArraySource(f"digits/{split}", images, digits.target[chosen], [str(digit) for digit in range(10)])
+    images = np.round(scans[chosen] * (255 / 16)).astype(np.uint8)
+    return ArraySource(f"digits/{split}", images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+@functools.cache
+def _scanned_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns what scikit-learn's `load_digits` does: grey levels from 0 to 16, [1797, 8, 8], and the labels, [1797].
+
+    Its file is read here, because importing scikit-learn takes a second. A release that keeps the file elsewhere is
+    asked for the digits itself.
+    """
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or []:
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.exists():
+            table = np.loadtxt(path, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    return digits.images, digits.target

@@ -14,6 +14,8 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import own_dataset
@@ -36,6 +38,7 @@ from input_pipeline import (
     read_image_file,
     relabelled,
     require_labels,
+    sources,
     typical_area,
 )
 from input_pipeline.check import SHOWN, check
@@ -75,6 +78,27 @@ def test_digits():
     assert train[0]["image"].shape == (8, 8)
     assert train[0]["image"].max() == 255 * 15 // 16
     assert set(train.labels) == set(range(10)) == {int(name) for name in train.class_names}
+
+
+@pytest.mark.slow
+def test_digits_are_what_scikit_learn_gives(monkeypatch):
+    """Read from its file or, where a release keeps that elsewhere, asked of it."""
+    from sklearn.datasets import load_digits
+
+    expected: Any = load_digits()
+    read = sources._scanned_digits.__wrapped__
+    for found in (None, SimpleNamespace(submodule_search_locations=["/nowhere"])):
+        if found is not None:
+            monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _, found=found: found)
+        images, labels = read()
+        assert (images.dtype, labels.dtype) == (expected.images.dtype, expected.target.dtype)
+        np.testing.assert_array_equal(images, expected.images)
+        np.testing.assert_array_equal(labels, expected.target)
+
+
+def test_nothing_of_scikit_learn_is_imported_for_its_digits():
+    look = "import sys; from input_pipeline import open_source; open_source('digits', 'test'); "
+    assert subprocess.run([sys.executable, "-c", look + "sys.exit('sklearn' in sys.modules)"]).returncode == 0
 
 
 @pytest.mark.parametrize("compressed", [False, True])

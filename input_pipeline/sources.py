@@ -1,6 +1,5 @@
 """Datasets by name: `open_source` opens one, whatever its format."""
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -105,25 +104,21 @@ def _digits(split: str) -> ArraySource:
     """1,797 scanned digits of 8x8 pixels and 17 grey levels, from UCI's "Optical Recognition of Handwritten Digits"."""
     if split not in ("train", "test"):
         raise DatasetError(f"digits has no split {split!r}; it has train and test")
-    scans, labels = _scanned_digits()
+    levels, labels = _all_digits()
     held_out = np.arange(len(labels)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
     chosen = held_out if split == "test" else ~held_out
-    images = np.round(scans[chosen] * (255 / 16)).astype(np.uint8)
+    images = np.round(levels[chosen] * (255 / 16)).astype(np.uint8)
     return ArraySource(f"digits/{split}", images, labels[chosen], [str(digit) for digit in range(10)])
 
 
-@functools.cache
-def _scanned_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Returns what scikit-learn's `load_digits` does: grey levels from 0 to 16, [1797, 8, 8], and the labels, [1797].
-
-    Its file is read here, because importing scikit-learn takes a second. A release that keeps the file elsewhere is
-    asked for the digits itself.
-    """
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `sklearn.datasets.load_digits` does, grey levels [1797, 8, 8] and labels, but reads scikit-learn's
+    file itself where that is found: importing scikit-learn takes a second."""
     package = importlib.util.find_spec("sklearn")
-    for folder in (package and package.submodule_search_locations) or []:
-        path = Path(folder, "datasets", "data", "digits.csv.gz")
-        if path.exists():
-            table = np.loadtxt(path, delimiter=",")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
             return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits
 

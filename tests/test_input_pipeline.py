@@ -14,7 +14,6 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from input_pipeline import (
     CannotRead,
@@ -80,25 +80,13 @@ def test_digits():
     assert set(train.labels) == set(range(10)) == {int(name) for name in train.class_names}
 
 
-@pytest.mark.slow
-def test_digits_are_what_scikit_learn_gives(monkeypatch):
-    """Read from its file or, where a release keeps that elsewhere, asked of it."""
-    from sklearn.datasets import load_digits
-
+def test_digits_are_scikit_learns_whether_its_file_is_found_or_not(monkeypatch):
     expected: Any = load_digits()
-    read = sources._scanned_digits.__wrapped__
-    for found in (None, SimpleNamespace(submodule_search_locations=["/nowhere"])):
-        if found is not None:
-            monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _, found=found: found)
-        images, labels = read()
-        assert (images.dtype, labels.dtype) == (expected.images.dtype, expected.target.dtype)
-        np.testing.assert_array_equal(images, expected.images)
-        np.testing.assert_array_equal(labels, expected.target)
-
-
-def test_nothing_of_scikit_learn_is_imported_for_its_digits():
-    look = "import sys; from input_pipeline import open_source; open_source('digits', 'test'); "
-    assert subprocess.run([sys.executable, "-c", look + "sys.exit('sklearn' in sys.modules)"]).returncode == 0
+    found = sources._all_digits()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for levels, labels in (found, sources._all_digits()):
+        np.testing.assert_array_equal(levels, expected.images, strict=True)
+        np.testing.assert_array_equal(labels, expected.target, strict=True)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

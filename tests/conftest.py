@@ -99,6 +99,16 @@ def compiled_once(compilation_cache):
         yield
 
 
+@pytest.fixture(scope="module")
+def hardly_optimized():
+    """Gives all processes that a module's tests start programs that XLA hardly optimizes, which takes a third of the
+    time. Float64's convolutions then take eight times as long, so it is for programs that run a few times, on few small
+    images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", COMPILES_FAST.replace("optimization_level=1", "optimization_level=0"))
+        yield
+
+
 @pytest.fixture
 def x64():
     """Turns 64-bit mode on for one test, and off again even if the test turns it on for its whole process, as

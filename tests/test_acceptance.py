@@ -24,10 +24,10 @@ from parity.options import Options
 from parity.report import saved
 from parity.sides.side import Side
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--size", "32", "--rows", "4", "--batches", "1", "--disturbances", "1", "--precision", "fp64"]
+QUICK = ["--size", "24", "--rows", "4", "--batches", "1", "--disturbances", "1", "--precision", "fp64"]
 ACCEPT = ["--accept", "standardization eps"]
 SAID = "standardization eps 1e-08 instead of BiT's 1e-10, put into jax"
 FOREIGN = {"torch_model": "foreign_bit:load_with_timms_eps"}

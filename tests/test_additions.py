@@ -390,8 +390,8 @@ def test_a_batch_of_inceptions_crops_follows_from_its_number_alone():
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, compiled_once):
-    options = options_for(faults.FAULTS["ema-shares"])
+def compared(tmp_path_factory, compiled_once, hardly_optimized):
+    options = dataclasses.replace(options_for(faults.FAULTS["ema-shares"]), size="16")
     with Ladder(options, tmp_path_factory.mktemp("ladder"), Console(quiet=True)) as ladder:
         yield ladder
 
@@ -411,8 +411,8 @@ def test_a_fault_in_an_addition_is_found(compared, name):
 
 
 @pytest.mark.slow
-def test_a_bundle_carries_the_additions(tmp_path, compiled_once):
-    options = dataclasses.replace(selftest.SMALL, precision="fp64", additions=Additions(**ADDED))
+def test_a_bundle_carries_the_additions(tmp_path, compiled_once, hardly_optimized):
+    options = dataclasses.replace(selftest.SMALL, precision="fp64", size="16", additions=Additions(**ADDED))
     bundle = tmp_path / "reference.bundle"
     assert record.record(options, record.Record(bundle, until="optimizer"), Console(quiet=True))
     reader, opened, _ = against.Against(bundle).opened()

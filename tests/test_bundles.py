@@ -25,7 +25,7 @@ from parity.ladder.rungs import Rung
 from parity.ladder.selftest import climb, first_bug, inject
 from parity.report import saved
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def test_what_cannot_be_recorded_or_judged_is_refused_before_anything_starts(bun
     assert not (tmp_path / "b").exists()
 
 
-SMALL = dataclasses.replace(selftest.SMALL, disturbances=1)
+SMALL = dataclasses.replace(selftest.SMALL, disturbances=1, size="16")
 
 
 def recorded(path: Path, **settings) -> Path:

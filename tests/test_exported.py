@@ -27,7 +27,7 @@ from parity.options import Options
 from parity.report import saved
 from parity.sides.side import Side, parse_side
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 ROOT = Path(__file__).parent.parent
 ROWS, SIZE = 4, 32

@@ -8,6 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from conftest import SMALL
+from flax.errors import ScopeParamShapeError
 
 import bit_jax
 from bit_jax.formats import weights
@@ -161,3 +162,11 @@ def test_images_that_the_model_cannot_mean_have_no_features(small_npz, monkeypat
             apply(model, params, wrong)
         assert WANTED in str(caught.value)
         assert remedy in str(caught.value)
+
+
+def test_a_parameter_of_another_shape_is_named(small_npz):
+    model, params = bit_jax.load(small_npz)
+    params["block2"]["unit01"]["b"]["group_norm"]["beta"] = jnp.zeros(3)
+    said = r'"beta" in "/block2/unit01/b/group_norm", .* shape \(64,\), but .* has shape \(3,\)'
+    with pytest.raises(ScopeParamShapeError, match=said):
+        jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 32, 32, 3)))

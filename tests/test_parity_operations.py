@@ -13,16 +13,18 @@ from command_line import parity
 from conftest import SMALL
 from rich.console import Console
 
+from bit_jax.model.architecture import Architecture
 from parity import faults
 from parity.__main__ import compare
-from parity.ladder import rungs, selftest
+from parity.ladder import reproducer, rungs, selftest
+from parity.ladder.attestation import attest
 from parity.ladder.divergence import name_operation, sites_behind, wrong_part
 from parity.ladder.ladder import Ladder, RungResult
 from parity.report import saved
 from parity.sides.inputs import picture_batches, random_arrays
 from parity.sides.operations import LAST_SITE, operations
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 FAULTS = [name for name, fault in faults.FAULTS.items() if fault.operation]
 UNIT = "block2/unit01"
@@ -30,13 +32,15 @@ UNIT = "block2/unit01"
 
 @pytest.fixture(scope="module")
 def ladders(tmp_path_factory):
-    """Comparisons by precision; each is started when it is first needed."""
+    """Comparisons by precision; each is started when it is first needed. One stage has a unit without a projection."""
     started: dict[str, Ladder] = {}
+    weights = tmp_path_factory.mktemp("weights") / "small.npz"
+    np.savez(weights, **random_arrays(Architecture((2, 1, 1, 1), 0.5, 10)))
     with contextlib.ExitStack() as stack:
 
         def ladder(precision):
             if precision not in started:
-                options = dataclasses.replace(selftest.SMALL, precision=precision, weights="random:R26x0.5")
+                options = dataclasses.replace(selftest.SMALL, precision=precision, weights=str(weights), size="24")
                 made = Ladder(options, tmp_path_factory.mktemp(precision), Console(quiet=True))
                 started[precision] = stack.enter_context(made)
                 stack.enter_context(made.forgetting())
@@ -177,16 +181,12 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["flipped-gradient", "torch-shifted-gradient", "bfloat16-head", "weight-decay"])
-def test_a_reproducer_shows_the_faulty_side_without_this_project(name, tmp_path):
-    fault, folder = faults.FAULTS[name], tmp_path / "reproducer"
-    options = dataclasses.replace(selftest.SMALL, precision=fault.precision, fault=name, run=tmp_path / "run")
-    assert not compare(dataclasses.replace(options, reproducer=folder), [fault.rung])
+def reproduced_alone(fault, folder, scratch):
+    """Runs the reproducer's two scripts, and reads what they say."""
     limit = {"fp64": 1e-9, "fp32": 1e-5}[fault.precision]
     for framework in ("jax", "torch"):
         command = [sys.executable, "-I", "-c", ALONE, folder / f"{framework}_side.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert fault.operation in done.stdout
         program, public = (float(found) for found in re.findall(r"differs.* by (\S+)", done.stdout))
@@ -196,6 +196,31 @@ def test_a_reproducer_shows_the_faulty_side_without_this_project(name, tmp_path)
         assert max(array.size for array in arrays.values()) <= 128  # a norm keeps some channels in each group
     assert "stablehlo" in (folder / "jax_program.mlir").read_text()
     assert fault.operation in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flipped-gradient", "torch-shifted-gradient", "bfloat16-head"])
+def test_a_reproducer_shows_the_faulty_side_without_this_project(ladders, name, tmp_path):
+    fault, folder = faults.FAULTS[name], tmp_path / "reproducer"
+    ladder = ladders(fault.precision)
+    ladder.fault = name
+    try:
+        attestation = attest(ladder, rungs=[fault.rung])
+        result = rungs.RUNGS[fault.rung](ladder)
+        reproducer.leave(ladder, result, folder, attestation)
+    finally:
+        ladder.fault = None
+    assert str(folder) in result.findings[-1]
+    reproduced_alone(fault, folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_comparison_that_fails_leaves_the_reproducer_that_it_was_asked_for(tmp_path):
+    """Here of an update, which is no operation of the model."""
+    fault, folder = faults.FAULTS["weight-decay"], tmp_path / "reproducer"
+    options = dataclasses.replace(selftest.SMALL, precision="fp64", fault=fault.name, run=tmp_path / "run")
+    assert not compare(dataclasses.replace(options, reproducer=folder), [fault.rung])
+    reproduced_alone(fault, folder, tmp_path)
     assert any(str(folder) in finding for finding in saved.load(tmp_path / "run")["rungs"][-1]["findings"])
 
 

@@ -19,13 +19,15 @@ def test_twenty_double_signals_at_random_moments(runs, tmp_path):
     """While it starts, traces, compiles, trains, saves and evaluates."""
     moments, workdir = random.Random(0), tmp_path / "run"
     fresh = runs("--workdir", workdir, "--checkpoint-every", 1, "--eval-every", 3, "--steps", 100000)
-    seconds = []
+    seconds, start = [], 0.0
     for number in range(DOUBLES):
         process, before = fresh.start(), last_step(workdir)
         if number % 2:  # from its first moment on: imports are done, all else lies ahead
-            time.sleep(moments.uniform(0, 8))
+            time.sleep(moments.uniform(0, 1.5 * start))
         else:  # in the midst of steps, evaluations and saving
+            began = time.monotonic()
             fresh.until_progress(process, workdir, before)
+            start = time.monotonic() - began
             time.sleep(moments.uniform(0, 1))
         first, second = moments.choice(ASKING), moments.choice(ASKING)
         os.kill(process, first)
@@ -49,10 +51,14 @@ def test_twenty_double_signals_at_random_moments(runs, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_one_signal_is_enough_whatever_the_run_does(runs, tmp_path, number):
     """Also where Python loses the exception: in a finalizer, or in a callback of the garbage collector."""
-    moments = random.Random(1)
-    asked = runs("--workdir", tmp_path / "run", "--checkpoint-every", 1, "--eval-every", 3, "--steps", 100000)
-    for _ in range(10):
-        process = asked.start()
-        time.sleep(moments.uniform(0, 8))
+    moments, workdir = random.Random(1), tmp_path / "run"
+    asked = runs("--workdir", workdir, "--checkpoint-every", 1, "--eval-every", 3, "--steps", 100000)
+    start = 0.0
+    for run in range(10):
+        process, before, began = asked.start(), last_step(workdir), time.monotonic()
+        if run < 2:  # the first compiles, the second takes what it compiled, as all others do
+            asked.until_progress(process, workdir, before)
+            start = time.monotonic() - began
+        time.sleep(moments.uniform(0, 1.5 * start))
         os.kill(process, number)
         assert asked.finish() == 128 + number

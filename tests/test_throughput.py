@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch.multiprocessing
+import torch_devices
 from browser import Shown
 from command_line import parity
 from PIL import Image
@@ -24,6 +25,7 @@ from parity.in_jax.timing import TimedJax
 from parity.in_torch.devices import Devices
 from parity.in_torch.timing import TimedTorch
 from parity.in_torch.training_tasks import TrainingTorch
+from parity.ladder import verdict
 from parity.ladder.verdict import Look
 from parity.sides import clock, flops
 from parity.sides.side import Side
@@ -31,7 +33,7 @@ from parity.throughput import convolutions, measure
 from parity.throughput import report as throughput_report
 from parity.throughput.request import Throughput
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 QUICK = "--weights random:R14x0.5 --size 32 --rows 4 --seconds 0.2 --processes 2 --arms torch jax".split()
 
@@ -71,7 +73,7 @@ def test_what_is_measured_and_said(measured):
 @pytest.mark.slow
 def test_both_frameworks_train_in_float16_by_the_scaled_loss(tmp_path):
     path = tmp_path / "measured.json"
-    done = run("--precision", "fp16", "--processes", "1", "--json", path)
+    done = run("--precision", "fp16", "--size", "16", "--processes", "1", "--json", path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(path.read_text())
     for arm in report["arms"].values():
@@ -155,10 +157,12 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, capsys):
+def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verdict, "LOOKS", 1)  # the test before this one takes all
     path, page = tmp_path / "report.json", tmp_path / "page.html"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1, "time_anyway": True}
-    asked = Throughput(arms=("torch", "jax"), fault="sample-variance", json=path, html=page, **quick)
+    given = {"arms": ("torch", "jax"), "fault": "sample-variance", "json": path, "html": page}
+    asked = Throughput(**given, **quick)
     assert not measure.run(asked)
     shown, progress = capsys.readouterr()
     assert "jax is WRONG, and timed all the same" in progress
@@ -247,15 +251,6 @@ def test_wrong_requests(flags, said):
     assert "Traceback" not in done.stderr
 
 
-def _steps(rank, averaging, weights, batches, meeting, result):
-    """A process of PyTorch's two."""
-    with contextlib.nullcontext() if averaging else mock.patch.object(Devices, "replica", lambda self, model: model):
-        tasks = TrainingTorch(Side("torch", 2), "fp64", weights, lambda *_: None, rank=rank, meeting=meeting)
-        _, saved = tasks.curve(batches, len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
-    if rank == 0:
-        np.savez(result, **saved)
-
-
 BATCHES = range(3)
 
 
@@ -268,8 +263,8 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
     _, expected = one.curve(str(batches), len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
     for averaging in (True, False):
         result = tmp_path / f"{averaging}.npz"
-        given = (averaging, str(small_npz), str(batches), tmp_path / f"meeting {averaging}", result)
-        torch.multiprocessing.spawn(_steps, given, nprocs=2)
+        given = (averaging, str(small_npz), str(batches), len(BATCHES), tmp_path / f"meeting {averaging}", result)
+        torch.multiprocessing.spawn(torch_devices.take_steps, given, nprocs=2)
         found = np.load(result)
         apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
         assert (apart < 1e-12) == averaging, apart

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -44,6 +45,26 @@ def group_norm_relu(
     return ops.group_norm_relu(x, gamma, beta, GROUPS, NORM_EPS if eps is None else eps, recompute)
 
 
+def parameter(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Array:
+    """Returns the module's parameter of that name; where it has none, it is being initialized and makes it.
+
+    Flax's own `param` also traces the initializer of every parameter that there is, for its shape, which is known here:
+    a quarter of the time in which Python traces R152x2 and its gradient.
+
+    Raises:
+        ScopeParamShapeError: the parameter has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, initializer, shape, dtype)
+    value = module.get_variable("params", name)
+    if jnp.shape(value) != shape:
+        where = "/".join(module.path)
+        raise ScopeParamShapeError(name, f"/{where}", jnp.shape(value), shape)
+    return value
+
+
 class StdConv(nn.Module):
     """Convolution without bias whose kernel is standardized on every use; padded by (size - 1) / 2 on each side."""
 
@@ -56,7 +77,7 @@ class StdConv(nn.Module):
     def __call__(self, x: Float[Array, "batch height width cin"]) -> Float[Array, "batch out_h out_w cout"]:
         numerics, dtype = self.numerics, self.numerics.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param_dtype(dtype))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, param_dtype(dtype))
         standard = kernel if numerics.standardized else standardize(kernel, numerics.standardize_eps)
         whole = numerics.whole(standard.astype(dtype))
         convolved = ops.convolve(x, whole, self.stride, numerics.precision, products=numerics.products)
@@ -70,6 +91,6 @@ class GroupNormRelu(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         numerics = self.numerics
         dtype = param_dtype(numerics.dtype)
-        gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), dtype)
-        beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],), dtype)
+        gamma = parameter(self, "gamma", nn.initializers.ones, (x.shape[-1],), dtype)
+        beta = parameter(self, "beta", nn.initializers.zeros, (x.shape[-1],), dtype)
         return group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from bit_jax.model.architecture import STANDARDIZED
 from bit_jax.model.execution import Numerics, Remat, in_step, rematerialized
 from bit_jax.model.images import check_images
-from bit_jax.model.layers import GroupNormRelu, StdConv, param_dtype
+from bit_jax.model.layers import GroupNormRelu, StdConv, param_dtype, parameter
 from bit_jax.model.ops import max_pool
 
 # of all random numbers; named, because JAX_DEFAULT_PRNG_IMPL would otherwise decide what a seed means
@@ -127,8 +127,8 @@ class HeadConv(nn.Module):
     def __call__(self, features: Float[Array, "batch channels"]) -> Float[Array, "batch classes"]:
         dtype = param_dtype(self.numerics.dtype)
         shape = (1, 1, features.shape[-1], self.num_classes)
-        kernel = self.param("kernel", nn.initializers.zeros, shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), dtype)
+        kernel = parameter(self, "kernel", nn.initializers.zeros, shape, dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.num_classes,), dtype)
         return jnp.dot(features, self.numerics.whole(kernel)[0, 0], precision=self.numerics.precision) + bias
 
 

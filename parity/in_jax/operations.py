@@ -19,64 +19,51 @@ OBSERVED = (resnetv2.RootBlock, resnetv2.BottleneckUnit, layers.GroupNormRelu, l
 
 
 class Observed:
-    """A model on one batch, of which one site's operations are observed.
+    """A model of which one site's operations are observed, on batches of one shape. What is asked again, on other
+    parameters or another recording, is not traced again.
 
     Args:
         model: the model. What its backward pass would compute or gather again is kept instead, because nothing within
             such a part can be observed.
-        params: its parameters.
-        batch: images and targets.
         site, ops: the site, and its operations.
         jit: function that compiles a function as the side does.
     """
 
     def __init__(
-        self,
-        model: resnetv2.ResNetV2,
-        params: Any,
-        batch: tuple[jax.Array, ...],
-        site: str,
-        ops: dict[str, Operation],
-        jit: Callable[[Callable], Callable],
+        self, model: resnetv2.ResNetV2, site: str, ops: dict[str, Operation], jit: Callable[[Callable], Callable]
     ):
         self._model = model.clone(remat="none", paced=False, gather=None)
-        self._params, (self._images, self._targets) = params, batch
-        self._site, self._ops, self._jit = site, ops, jit
+        self._site, self._ops = site, ops
         self._dtype = layers.param_dtype(model.dtype)
+        self._by_values = jit(jax.grad(self._loss, has_aux=True))
+        self._by_inputs = jit(jax.grad(self._product, has_aux=True))
+        self._fed: tuple[Arrays, Arrays] | None = None  # zeros and the shapes of values of a pass that is fed
 
-    def record(self) -> Recording:
+    def record(self, params: Any, images: jax.Array, targets: jax.Array) -> Recording:
         """Returns every value of the site, and the gradient of the mean loss by it."""
-
-        def loss(zeros: Arrays, params: Any, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, Arrays]:
-            logits, values = self._run(zeros, params, images, None)
-            return steps.cross_entropy(logits, targets).mean(), values
-
-        zeros, _ = self._shapes(None)
-        compute = self._jit(jax.grad(loss, has_aux=True))
-        gradients, values = compute(zeros, self._params, self._images, self._targets)
+        zeros, _ = self._shapes(params, images, None)
+        gradients, values = self._by_values(zeros, params, images, targets)
         gradients = {name.removesuffix(", gradient"): array for name, array in self._arrays(gradients).items()}
         return Recording.of(self._ops, self._arrays(values), gradients)
 
-    def feed(self, recording: Recording) -> dict[str, np.ndarray]:
+    def _loss(self, zeros: Arrays, params: Any, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, Arrays]:
+        logits, values = self._run(zeros, params, images, None)
+        return steps.cross_entropy(logits, targets).mean(), values
+
+    def feed(self, params: Any, images: jax.Array, recording: Recording) -> dict[str, np.ndarray]:
         """Returns what the operations make of the recorded values and gradients; see `fed_results`."""
-
-        def product(wanted: tuple[Arrays, Arrays], rest: Any, images: jax.Array, fed: Arrays, incoming: Arrays) -> Any:
-            zeros, own = wanted
-            _, values = self._run(zeros, weights.unflatten(weights.flatten(rest) | own), images, fed)
-            products = [(gradient * values[name].astype(self._dtype)).sum() for name, gradient in incoming.items()]
-            return sum(products, start=jnp.zeros((), self._dtype)), values
-
-        compute = self._jit(jax.grad(product, has_aux=True))
         fed = {name: array.astype(self._dtype) for name, array in recording.values.items()}
-        zeros, values = self._shapes(fed)
+        if self._fed is None:
+            self._fed = self._shapes(params, images, fed)
+        zeros, values = self._fed
         keys = [key for op in self._ops.values() for key in op.parameters.values()]
-        own = {key: array for key, array in weights.flatten(self._params).items() if key in keys}
+        own = {key: array for key, array in weights.flatten(params).items() if key in keys}
         silent = {name: np.zeros_like(array, self._dtype) for name, array in recording.gradients.items()}
         silent = {name: array for name, array in silent.items() if name in values}
 
         def run(incoming: dict[str, np.ndarray]) -> tuple[Any, Arrays]:
             whole = silent | {name: array.astype(self._dtype) for name, array in incoming.items()}
-            return compute((zeros, own), self._params, self._images, fed, whole)
+            return self._by_inputs((zeros, own), params, images, fed, whole)
 
         def backward(incoming: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             (by_zeros, by_own), _ = run(incoming)
@@ -84,11 +71,19 @@ class Observed:
 
         return fed_results(self._ops, self._site, recording, self._arrays(run({})[1]), backward)
 
+    def _product(
+        self, wanted: tuple[Arrays, Arrays], rest: Any, images: jax.Array, fed: Arrays, incoming: Arrays
+    ) -> tuple[jax.Array, Arrays]:
+        zeros, own = wanted
+        _, values = self._run(zeros, weights.unflatten(weights.flatten(rest) | own), images, fed)
+        products = [(gradient * values[name].astype(self._dtype)).sum() for name, gradient in incoming.items()]
+        return sum(products, start=jnp.zeros((), self._dtype)), values
+
     def _run(self, zeros: Arrays, params: Any, images: jax.Array, fed: Arrays | None) -> tuple[jax.Array, Arrays]:
         """Returns logits and {name: value} of a pass with these zeros added; see `Pass`."""
         return self._observed(lambda name, x: x + zeros[name] if name in zeros else x, params, images, fed)
 
-    def _shapes(self, fed: dict[str, np.ndarray] | None) -> tuple[Arrays, Arrays]:
+    def _shapes(self, params: Any, images: jax.Array, fed: dict[str, np.ndarray] | None) -> tuple[Arrays, Arrays]:
         """Returns the zeros that a pass needs, and the shapes of its values."""
         zeros: Arrays = {}
 
@@ -97,7 +92,7 @@ class Observed:
             return x
 
         seen = jax.eval_shape(
-            lambda params, images, fed: self._observed(noted, params, images, fed), self._params, self._images, fed
+            lambda params, images, fed: self._observed(noted, params, images, fed), params, images, fed
         )
         return zeros, seen[1]
 

@@ -66,10 +66,12 @@ class JaxSide:
         self.dtype = self.target.param_dtype
         self._loaded: dict[str | None, Any] = {}
         self._fault: str | None = None
-        self._units: dict[tuple, jax.stages.Compiled] = {}
+        self._programs: dict[tuple, Any] = {}
 
     def injected(self, fault: str | None) -> AbstractContextManager[None]:
         """Has the fault of that name while the `with` block runs; None: no fault."""
+        if fault != self._fault:
+            self._programs.clear()
         self._fault = fault
         return faults.injected(fault)
 
@@ -86,6 +88,11 @@ class JaxSide:
 
     def _jit(self, function: Callable) -> Callable:
         return jax.jit(function, compiler_options=self.target.compiler_options)
+
+    def _jit_once(self, name: str, additions: Additions, function: Callable) -> Callable:
+        """Returns what `_jit` made of the function of that name when it was first given with these additions, so that
+        what is asked again, with a disturbance or another loss scale, is not traced again. A fault makes others."""
+        return self._programs.setdefault((name, additions), self._jit(function))
 
     def attest(self, images: str, dataset: Sequence[Any] = (), *, program: bool = False) -> Result:
         """Describes what computes here: versions, device, precision and constants, and hashes of weights and data.
@@ -179,13 +186,13 @@ class JaxSide:
     def _forward(self, params: Any, images: jax.Array, teacher: dict[str, jax.Array] | None) -> jax.stages.Compiled:
         """Returns the compiled forward pass that records every unit; it is compiled once for each fault and shape."""
         model, _ = self.model()
-        key = self._fault, images.shape, teacher is None
-        if key not in self._units:
+        key = "forward", images.shape, teacher is None
+        if key not in self._programs:
             # units within a rematerialized part cannot be recorded; what a backward pass keeps does not matter here
             plain = model.clone(remat="none")
             apply = self._jit(lambda params, images, teacher: units.record(plain, params, images, teacher))
-            self._units = {key: apply.lower(params, images, teacher).compile()}
-        return self._units[key]
+            self._programs[key] = apply.lower(params, images, teacher).compile()
+        return self._programs[key]
 
     def _program(self, params: Any, images: jax.Array) -> str:
         """Returns the hash of the forward pass's optimized HLO, by which a compiler that changed nothing is known."""
@@ -216,7 +223,8 @@ class JaxSide:
             mean, _ = steps.loss_and_gradients(model, params, images, targets, self.side.microbatches, additions=added)
             return {"loss of each row": rows, "mean loss": mean}
 
-        computed = self._jit(losses)(self._disturbed_params(params, disturb), images, targets)
+        compute = self._jit_once("loss", added, losses)
+        computed = compute(self._disturbed_params(params, disturb), images, targets)
         return None, {name: np.asarray(loss) for name, loss in computed.items()}
 
     def operations(self, mixed: str, site: str, teacher: str | None = None, disturb: Disturb | None = None) -> Result:
@@ -224,11 +232,14 @@ class JaxSide:
         operation of the site makes of that."""
         model, params = self.model()
         ops = operations_of(site, weights.flatten(params))
-        params, batch = self._disturbed_params(params, disturb), self._mixed(mixed, 0, None)
-        observed = operations.Observed(model, params, batch, site, ops, self._jit)
+        params, (images, targets) = self._disturbed_params(params, disturb), self._mixed(mixed, 0, None)
+        key = "operations", site, images.shape
+        if key not in self._programs:
+            self._programs[key] = operations.Observed(model, site, ops, self._jit)
+        observed = self._programs[key]
         if teacher is None:
-            return None, observed.record().named()
-        return None, observed.feed(Recording.load(teacher, disturb))
+            return None, observed.record(params, images, targets).named()
+        return None, observed.feed(params, images, Recording.load(teacher, disturb))
 
     def operation(
         self, question: dict[str, Any], operands: str, disturb: Disturb | None = None, programs: str | None = None

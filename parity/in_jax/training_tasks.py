@@ -44,15 +44,15 @@ class TrainingJax(JaxSide):
         params, shown, _ = self._trained_alone(model, self._disturbed_params(params, disturb))
         microbatches, added = self.side.microbatches, added_to(additions)
 
-        @self._jit
         def gradients(params, images, targets, scale):
             return steps.loss_and_gradients(model, params, images, targets, microbatches, scale, added)[1]
 
+        compute = self._jit_once("gradients", added, gradients)
         loss_scale = jnp.float32(scale) if self.precision.scales_loss else None
         saved, overflows = {}, 0
         for number in range(count):
             images, targets = self._mixed(mixed, number, disturb)
-            named = self._named(gradients(params, shown(images), targets, loss_scale), f"{number}/")
+            named = self._named(compute(params, shown(images), targets, loss_scale), f"{number}/")
             saved |= named
             overflows += not all(np.isfinite(array).all() for array in named.values())
             self.progress(number + 1, count)

@@ -54,7 +54,8 @@ class TorchSide:
         meeting: Path,
     ):
         self.precision = choose(precision)
-        torch.use_deterministic_algorithms(side.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != side.deterministic:  # setting it imports torch._inductor
+            torch.use_deterministic_algorithms(side.deterministic)
         self.side, self.weight_file, self.progress = side, weight_file, progress
         # float64, which decides what is right, runs on the CPU even if there is a GPU, unless that is asked for
         on_gpu = torch.cuda.is_available() and (precision != "fp64" or side.device64)

@@ -309,6 +309,7 @@ def _sliced(question: Suspect, arrays: Arrays, sizes: dict[str, int]) -> Arrays:
 def _write(ladder: Ladder, whole: Seen, small: Seen, folder: Path, attestation: dict[str, Any]) -> None:
     """Writes the folder; nothing is there before all of it is."""
     question, made = whole.question, ladder.folder / "reproducer"
+    shutil.rmtree(made, ignore_errors=True)  # of an earlier fault in the same comparison
     made.mkdir()
     _seen(ladder, question, small.arrays, made)
     content = question.content() | {f"{framework} ran with": info for framework, info in small.ran.items()}

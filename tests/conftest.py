@@ -6,7 +6,6 @@ What is compared with golden values is compiled as users' programs are: `jax.jit
 
 import atexit
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,17 +22,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # for PyTorch, which would take a GPU that is here; test_gpu.py's processes see what the user lets them see
 os.environ.setdefault("TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-AS_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-# later versions do not know this flag, and end at once where it is given
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
-    COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
-    AS_USERS["xla_cpu_use_fusion_emitters"] = True
-os.environ["XLA_FLAGS"] = f"{COMPILES_FAST} --xla_force_host_platform_device_count=8"
-# nothing of the user's own cache decides what a test compiles or fetches, and tests leave nothing there
-if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the directory of the process that started it
-    os.environ["BIT_JAX_CACHE"] = tempfile.mkdtemp(prefix="bit-jax-tests-")
-    atexit.register(shutil.rmtree, os.environ["BIT_JAX_CACHE"], ignore_errors=True)
 # tests run on all cores already, and PyTorch's threads wait for each other by spinning
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -47,6 +35,17 @@ from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
 from parity.sides.inputs import random_arrays
 
+COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+AS_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# later versions do not know this flag, and end at once where it is given
+if jax.__version_info__ < (0, 11):
+    COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
+os.environ["XLA_FLAGS"] = f"{COMPILES_FAST} --xla_force_host_platform_device_count=8"
+# nothing of the user's own cache decides what a test compiles or fetches, and tests leave nothing there
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the directory of the process that started it
+    os.environ["BIT_JAX_CACHE"] = tempfile.mkdtemp(prefix="bit-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["BIT_JAX_CACHE"], ignore_errors=True)
 # under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,7 +1,9 @@
 """Datasets by name: `open_source` opens one, whatever its format."""
 
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,12 +102,25 @@ class SyntheticSource:
 
 def _digits(split: str) -> ArraySource:
     """1,797 scanned digits of 8x8 pixels and 17 grey levels, from UCI's "Optical Recognition of Handwritten Digits"."""
-    from sklearn.datasets import load_digits  # this import takes a second, which other datasets do not need
-
     if split not in ("train", "test"):
         raise DatasetError(f"digits has no split {split!r}; it has train and test")
-    digits: Any = load_digits()
-    held_out = np.arange(len(digits.target)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
+    levels, labels = _all_digits()
+    held_out = np.arange(len(labels)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
     chosen = held_out if split == "test" else ~held_out
-    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ArraySource(f"digits/{split}", images, digits.target[chosen], [str(digit) for digit in range(10)])
+    images = np.round(levels[chosen] * (255 / 16)).astype(np.uint8)
+    return ArraySource(f"digits/{split}", images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `sklearn.datasets.load_digits` does, grey levels [1797, 8, 8] and labels, but reads scikit-learn's
+    file itself where that is found: importing scikit-learn takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    return digits.images, digits.target

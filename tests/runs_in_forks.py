@@ -8,8 +8,6 @@ import faulthandler
 import os
 import sys
 
-import sklearn.datasets  # noqa: F401 (bit_jax.train imports it when it opens digits)
-
 from bit_jax import train
 from input_pipeline.exits import exit_code
 

@@ -14,6 +14,7 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import own_dataset
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from input_pipeline import (
     CannotRead,
@@ -36,6 +38,7 @@ from input_pipeline import (
     read_image_file,
     relabelled,
     require_labels,
+    sources,
     typical_area,
 )
 from input_pipeline.check import SHOWN, check
@@ -75,6 +78,15 @@ def test_digits():
     assert train[0]["image"].shape == (8, 8)
     assert train[0]["image"].max() == 255 * 15 // 16
     assert set(train.labels) == set(range(10)) == {int(name) for name in train.class_names}
+
+
+def test_digits_are_scikit_learns_whether_its_file_is_found_or_not(monkeypatch):
+    expected: Any = load_digits()
+    found = sources._all_digits()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for levels, labels in (found, sources._all_digits()):
+        np.testing.assert_array_equal(levels, expected.images, strict=True)
+        np.testing.assert_array_equal(labels, expected.target, strict=True)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -1,16 +1,19 @@
 """Gives every test eight virtual CPU devices and strict dtype promotion, which must be set before JAX starts.
 
-The tests' own process compiles as users' programs do. The processes that tests start compile more than they compute, so
-their flags make XLA compile in less time into programs that run more slowly.
+Tests compile more than they compute, so their flags make XLA compile in less time into programs that run more slowly.
+What is compared with golden values is compiled as users' programs are: `jax.jit(..., compiler_options=AS_USERS)`.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +22,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # for PyTorch, which would take a GPU that is here; test_gpu.py's processes see what the user lets them see
 os.environ.setdefault("TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # replaced below for tests' processes
 # tests run on all cores already, and PyTorch's threads wait for each other by spinning
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,14 +35,22 @@ from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
 from parity.sides.inputs import random_arrays
 
+COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+AS_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# later versions do not know this flag, and end at once where it is given
+if jax.__version_info__ < (0, 11):
+    COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
+os.environ["XLA_FLAGS"] = f"{COMPILES_FAST} --xla_force_host_platform_device_count=8"
+# nothing of the user's own cache decides what a test compiles or fetches, and tests leave nothing there
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the directory of the process that started it
+    os.environ["BIT_JAX_CACHE"] = tempfile.mkdtemp(prefix="bit-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["BIT_JAX_CACHE"], ignore_errors=True)
 # under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # XLA reads its flags now, and never again
-COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-if jax.__version_info__ < (0, 11):  # later versions do not know this flag, and end at once where it is given
-    COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = COMPILES_FAST
+os.environ["XLA_FLAGS"] = COMPILES_FAST  # the processes that tests start have one device, or as many as they say
 
 ROOT = Path(__file__).parent.parent
 SMALL = Architecture((1, 1, 1, 1), 0.5, 10)

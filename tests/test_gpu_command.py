@@ -66,7 +66,8 @@ def test_only_some_steps(gpu, small_steps, tmp_path):
         gpu.main(tmp_path / "out", only=("nowhere",))
 
 
-def test_a_step_that_will_not_end_is_killed(gpu, tmp_path):
+def test_a_step_that_will_not_end_is_killed(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print(0, flush=True); time.sleep(1000)"
     stubborn = gpu.Step("stubborn", python(ignores), 9)
     record = gpu.Record(tmp_path)

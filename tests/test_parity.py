@@ -162,7 +162,7 @@ def faulty(ladders):
 
 # one a rung up to the loss, and those of accuracy, whose lines are in the precision asked for; test_bundles.py finds
 # the others through a record of the same reference, and test_parity_operations.py those of one operation
-ONE_A_RUNG = ("swapped-hw", "bgr", "norm-eps", "mixup-labels")
+ONE_A_RUNG = ("swapped-hw", "bgr", "stride", "mixup-labels")
 SLOW = ("detached", "last-batch", "turned-image")
 
 
@@ -221,16 +221,11 @@ def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
     state = resnetv2.load(str(small_npz)).state_dict()
     state["block2.unit01.b.group_norm.gamma"] *= 1.01
     torch.save(state, tmp_path / "other.pt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pt")
-    for name, code in (("other", 1), ("foreign", 2)):
-        flags = ["--weights", small_npz, "--torch-weights", tmp_path / f"{name}.pt", "--run", tmp_path / name]
-        done = parity("weights", *flags, "--precision", "fp64")
-        assert done.returncode == code, done.stdout + done.stderr
-        if code == 1:
-            assert "block2/unit01/b/group_norm/gamma" in done.stdout
-            assert "do not hold the same weights" in done.stderr
-        if code == 2:
-            assert done.stderr.strip().count("\n") == 0
+    flags = ["--weights", small_npz, "--torch-weights", tmp_path / "other.pt", "--run", tmp_path / "run"]
+    done = parity("weights", *flags, "--precision", "fp64")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "block2/unit01/b/group_norm/gamma" in done.stdout
+    assert "do not hold the same weights" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -240,7 +235,7 @@ def test_a_state_dict_takes_the_place_of_the_files_weights(small_npz, tmp_path):
         (["weights", "--candidate", "jax:devices=3"], "--rows 8 is not divisible"),
         (["weights", "--size", "64x"], "--size 64x is neither"),
         (["weights", "--rows", "3"], "must be even"),
-        (["weights", "--torch-model", "parity:nothing"], "--torch-model parity:nothing"),
+        (["weights", "--precision", "fp64", "--torch-model", "parity:nothing"], "--torch-model parity:nothing"),
         pytest.param(
             ["weights", "--torch-model", "foreign_bit:load_something_else"], "do not pair up", marks=pytest.mark.slow
         ),
@@ -268,6 +263,7 @@ def test_a_wrong_request_ends_in_one_sentence(arguments, said, tmp_path, foreign
     assert done.returncode == 2, done.stdout + done.stderr
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 or "For full helptext" in done.stderr  # tyro's own refusals are in a box
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +286,8 @@ def test_accuracy_counts_classes_by_their_names(small_npz, tmp_path):
         for number in range(2):
             pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)
             Image.fromarray(pixels).save(dataset / "test" / name / f"{number}.png")
-    flags = ["--weights", weights_folder / "w.npz", "--size", "32", "--rows", "2", "--dataset", f"folder:{dataset}"]
+    flags = ["--weights", weights_folder / "w.npz", "--size", "32", "--rows", "2", "--precision", "fp64"]
+    flags += ["--dataset", f"folder:{dataset}"]
     done = parity("accuracy", *flags, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     report = saved.load(tmp_path / "run")
@@ -380,10 +377,10 @@ def test_a_side_that_dies_ends_the_comparison_with_its_last_words(small_npz, tmp
 
 def test_fail_fast_ends_a_rung_at_its_first_bug(faulty):
     faulty.options = dataclasses.replace(faulty.options, fail_fast=True)
-    failed, _ = inject(faulty, faults.FAULTS["norm-eps"])
+    failed, _ = inject(faulty, faults.FAULTS["stride"])
     faulty.options = dataclasses.replace(faulty.options, fail_fast=False)
     assert failed is not None
-    assert [line.name for line in failed.lines] == ["root_block", "block1/unit01"]
+    assert [line.name for line in failed.lines] == ["root_block", "block1/unit01", "block2/unit01"]
 
 
 @pytest.mark.parametrize(("side", "other"), [("jax", "torch"), ("torch", "jax")])

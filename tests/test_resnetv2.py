@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from conftest import AS_USERS
 from jax import lax
 
 import bit_jax
@@ -31,7 +32,10 @@ def load(tmp_path, depth, classes, seed, dtype):
     return bit_jax.load(path, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames="model")  # compiled once for all tests
+as_users = functools.partial(jax.jit, compiler_options=AS_USERS)
+
+
+@functools.partial(as_users, static_argnames="model")  # compiled once for all tests
 def applied(model, params, images):
     return model.apply({"params": params}, images)
 
@@ -83,7 +87,7 @@ def test_r50x1_gradients(x64, r50x1):
     def loss_of(params):
         return steps.cross_entropy(model.apply({"params": params}, images), targets).mean()
 
-    loss, gradients = jax.jit(jax.value_and_grad(loss_of))(params)
+    loss, gradients = as_users(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, GOLDEN["grad/loss"], rtol=TOLERANCE)
     flat = {torch_name(key): np.asarray(array) for key, array in weights.flatten(gradients).items()}
     assert {f"grad/{name}" for name in flat} | {"grad/loss"} == {key for key in GOLDEN.files if key.startswith("grad/")}
@@ -103,7 +107,7 @@ def sample_variance(kernel, eps=None):
 def furthest_from_golden(model, params):
     """The largest difference from the golden logits, of the model as it is now patched."""
     images = jnp.asarray(golden_inputs.images(11)[1])
-    logits = jax.jit(lambda params, images: model.apply({"params": params}, images))(params, images)
+    logits = as_users(lambda params, images: model.apply({"params": params}, images))(params, images)
     return np.abs(logits - GOLDEN["R50x1-1000-97x131"]).max()
 
 
@@ -201,18 +205,30 @@ def test_statistics_keep_their_digits_where_the_mean_is_large(x64, normalized, p
     assert np.abs(single - exact).max() < 4 * np.abs(of_rounded - exact).max()
 
 
-def test_products_compute_the_same(x64, r50x1):
-    model, params = r50x1
-    logits = logits_of(model.clone(products=True), params, golden_inputs.images(11)[1])
-    assert np.abs(logits - GOLDEN["R50x1-1000-97x131"]).max() < TOLERANCE
+@pytest.fixture(scope="module")
+def small(small_npz):
+    """The smallest model in float64, its parameters, an image of odd sides, and the model's logits of it."""
+    with jax.enable_x64(True):
+        model, params = bit_jax.load(small_npz, dtype=jnp.float64)
+        image = golden_inputs.images(11)[1]
+        return model, params, image, quick_logits(model, params, image)
 
 
-def test_kernels_standardized_before_compute_the_same(x64, small_npz):
-    model, params = bit_jax.load(small_npz, dtype=jnp.float64)
-    image = golden_inputs.images(11)[1]
-    expected, before = logits_of(model, params, image), model.clone(standardized=True)
-    assert np.abs(logits_of(before, jax.jit(steps.standardized)(params), image) - expected).max() < TOLERANCE
-    assert np.abs(logits_of(before, params, image) - expected).max() > 0.01
+def quick_logits(model, params, images):
+    quickly = {"xla_backend_optimization_level": 0}
+    return np.asarray(jax.jit(model.apply, compiler_options=quickly)({"params": params}, images))
+
+
+def test_products_compute_the_same(x64, small):
+    model, params, image, expected = small
+    assert np.abs(quick_logits(model.clone(products=True), params, image) - expected).max() < TOLERANCE
+
+
+def test_kernels_standardized_before_compute_the_same(x64, small):
+    model, params, image, expected = small
+    before = model.clone(standardized=True)
+    assert np.abs(quick_logits(before, jax.jit(steps.standardized)(params), image) - expected).max() < TOLERANCE
+    assert np.abs(quick_logits(before, params, image) - expected).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -235,7 +251,7 @@ def test_a_convolution_written_as_a_product_has_its_value_and_gradients(x64, siz
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 65), (8, 8)])
 def test_any_image_size(small_npz, height, width):
     model, params = bit_jax.load(small_npz)
-    logits = model.apply({"params": params}, jnp.zeros((2, height, width, 3)))
+    logits = quick_logits(model, params, jnp.zeros((2, height, width, 3)))
     assert logits.shape == (2, 10)
     assert np.isfinite(logits).all()
 

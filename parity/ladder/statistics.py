@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
+import statistics
 from typing import Any, Literal
 
 import numpy as np
-from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 REFUTING = 0.9998  # confidence level at which an interval lies on one side by chance once in 10,000 times
@@ -55,6 +55,8 @@ class Paired:
     def mcnemar(self) -> float:
         """Returns the exact two-sided p-value of "both are right equally often", from the images that only one of them
         gets right."""
+        from scipy import stats  # here and below, because importing it takes most of a second
+
         disputed = self.reference_only + self.candidate_only
         return float(stats.binomtest(self.candidate_only, disputed).pvalue) if disputed else 1.0
 
@@ -65,7 +67,9 @@ class Paired:
         Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
         paired-sample design", Statistics in Medicine 17 (1998).
         """
-        z = float(stats.norm.ppf((1 + confidence) / 2))
+        from scipy import optimize
+
+        z = _quantile((1 + confidence) / 2)
 
         def end(sign: int) -> float:
             def excess(delta: float) -> float:
@@ -93,7 +97,7 @@ class Paired:
     def examples_needed(self, margin: float) -> int:
         """Returns the number of images that would show equivalence if the classifiers disagreed on the same share of
         images, equally often in each direction."""
-        z = float(stats.norm.ppf(0.95))
+        z = _quantile(0.95)
         share = (self.reference_only + self.candidate_only) / self.examples
         # the score test at delta = margin with a share s, evenly split: approximately n margin^2 > z^2 (s + margin)
         return math.ceil(z**2 * max(share, margin) / margin**2)
@@ -136,7 +140,7 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
     """
     differences = np.abs(candidate.astype(np.float64) - reference).max(axis=1)
     median, high = (float(np.quantile(differences, share)) for share in (0.5, ERROR_QUANTILE))
-    spread = math.log(high / median) / float(stats.norm.ppf(ERROR_QUANTILE)) if 0 < median < math.inf > high else 0.0
+    spread = math.log(high / median) / _quantile(ERROR_QUANTILE) if 0 < median < math.inf > high else 0.0
     error = max(high, median * math.exp(min(OUTLIER * spread, MOST)))
     ours, theirs = candidate.argmax(axis=1), reference.argmax(axis=1)
     flipped = []
@@ -154,6 +158,11 @@ def flips(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, list[dic
             }
         )
     return error, flipped
+
+
+def _quantile(share: float) -> float:
+    """Returns the number below which that share of a standard normal distribution lies."""
+    return statistics.NormalDist().inv_cdf(share)
 
 
 def rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from bit_jax.model.architecture import STANDARDIZE_EPS
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
 from bit_jax.published.catalogue import PublishedFile
-from bit_jax.training import checkpoint, metrics
+from bit_jax.training import metrics
 from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.steps import FIRST_SCALE, mixup_weight
 from bit_jax.training.trained import trains
@@ -190,6 +190,8 @@ class RecordedRun:
 
     def checkpoints(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the oldest first."""
+        from bit_jax.training import checkpoint  # here and below, because Orbax takes long to import
+
         return sorted(checkpoint.complete_steps(self.workdir / "checkpoints"))
 
     def initial_weights(self) -> Path | None:
@@ -210,6 +212,8 @@ class RecordedRun:
             RequestError: the checkpoint or the weight file is damaged or cannot be read, or the checkpoint's
                 optimizer is not SGD with momentum.
         """
+        from bit_jax.training import checkpoint
+
         if step == 0:
             path = self.initial_weights()
             assert path is not None, "the caller has looked"

@@ -25,7 +25,6 @@ from parity.sides import clock, inputs
 from parity.sides.side import Side, parse_side
 from parity.sides.weights import weight_file
 from parity.sides.worker import Answer, Worker
-from parity.throughput import report as throughput_report
 from parity.throughput.request import RANDOM_CLASSES, Throughput
 from parity.throughput.summary import Ceilings, rate, summarize
 
@@ -276,6 +275,8 @@ def _in_turn(arms: Sequence[str], number: int) -> Iterator[str]:
 
 def run(options: Throughput) -> bool:
     """Measures, prints and saves; returns whether every arm computes the right losses and none became slower."""
+    from parity.throughput import report as throughput_report  # draws with matplotlib, which takes long to import
+
     options.check()
     console = terminal.console()
     old = throughput_report.load(options.compare) if options.compare else None

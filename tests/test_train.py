@@ -33,7 +33,6 @@ from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
 from bit_jax.training import resources, run
 from bit_jax.training.loop import Begun, Loop
-from bit_jax.training.run import open_sources
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
 from parity.sides.inputs import pictures

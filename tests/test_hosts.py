@@ -400,6 +400,6 @@ def test_hosts_that_do_not_find_each_other_say_so(started, environment, tmp_path
     flags = "--coordinator 127.0.0.1:1 --hosts 2 --host 1 --start-timeout 1".split()
     command = [sys.executable, "train.py", "digits", "--workdir", tmp_path / "run", *flags]
     code, said = said_by(started(command, environment))
-    assert code == 2
+    assert code == 1  # another host may have died, so a supervisor tries again
     assert said[-1].startswith("error: the hosts did not find each other in 1 s"), said
     assert not any("Traceback" in line for line in said)

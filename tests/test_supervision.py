@@ -426,7 +426,14 @@ LOST, ONE, TWO = End("host 0", 137), End("host 0", 1), End("host 1", 2)
         ([ONE, ONE], Record(6, "failed", "the loss is nan"), "run", "the loss is nan"),
         ([ONE, ONE], Record(6, "defect", ""), "run", "host 0 ended with exit code 1"),
         ([ONE, ONE], Record(6), "run", "host 0 ended with exit code 1"),
-        ([ONE, ONE], None, "run", "host 0 ended with exit code 1"),
+        ([ONE, ONE], None, "machine", "host 0 ended with exit code 1 before the run had begun"),
+        (
+            [ONE, TWO],
+            Record(6, "lost host", "host 1 ended: no space; free some", began=True),
+            "run",
+            "host 1 ended: no",
+        ),
+        ([TWO], Record(6, "refused", "cannot write; free space", began=True), "run", "cannot write"),
     ],
 )
 def test_whose_fault_it_is(ends, record, fault, sentence):

@@ -113,7 +113,7 @@ def test_a_frozen_host_is_named_with_its_place_and_says_itself_that_it_froze(thr
     for process in others:
         code, said = ended(process)
         sentence = (
-            "host 2 is not heard any more: nothing for 5 s, since step 41 (saving); it died, froze, or is cut off"
+            "host 2 is not heard any more: nothing for 8 s, since step 41 (saving); it died, froze, or is cut off"
         )
         assert code == 1
         assert [line for line in said if line.startswith(f"told: {sentence}")]

@@ -82,7 +82,8 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     marked, each waits until all have come so far: the first may still write what another says is written.
 
     Raises:
-        RequestError: the hosts do not find each other.
+        RequestError: the flags do not say which hosts these are, or the coordinator cannot listen. Hosts that do not
+            find each other in time end with exit code 1.
     """
     arguments = _arguments(scale)
     if arguments is None:
@@ -93,7 +94,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
         "and --hosts, and see that its port is reachable from each"
     )
-    with within(scale.start_timeout, missing, 2):
+    with within(scale.start_timeout, missing, 1):  # a host that died or froze, more often than a wrong flag
         try:
             _initialize(
                 **arguments,

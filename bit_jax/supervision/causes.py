@@ -67,9 +67,9 @@ class Cause:
 def cause_of(ends: Sequence[End], record: Record | None) -> Cause | None:
     """Returns why a start ended; None if it has finished.
 
-    Hosts that lose another one end with exit code 1, so one that was lost explains them. The first end counts before
-    later ones: hosts that wait at the start for one that was killed call that a wrong request in the end, and a host
-    that waits for one whose request was refused is killed.
+    Hosts that lose another one, or wait for it in vain at the start, end with exit code 1, so one that was lost
+    explains them. The first end counts before later ones: a host that waits for one whose request was refused is
+    killed.
 
     Args:
         ends: how the hosts ended, the first one first.
@@ -81,7 +81,9 @@ def cause_of(ends: Sequence[End], record: Record | None) -> Cause | None:
     if failed[0].lost:
         return Cause("machine", failed[0].lost)
     if refused := next((end for end in failed if end.code == REFUSED), None):
-        return Cause("request", refused.said)
+        # what had begun to train was no wrong request: its disk is full, or one of its files damaged
+        began = record is not None and record.began
+        return Cause("run", _why(refused, record), "refused") if began else Cause("request", refused.said)
     if lost := next((end for end in failed if end.lost), None):
         return Cause("machine", f"{failed[0].said}, and {lost.lost}" if lost.killed else lost.lost)
     return _recorded(failed[0], record)
@@ -90,15 +92,21 @@ def cause_of(ends: Sequence[End], record: Record | None) -> Cause | None:
 def _recorded(first: End, record: Record | None) -> Cause:
     """Returns the cause where every host ended by itself with exit code 1; host 0 has written why, if it could. The
     advice behind the first clause is left out: the hosts themselves have given it."""
-    if record is None or record.ended is None:
+    if record is None:  # as where the hosts did not find each other
+        return Cause("machine", f"{first.said} before the run had begun")
+    if record.ended is None:
         return Cause("run", first.said, f"exit code {first.code}")
-    why = (record.why or first.said).partition("; ")[0]
+    why = _why(first, record)
     if record.ended == "lost host":
         # a host that fails by itself tells the others why, and one that is not heard any more does not
         if own := re.search(r"\bhost \d+ ended: (.+)", why):
             return Cause("run", own[0], "failed")
         return Cause("machine", why)
     return Cause("run", why, record.ended)
+
+
+def _why(end: End, record: Record | None) -> str:
+    return ((record.why if record is not None else "") or end.said).partition("; ")[0]
 
 
 def _signal(number: int) -> str:

@@ -19,6 +19,7 @@ class Record:
         ended: finished, stopped, failed, refused, lost host or defect; None if the start could not write its end.
         why: the sentence that it ended with; may be empty.
         devices, hosts: how many it ran on; None if it does not say.
+        began: whether it had restored its checkpoint, or made its first parameters.
     """
 
     step: int | None = None
@@ -26,6 +27,7 @@ class Record:
     why: str = ""
     devices: int | None = None
     hosts: int | None = None
+    began: bool = False
 
 
 class RunFolder:
@@ -65,7 +67,8 @@ class RunFolder:
             value if isinstance(value := merged.get(name), int) else None for name in ("step", "devices", "hosts")
         )
         ended, why = merged.get("ended"), merged.get("why")
-        return Record(step, str(ended) if ended else None, str(why or ""), devices, hosts)
+        began = merged.get("start") is not None
+        return Record(step, str(ended) if ended else None, str(why or ""), devices, hosts, began)
 
     def _lines(self, since: int) -> list[dict[str, Any]]:
         if self._path is None:

@@ -31,6 +31,7 @@ NAMES = {
     "evaluation": "evaluation",
     "evaluation before training": "evaluation",
     "saving": "saving",
+    "watching": "watching",
 }
 ROWS = (*dict.fromkeys(NAMES.values()), LOST, DEAD, DOWN, OTHER)
 

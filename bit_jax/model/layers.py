@@ -10,6 +10,8 @@ from bit_jax.model.architecture import GROUPS, STANDARDIZE_EPS
 from bit_jax.model.execution import CONVOLVED, Numerics
 
 NORM_EPS = 1e-5  # BiT; Flax's default is 1e-6
+RELU, OUTPUT = "relu", "output"  # names under which `sow_largest` keeps largest values: of a ReLU, of a module's output
+INTERMEDIATES = "intermediates"  # Flax's collection for such values; mutable only where a caller asks for it
 
 
 def param_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -44,6 +46,14 @@ def group_norm_relu(
     return ops.group_norm_relu(x, gamma, beta, GROUPS, NORM_EPS if eps is None else eps, recompute)
 
 
+def sow_largest(module: nn.Module, name: str, x: Float[Array, "batch height width channels"]) -> None:
+    """Keeps the largest absolute value of each channel, [channels], in the module's "intermediates", if the model is
+    applied with `mutable="intermediates"`. Otherwise nothing is computed, and the program is as without this call."""
+    if module.is_mutable_collection(INTERMEDIATES):
+        largest = jnp.abs(x).max(axis=(0, 1, 2)).astype(param_dtype(x.dtype))
+        module.sow(INTERMEDIATES, name, largest)
+
+
 class StdConv(nn.Module):
     """Convolution without bias whose kernel is standardized on every use; padded by (size - 1) / 2 on each side."""
 
@@ -72,4 +82,6 @@ class GroupNormRelu(nn.Module):
         dtype = param_dtype(numerics.dtype)
         gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), dtype)
         beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],), dtype)
-        return group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)
+        active = group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)
+        sow_largest(self, RELU, active)
+        return active

@@ -22,7 +22,7 @@ from bit_jax.training.flagperf import Rank0Share
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.optimizer import sgd
 from bit_jax.training.target import Target
-from bit_jax.training.watch_step import make_watch_step
+from bit_jax.training.watched import make_watch_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Program:
         eval_step: (standardized parameters, batch) -> sums.
         state_shape: shapes, dtypes, shardings and layouts of the state.
         optimizer: the optimizer of the training step.
-        watch_step: (state, batch) -> the numbers of `watch_step.make_watch_step`; None where nobody watches.
+        watch_step: (state, batch) -> the numbers of `watched.make_watch_step`; None where nobody watches.
     """
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]

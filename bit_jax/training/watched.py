@@ -1,22 +1,29 @@
-"""The numbers of a step that training itself does not return, computed by a program of its own beside the step.
+"""What is watched while a run trains: numbers of some steps, by a program of its own, and the loss of every step.
 
 The training step's program stays as it is, to the bit: it is not asked for anything more.
 """
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.layers import INTERMEDIATES, param_dtype
 from bit_jax.model.resnetv2 import ResNetV2
+from bit_jax.scale import hosts
 from bit_jax.training.steps import TrainState, mixup_weight, prepare, scaled_loss, shares
 from bit_jax.training.trained import overlaid, restricted, trained
 from bit_jax.watching import numbers
+from bit_jax.watching.spikes import Spikes, Window, mixing
+
+if TYPE_CHECKING:
+    from bit_jax.training.run import Run
 
 
 def make_watch_step(
@@ -81,3 +88,24 @@ def gradients_and_activations(
     if scale is not None:
         gradients = jax.tree.map(lambda leaf: leaf / scale, gradients)
     return gradients, largest
+
+
+@contextlib.contextmanager
+def spikes_of(run: "Run", note: Callable[[str], object]) -> Iterator[Spikes | None]:
+    """Yields what the run's losses are given to while the `with` block runs; None on all hosts but the first."""
+    if not hosts.is_first():
+        yield None
+        return
+    loader, mixup = run.loader(run.train), run.recipe.mixup
+    drawn = jax.jit(mixup_weight, static_argnums=(0, 2))
+
+    def examples(step: int) -> list[str]:
+        return [run.train[index]["id"] for index in loader.examples(step - 1)]
+
+    def mixed(step: int) -> float:
+        weight = float(drawn(run.config.run.seed, np.int32(step - 1), mixup)) if mixup else 1.0
+        return mixing(weight, run.architecture.num_classes)
+
+    spikes = Spikes(run.workdir.spikes, Window(run.global_batch, mixed), examples, note)
+    with contextlib.closing(spikes):
+        yield spikes

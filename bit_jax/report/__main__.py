@@ -49,8 +49,9 @@ def main() -> None:
     else:
         console = terminal.console(width=140)
         console.print(overview.table(records))
-        if (table := overview.times(records)) is not None:
-            console.print(table)
+        for table in (overview.times(records), overview.watched(records)):
+            if table is not None:
+                console.print(table)
     if arguments.json is not None:
         write_json(arguments.json, [_content(record) for record in records])
 
@@ -63,6 +64,8 @@ def _content(record: Record) -> dict:
         "config": record.config,
         "last": record.last,
         "over_all_starts": None if record.account is None else record.account.described(),
+        "watched": record.watched,
+        "spikes": [dataclasses.asdict(spike) for spike in record.spikes],
         "flagperf": card.row(record),
     }
 

@@ -203,9 +203,7 @@ class Loop:
         if signal:
             self.end(signal, state)
 
-    def watch(
-        self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int
-    ) -> None:
+    def watch(self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int) -> None:
         """Logs the numbers of `numbers.of_step` of a step that is about to begin; the begun ones are finished first, so
         that the time is this program's alone."""
         with self.timeline("steps"):

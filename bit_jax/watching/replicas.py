@@ -105,24 +105,25 @@ def disagreeing(
     Args:
         split: whether each array is split over `fsdp`, so that only devices with the same place there hold copies.
     """
+    places = np.array(list(np.ndindex(sums.shape[:2]))).reshape(*sums.shape[:2], 2)
     wrong: dict[tuple[int, int], list[int]] = {}
     known = True
-    for array in np.flatnonzero((sums != sums[:1]).any(axis=(0, 1)) | ((sums != sums[:1, :1]).any(axis=(0, 1)) & ~np.array(split))):
-        places = list(np.ndindex(sums.shape[:2]))
-        for group in range(sums.shape[1]) if split[array] else [None]:
-            copies = {place: int(sums[*place, array]) for place in places if group in (None, place[1])}
-            (most, count), *_ = Counter(copies.values()).most_common()
-            majority = 2 * count > len(copies)
+    for array, of_parts in enumerate(split):
+        groups = 1 if not of_parts else sums.shape[1]
+        copies = sums[..., array].reshape(-1, groups)
+        for values, holders in zip(copies.T, places.reshape(-1, groups, 2).swapaxes(0, 1), strict=True):
+            if (values == values[0]).all():
+                continue
+            most, count = Counter(values.tolist()).most_common(1)[0]
+            majority = 2 * count > len(values)
             known &= majority
-            for place, value in copies.items():
+            for value, (data, fsdp) in zip(values.tolist(), holders.tolist(), strict=True):
                 if value != most or not majority:
-                    wrong.setdefault(place, []).append(int(array))
+                    wrong.setdefault((data, fsdp), []).append(array)
     return dict(sorted(wrong.items())), known
 
 
-def _sentence(
-    wrong: dict[tuple[int, int], list[int]], known: bool, names: Sequence[str], mesh: Mesh, step: int
-) -> str:
+def _sentence(wrong: dict[tuple[int, int], list[int]], known: bool, names: Sequence[str], mesh: Mesh, step: int) -> str:
     devices = [_described(mesh.devices[place]) for place in wrong]
     arrays = sorted({array for arrays in wrong.values() for array in arrays})
     which = f"{names[arrays[0]]}" + (f" and {len(arrays) - 1} more arrays" if len(arrays) > 1 else "")

@@ -52,7 +52,7 @@ def check(state: Any, mesh: Mesh, step: int) -> None:
 def checksums(arrays: Sequence[Array], mesh: Mesh) -> UInt32[np.ndarray, "data fsdp arrays"]:
     """Returns the checksum of each device's own copy, or own part, of each array, on every host."""
     specs = tuple(array.sharding.spec for array in arrays)  # pyright: ignore[reportAttributeAccessIssue]
-    return sharding.fetch(_of_own_copies(mesh, specs)(arrays))
+    return sharding.fetch(_of_own_copies(mesh, specs)(tuple(arrays)))
 
 
 @functools.lru_cache(maxsize=2)
@@ -126,7 +126,8 @@ def disagreeing(
 def _sentence(wrong: dict[tuple[int, int], list[int]], known: bool, names: Sequence[str], mesh: Mesh, step: int) -> str:
     devices = [_described(mesh.devices[place]) for place in wrong]
     arrays = sorted({array for arrays in wrong.values() for array in arrays})
-    which = f"{names[arrays[0]]}" + (f" and {len(arrays) - 1} more arrays" if len(arrays) > 1 else "")
+    more = len(arrays) - 1
+    which = names[arrays[0]] + (f" and {more} more array{'s' * (more > 1)}" if more else "")
     shown = ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
     who = (
         f"{shown} {'holds' if len(devices) == 1 else 'hold'} other bits than most devices"

@@ -17,9 +17,9 @@ from input_pipeline.files import DamagedFile, end_line, is_number, parse_json
 
 NAME = "spikes.jsonl"
 WINDOW, FEWEST = 100, 20  # losses that one is compared with, and as many as there must be
-SPREADS = 5.0  # how many spreads above the median a loss has to be
+SPREADS = 8.0  # how many spreads above the median a loss has to be
 TO_DEVIATION = 1.4826  # of the median absolute deviation, for the standard deviation of a normal distribution
-SURPRISES = 16.0  # nats that single examples may add to a batch's sum; a label that is wrong costs about ten
+SURPRISES = 24.0  # nats that single examples may add to the sum over a batch; one that is wrong costs about ten
 QUIET = 50  # steps after a sentence in which spikes are written, but not said
 
 

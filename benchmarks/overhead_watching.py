@@ -3,8 +3,11 @@
     python benchmarks/overhead_watching.py --json-path benchmarks/results/overhead_watching.json
 
 The embedded model trains on digits in the real loop, in blocks of `--every` steps that are watched once or not at all,
-in turns; which comes first alternates. The comparison is of the same state on `--devices` virtual devices of the CPU,
-in turns with saving it. Medians and quartiles are over the rounds.
+in turns; which comes first alternates. Beside the time stands the processor's time, which other programs disturb less.
+Then single steps and single measurements are timed in turns, which says what any interval costs.
+
+The comparison is of the same state on `--devices` virtual devices of the CPU, in turns with saving it. Medians and
+quartiles are over the rounds.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 from rich.table import Table
 
@@ -85,11 +89,11 @@ def started(run: Run, *, watched: bool) -> tuple[Program, TrainState]:
 
 
 def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
-    """Returns images/s of blocks with and without a watched step, the time that they take in pairs, and the seconds of
-    a step and of the program that watches."""
+    """Returns images/s of blocks with and without a watched step, what a block with one costs beside its neighbour, and
+    the seconds of single steps and measurements."""
     program, state = started(run, watched=True)
     seconds: dict[str, list[float]] = {"plain": [], "watched": []}
-    timelines = {name: Timeline() for name in seconds}
+    processor: dict[str, list[float]] = {"plain": [], "watched": []}
     loader, done = run.loader(run.train), 0
     unused: Any = None
     with Log(run.workdir.path, start=0, stop=10**6, global_batch=run.global_batch, quiet=True) as log:
@@ -101,36 +105,53 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
             settings = dataclasses.replace(run.config.run, watch_every=number)
             one = dataclasses.replace(run, config=dataclasses.replace(run.config, run=settings))
             account = Start(None, Timeline(), hosts=1, devices=1, global_batch=run.global_batch)
-            loop = Loop(one, program, unused, unused, timelines[name], log, account)
+            loop = Loop(one, program, unused, unused, Timeline(), log, account)
             batches = iter(list(loader.train(first, first + count)))
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             state, _ = loop.train_from(state, first, batches, None)
             jax.block_until_ready(state)
             seconds[name].append(time.perf_counter() - begun)
+            processor[name].append(time.process_time() - used)
             return state
 
         state = block("plain", WARM_UP, state, done)
         state = block("watched", 1, state, WARM_UP)
-        for values in seconds.values():
+        for values in (*seconds.values(), *processor.values()):
             values.clear()
-        timelines |= {name: Timeline() for name in seconds}
         done = WARM_UP + 1
         for number in range(rounds):
             for name in ("plain", "watched") if number % 2 else ("watched", "plain"):
                 state = block(name, every, state, done)
                 done += every
-    images = every * run.global_batch
-    step = statistics.median(seconds["plain"]) / every
-    watching = timelines["watched"]["watching"] / rounds
     return {
-        "p_train": {name: spread([images / value for value in values]) for name, values in seconds.items()},
-        "time of a watched block beside its neighbour's": spread(
-            [more / less for more, less in zip(seconds["watched"], seconds["plain"], strict=True)]
-        ),
-        "seconds of a step": step,
-        "seconds of watching": watching,
-        "steps that watching takes": watching / step,
-    }
+        "p_train": {
+            name: spread([every * run.global_batch / value for value in values]) for name, values in seconds.items()
+        },
+        "a watched block beside its neighbour": {"time": ratios(seconds), "processor": ratios(processor)},
+    } | singly(run, program, state, done, rounds)
+
+
+def singly(run: Run, program: Program, state: TrainState, step: int, rounds: int) -> dict[str, Any]:
+    """Returns the seconds of steps and of measurements, in turns and each waited for, and how many steps a measurement
+    takes."""
+    assert program.watch_step is not None
+    seconds: dict[str, list[float]] = {"plain": [], "watched": []}
+    signal = sharding.shard_batch({"signal": np.zeros(run.global_batch, np.int32)}, run.mesh)
+    stopped = {"stopped": jax.device_put(np.asarray(False), sharding.replicated(run.mesh))}
+    for _, batch in list(run.loader(run.train).train(step, step + 2 * rounds)):
+        begun = time.perf_counter()
+        jax.block_until_ready(program.watch_step(state, batch | signal))
+        watched = time.perf_counter()
+        state, _ = jax.block_until_ready(program.train_step(state, batch | signal | stopped))
+        seconds["watched"].append(watched - begun)
+        seconds["plain"].append(time.perf_counter() - watched)
+    named = {"seconds of a step": spread(seconds["plain"]), "seconds of watching": spread(seconds["watched"])}
+    return named | {"steps that watching takes": ratios(seconds)}
+
+
+def ratios(of: dict[str, list[float]]) -> dict[str, float]:
+    """Returns how much more is watched than plain, pair by pair."""
+    return spread([more / less for more, less in zip(of["watched"], of["plain"], strict=True)])
 
 
 def compared(run: Run, rounds: int) -> dict[str, Any]:
@@ -183,8 +204,10 @@ def show(measured: dict[str, Any]) -> None:
 
     for name, values in of_steps["p_train"].items():
         row(f"p_train {name}, images/s", values, ".1f")
-    row("time of a watched block / its neighbour's", of_steps["time of a watched block beside its neighbour's"], ".4f")
-    table.add_row("watching once, in steps", f"{of_steps['steps that watching takes']:.2f}")
+    beside = of_steps["a watched block beside its neighbour"]
+    row("time of a watched block / its neighbour's", beside["time"], ".3f")
+    row("the processor's", beside["processor"], ".3f")
+    row("watching once, in steps", of_steps["steps that watching takes"], ".2f")
     row(f"comparing {copies['bytes'] / 1e6:.0f} MB on {copies['devices']} devices, s", copies["compare"], ".3f")
     row("saving them, s", copies["save"], ".3f")
     table.add_row("the first comparison, s", f"{copies['first']:.2f}")

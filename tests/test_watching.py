@@ -439,12 +439,14 @@ def test_a_run_ends_at_the_checkpoint_after_a_bit_flipped_and_continues_from_the
     x64, small_npz, tmp_path, monkeypatch
 ):
     """And neither this nor being watched changes a bit of what it ends with."""
-    run.finetune(run.Run.of(digits(small_npz, tmp_path / "undisturbed")))
-    disturbed = digits(small_npz, tmp_path / "disturbed", checkpoint_every=2, watch_every=3)
-    compile_in_order = run.compile_program
+    compile_program, compiled = run.compile_program, []
+
+    def compile_once(made, **more):
+        compiled.append(compiled[0] if compiled else compile_program(made, watched=True))
+        return compiled[-1]
 
     def compile_with_a_fault(made, **more):
-        program = compile_in_order(made, **more)
+        program = compile_once(made, **more)
 
         def train_step(state, batch):
             state, metrics = program.train_step(state, batch)
@@ -455,6 +457,9 @@ def test_a_run_ends_at_the_checkpoint_after_a_bit_flipped_and_continues_from_the
 
         return dataclasses.replace(program, train_step=train_step)
 
+    monkeypatch.setattr(run, "compile_program", compile_once)
+    run.finetune(run.Run.of(digits(small_npz, tmp_path / "undisturbed")))
+    disturbed = digits(small_npz, tmp_path / "disturbed", checkpoint_every=2, watch_every=3)
     with monkeypatch.context() as patch:
         patch.setattr(run, "compile_program", compile_with_a_fault)
         with pytest.raises(RunFailed, match=r"after step 4, device 5 .* params/head/conv2d/kernel"):

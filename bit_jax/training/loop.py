@@ -129,10 +129,10 @@ class Loop:
         try:
             for index, batch in self.arriving(batches, begun):
                 step = index + 1
-                if sentence := recorder.before(step, self.training):
-                    self.log.note(sentence)
                 if flags.watch_every is not None and step % flags.watch_every == 0:
                     self.watch(state, step, batch, begun, start)
+                if sentence := recorder.before(step, self.training):
+                    self.log.note(sentence)
                 with self.timeline("steps"):
                     stopped = begun[-1].metrics["failed"] if begun else self.going_on
                     previous_state = [state]

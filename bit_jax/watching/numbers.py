@@ -42,7 +42,8 @@ def of_step(gradients: Any, updates: Any, params: Any, sown: Any) -> dict[str, F
 
 def _of_activations(sown: Any) -> dict[str, Float[Array, ""]]:
     by_unit: dict[str, dict[str, list[Array]]] = {}
-    for path, (largest,) in traverse_util.flatten_dict(sown).items():
+    flat: Any = traverse_util.flatten_dict(sown)
+    for path, (largest,) in flat.items():
         by_unit.setdefault(_unit(path), {RELU: [], OUTPUT: []})[path[-1]].append(largest)
     if not by_unit:
         return {}

@@ -345,7 +345,7 @@ def test_the_device_with_a_wrong_bit_is_named(devices, fsdp, number):
     replicas.check(state, mesh, 3)
     for name in state:
         wrong = state | {name: with_a_flipped_bit(state[name], number)}
-        said = rf"after step 3, device {number} \(.* of host 0\) holds other bits than most devices in {name}, "
+        said = rf"after step 3, device {number} \(cpu, number {number} on host 0\) holds other bits than most devices in {name}, "
         with pytest.raises(RunFailed, match=said) as failed:
             replicas.check(wrong, mesh, 3)
         assert getattr(failed.value, "on_all_hosts", False)
@@ -518,28 +518,7 @@ def test_all_hosts_name_the_device_of_one_of_them():
     ]
     for process in started:
         out, errors = process.communicate(timeout=120)
-        assert (process.returncode, out) == (1, "good\n"), errors
-        assert re.search(r"error: after step 6, device \d+ \(.* of host 1\) holds other bits .* in wrong, ", errors)
-
-
-@pytest.mark.slow
-def test_two_hosts_see_the_numbers_of_one(small_npz, compiled_once, tmp_path):
-    flags = (
-        "digits --global-batch 16 --resize-to 36 --crop 32 --warmup-steps 0 --decay-steps 3 --steps 2 --log-every 1 "
-        f"--precision fp64 --mixup 0.3 --watch-every 1 --microbatches 2 --model {small_npz} --workdir"
-    ).split()
-    alone = os.environ | {"XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count=1"}
-    several = [sys.executable, "-m", "bit_jax.launch", "--hosts", "2", "--devices", "2", "--", "train.py", *flags]
-    mesh = ["--mesh", "data=2,fsdp=2"]
-    for command in ([sys.executable, "train.py", *flags, "one"], [*several, "two", *mesh]):
-        place = [str(tmp_path / part) if part in ("one", "two") else part for part in command]
-        done = subprocess.run(place, cwd=ROOT, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "watch/grad_norm" in done.stderr
-    one, two = (
-        [entry for entry in entries(tmp_path / name / "metrics.jsonl")[0] if numbers.GRADIENT in entry]
-        for name in ("one", "two")
-    )
-    assert [entry["step"] for entry in one] == [1, 2]
-    for expected, found in zip(one, two, strict=True):
-        assert found == pytest.approx(expected, rel=1e-9)
+        assert (process.returncode, out.count("good\n")) == (1, 1), errors
+        assert re.search(
+            r"error: after step 6, device \d+ \(cpu, number 0 on host 1\) holds other bits .* in wrong, ", errors
+        )

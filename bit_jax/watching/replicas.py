@@ -124,7 +124,7 @@ def disagreeing(
 
 
 def _sentence(wrong: dict[tuple[int, int], list[int]], known: bool, names: Sequence[str], mesh: Mesh, step: int) -> str:
-    devices = [_described(mesh.devices[place]) for place in wrong]
+    devices = [_described(mesh.devices[place], mesh) for place in wrong]
     arrays = sorted({array for arrays in wrong.values() for array in arrays})
     more = len(arrays) - 1
     which = names[arrays[0]] + (f" and {more} more array{'s' * (more > 1)}" if more else "")
@@ -141,6 +141,8 @@ def _sentence(wrong: dict[tuple[int, int], list[int]], known: bool, names: Seque
     )
 
 
-def _described(device: Any) -> str:
-    number = getattr(device, "local_hardware_id", None)
-    return f"device {device.id} ({device.device_kind} {number} of host {device.process_index})"
+def _described(device: Any, mesh: Mesh) -> str:
+    """Names a device by JAX's number of it, its kind, and its place among its host's; every host says the same."""
+    of_its_host = sorted(other.id for other in mesh.devices.flat if other.process_index == device.process_index)
+    number = of_its_host.index(device.id)
+    return f"device {device.id} ({device.device_kind}, number {number} on host {device.process_index})"

@@ -216,6 +216,13 @@ class RunConfig:
     """Top-1 accuracy, between 0 and 1, at which training stops once an evaluation reaches it. None: train all steps."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
+    watch_every: int | None = None
+    """Steps between two measurements of gradient norm, update-to-weight ratio, largest activation and dead ReLUs,
+    by a program of its own that takes about a step's time and changes nothing; docs/watching.md explains the numbers.
+    None: none are measured."""
+    check_replicas: tyro.conf.FlagConversionOff[bool] = True
+    """Compare the copies of parameters and momentum on all devices before each checkpoint, bit by bit.
+    If a device's copy differs, the run ends, names the device, and saves nothing."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; a run that was killed loses at most these."""
     keep_checkpoints: int = 2
@@ -262,6 +269,7 @@ class Config:
             "--base-lr": self.optimizer.base_lr,
             "--eval-every": None if self.run.eval_every == "epoch" else self.run.eval_every,
             "--log-every": self.run.log_every,
+            "--watch-every": self.run.watch_every,
             "--checkpoint-every": self.run.checkpoint_every,
             "--microbatches": self.scale.microbatches,
             "--hosts": self.scale.hosts,
@@ -299,6 +307,8 @@ _FREE_TO_CHANGE = {
     "run.eval_every",
     "run.eval_at_start",
     "run.log_every",
+    "run.watch_every",
+    "run.check_replicas",
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.profile",

@@ -132,6 +132,18 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def end_line(path: Path) -> None:
+    """Ends the last line of a file of lines, if a process was killed, or the disk was full, in the middle of it. A file
+    that does not exist stays so."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+
+
 class DamagedFile(RequestError):
     """A file could be read, but its content is not what this program writes."""
 

@@ -74,9 +74,7 @@ class Loader:
 
         Every batch is full; an epoch may end within a batch.
         """
-        import grain  # here, because it imports JAX, which users of `sources.py` alone do not need
-
-        order: Any = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        order = self._order()
 
         def fill(batch: Rows, row: int, position: int) -> None:
             index = order[position]
@@ -84,6 +82,18 @@ class Loader:
             self._fill_training_row(batch, row, index, np.random.default_rng((self.seed, epoch, index)))
 
         return self._batches(fill, start, stop)
+
+    def examples(self, number: int) -> list[int]:
+        """Returns the indices of the examples of training batch `number`, over all hosts, in the order of its rows. A
+        damaged example is there, and not the one that is shown in its place."""
+        order, first = self._order(), number * self.global_batch
+        return [int(order[position]) for position in range(first, first + self.global_batch)]
+
+    def _order(self) -> Any:
+        """Returns the order of training, over all epochs: {position: index of the example}."""
+        import grain  # here, because it imports JAX, which users of `sources.py` alone do not need
+
+        return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
     def evaluation(self) -> Iterator[tuple[int, Any]]:
         """Yields (number, placed batch) with every example exactly once over all hosts; padding has mask False."""

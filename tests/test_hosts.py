@@ -20,6 +20,7 @@ from conftest import COMPILES_FAST, last_step
 from bit_jax.config import ScaleConfig
 from bit_jax.launch import free_port
 from bit_jax.scale import coordinator, hosts, schedulers
+from bit_jax.training import metrics
 from input_pipeline.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def alone(small_npz, environment, devices, *flags):
 
 @pytest.mark.slow
 def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environment, tmp_path):
-    flags = ("--steps", 3, "--decay-steps", 2)
+    flags = ("--steps", 3, "--decay-steps", 2, "--watch-every", 2)
     alone(small_npz, environment, 8, *flags, "--workdir", tmp_path / "alone")
     code, said = said_by(launch(2, 4, *flags, "--workdir", tmp_path / "run"))
     assert code == 0, said
@@ -131,6 +132,9 @@ def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environme
     assert (one["hosts"], one["devices"], one["mesh"]) == (1, 8, {"data": 8, "fsdp": 1})
     assert (two["hosts"], two["devices"], two["mesh"]) == (2, 8, {"data": 8, "fsdp": 1})
     assert two["products"] == {"matrix": "float64", "convolution": "float64"}
+    watched = [metrics.read(tmp_path / name / "metrics.jsonl")[0] for name in ("alone", "run")]
+    numbers = [next(entry for entry in entries if "watch/grad_norm" in entry) for entries in watched]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-9)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ NAMES = {
     "evaluation": "evaluation",
     "evaluation before training": "evaluation",
     "saving": "saving",
+    "watching": "watching",
 }
 ROWS = (*dict.fromkeys(NAMES.values()), LOST, DEAD, DOWN, OTHER)
 

@@ -8,8 +8,8 @@ read.
 """
 
 import dataclasses
+import functools
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.process.reporter import Reporter
 from input_pipeline.errors import RequestError, RunFailed, Stopped
-from input_pipeline.files import DamagedFile, is_number, parse_json
+from input_pipeline.files import DamagedFile, end_line, is_number, parse_json
 
 NAME = "starts.jsonl"
 BEAT = 10.0  # seconds between two lines
@@ -92,8 +92,7 @@ class Start:
 
     def __enter__(self) -> "Start":
         if self._path is not None:
-            if self._path.exists():
-                self._reporter(self._end_line)
+            self._reporter(functools.partial(end_line, self._path))
             self.mark()
             threading.Thread(target=self._beat, name="starts", daemon=True).start()
         return self
@@ -153,15 +152,6 @@ class Start:
         assert self._path is not None
         with open(self._path, "a") as file:
             file.write(text)
-
-    def _end_line(self) -> None:
-        """Ends the last line, if a start was killed, or the disk was full, in the middle of it."""
-        assert self._path is not None
-        with open(self._path, "rb+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")
 
 
 def _end_of(error: BaseException | None) -> str:

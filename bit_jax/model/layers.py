@@ -11,6 +11,8 @@ from bit_jax.model.architecture import GROUPS, STANDARDIZE_EPS
 from bit_jax.model.execution import CONVOLVED, Numerics
 
 NORM_EPS = 1e-5  # BiT; Flax's default is 1e-6
+RELU, OUTPUT = "relu", "output"  # names under which `sow_largest` keeps largest values: of a ReLU, of a module's output
+INTERMEDIATES = "intermediates"  # Flax's collection for such values; mutable only where a caller asks for it
 
 
 def param_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -65,6 +67,14 @@ def parameter(
     return value
 
 
+def sow_largest(module: nn.Module, name: str, x: Float[Array, "batch height width channels"]) -> None:
+    """Keeps the largest absolute value of each channel, [channels], in the module's "intermediates", if the model is
+    applied with `mutable="intermediates"`. Otherwise nothing is computed, and the program is as without this call."""
+    if module.is_mutable_collection(INTERMEDIATES):
+        largest = jnp.abs(x).max(axis=(0, 1, 2)).astype(param_dtype(x.dtype))
+        module.sow(INTERMEDIATES, name, largest)
+
+
 class StdConv(nn.Module):
     """Convolution without bias whose kernel is standardized on every use; padded by (size - 1) / 2 on each side."""
 
@@ -93,4 +103,6 @@ class GroupNormRelu(nn.Module):
         dtype = param_dtype(numerics.dtype)
         gamma = parameter(self, "gamma", nn.initializers.ones, (x.shape[-1],), dtype)
         beta = parameter(self, "beta", nn.initializers.zeros, (x.shape[-1],), dtype)
-        return group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)
+        active = group_norm_relu(x, gamma, beta, numerics.recompute, numerics.norm_eps)
+        sow_largest(self, RELU, active)
+        return active

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from bit_jax.model.architecture import STANDARDIZED
 from bit_jax.model.execution import Numerics, Remat, in_step, rematerialized
 from bit_jax.model.images import check_images
-from bit_jax.model.layers import GroupNormRelu, StdConv, param_dtype, parameter
+from bit_jax.model.layers import OUTPUT, GroupNormRelu, StdConv, param_dtype, parameter, sow_largest
 from bit_jax.model.ops import max_pool
 
 # of all random numbers; named, because JAX_DEFAULT_PRNG_IMPL would otherwise decide what a seed means
@@ -78,7 +78,9 @@ class BottleneckUnit(nn.Module):
         )(x)
         y, _ = PreActivationConv(mid, 3, self.numerics, stride=self.stride, name="b")(y)
         y, _ = PreActivationConv(out, 1, self.numerics, name="c")(y)
-        return y + shortcut
+        y = y + shortcut
+        sow_largest(self, OUTPUT, y)
+        return y
 
 
 class Stage(nn.Module):
@@ -114,7 +116,9 @@ class RootBlock(nn.Module):
         x = StdConv(self.channels, 7, 2, self.numerics, name=STANDARDIZED)(x)
         # zeros, not -inf: the checkpoints were trained with a zero-padded pool, and negative maxima are common here
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return max_pool(x)
+        x = max_pool(x)
+        sow_largest(self, OUTPUT, x)
+        return x
 
 
 class HeadConv(nn.Module):

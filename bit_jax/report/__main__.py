@@ -56,8 +56,9 @@ def main() -> None:
     else:
         console = terminal.console(width=140)
         console.print(overview.table(records))
-        if rows := overview.times(records):
-            console.print(figures.table(rows, ""))
+        for rows in (overview.times(records), overview.watched(records)):
+            if rows:
+                console.print(figures.table(rows, ""))
     if arguments.html is not None:
         from bit_jax.report import page  # importing matplotlib takes a second
 
@@ -74,6 +75,8 @@ def _content(record: Record) -> dict:
         "config": record.config,
         "last": record.last,
         "over_all_starts": None if record.account is None else record.account.described(),
+        "watched": record.watched,
+        "spikes": [dataclasses.asdict(spike) for spike in record.spikes],
         "flagperf": card.row(record),
     }
 

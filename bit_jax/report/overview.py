@@ -1,12 +1,16 @@
-"""Tables of runs: a row for each, in the form of FlagPerf's row, and where the time of each went."""
+"""Tables of runs: a row for each, in the form of FlagPerf's row, where the time of each went, and what was watched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from bit_jax.accounts.goodput import ROWS
 from bit_jax.report.record import Record
 from bit_jax.training import figures
+from bit_jax.watching import numbers
+from bit_jax.watching.spikes import Spike
+from input_pipeline.files import is_number
 from input_pipeline.terminal import printable
 
 Rows = list[dict[str, str]]  # {column: cell} for each row; all rows have the same columns
@@ -48,6 +52,44 @@ def times(records: Sequence[Record]) -> Rows:
     for figure in ("p_whole", "p_train", "p_core"):
         rows.append({"over all starts": figure} | {name: _shown(account.figures[figure]) for name, account in known})
     return rows
+
+
+def watched(records: Sequence[Record]) -> Rows:
+    """Returns the newest numbers of `--watch-every` and the losses that stood out, a column for each run; no rows where
+    there are neither."""
+    known = [(printable(record.workdir), record) for record in records if record.watched or record.spikes]
+    if not known:
+        return []
+    rows: dict[str, Callable[[Record], str]] = {
+        "at step": lambda record: str(record.watched.get("step", "")),
+        "gradient norm": lambda record: _number(record.watched.get(numbers.GRADIENT)),
+        "update to weights": lambda record: _number(record.watched.get(numbers.UPDATE)),
+        "largest activation": lambda record: _largest(record.watched, numbers.LARGEST, ".4g"),
+        "dead ReLUs": lambda record: _largest(record.watched, numbers.DEAD, ".2%"),
+        "loss spikes": lambda record: _spikes(record.spikes),
+    }
+    return [{"watched": row} | {name: cell(record) for name, record in known} for row, cell in rows.items()]
+
+
+def _largest(watched: dict[str, Any], name: str, form: str) -> str:
+    """Returns the number of the whole model, and the part where it is largest."""
+    parts = {key.removeprefix(f"{name}/"): value for key, value in watched.items() if key.startswith(f"{name}/")}
+    parts = {part: value for part, value in parts.items() if is_number(value)}
+    if not is_number(watched.get(name)) or not parts:
+        return ""
+    part, most = max(parts.items(), key=lambda item: item[1])
+    return f"{watched[name]:{form}}; {most:{form}} in {printable(part)}"
+
+
+def _spikes(spikes: Sequence[Spike]) -> str:
+    if not spikes:
+        return "0"
+    last = spikes[-1]
+    return f"{len(spikes)}; the last at step {last.step}, {last.loss:.3g} after a median of {last.median:.3g}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if is_number(value) else ""
 
 
 def _of(wall: float, seconds: float) -> str:

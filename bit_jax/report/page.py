@@ -32,6 +32,7 @@ def write(records: Sequence[Record], path: Path) -> None:
     tables = [
         {"title": "Results", "rows": rows},
         {"title": "Where the time went", "rows": overview.times(records)},
+        {"title": "Watched", "rows": overview.watched(records)},
         {"title": "Starts", "rows": starts(records)},
         {"title": "What differs", "rows": differences(records)},
     ]

@@ -4,15 +4,23 @@ import dataclasses
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bit_jax.accounts import goodput, starts
 from bit_jax.accounts.goodput import Account
 from bit_jax.training import metrics
+from bit_jax.watching import numbers, spikes
+from bit_jax.watching.spikes import Spike
 from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, is_number, read_json
 
-FILES = ("config.json", "result.json", "metrics.jsonl", starts.NAME)  # what `read` reads of a work directory
+FILES = (
+    "config.json",
+    "result.json",
+    "metrics.jsonl",
+    starts.NAME,
+    spikes.NAME,
+)  # what `read` reads of a work directory
 REMEDY = "restore it, or leave this run out"
 # the fields of result.json that are shown as numbers; any of them may be missing or null
 NUMBERS = (
@@ -23,6 +31,7 @@ NUMBERS = (
 # its fields, and the flags of config.json, that are shown as text
 TEXTS = ("model", "architecture", "dataset", "precision", "device_kind", "mem_of")
 FLAG_TEXTS = ("model.model", "data.dataset", "model.precision")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Record:
         metrics: the entries of metrics.jsonl.
         damaged_lines: number of lines of metrics.jsonl that could not be read.
         account: where the time went, over all starts; None where no starts.jsonl says so.
+        spikes: the losses that stood out.
     """
 
     workdir: Path
@@ -44,6 +54,7 @@ class Record:
     metrics: list[dict[str, Any]]
     damaged_lines: int
     account: Account | None
+    spikes: list[Spike]
 
     @property
     def finished(self) -> bool:
@@ -53,6 +64,11 @@ class Record:
     def last(self) -> dict[str, Any]:
         """The newest value of each name in metrics.jsonl, and the step of the newest entry."""
         return {name: value for entry in self.metrics for name, value in entry.items()}
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """The newest entry of metrics.jsonl that `--watch-every` wrote; empty if there is none."""
+        return next((entry for entry in reversed(self.metrics) if not entry.keys().isdisjoint(numbers.WHOLE)), {})
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -111,13 +127,14 @@ def read(workdir: Path) -> Record:
     _check(paths["config"], objects["config"], FLAG_TEXTS, _is_text, "text")
     _objects(paths["config"], objects["recipe"], "schedule")
     entries, damaged = metrics.read(workdir / "metrics.jsonl")
-    return Record(workdir, config, result, entries, damaged, _account(workdir / starts.NAME))
+    account = _of_file(workdir / starts.NAME, lambda path: goodput.read(path) if path.exists() else None)
+    return Record(workdir, config, result, entries, damaged, account, _of_file(workdir / spikes.NAME, spikes.read))
 
 
-def _account(path: Path) -> Account | None:
-    """Raises RequestError if the file is there and cannot be read."""
+def _of_file(path: Path, read: Callable[[Path], T]) -> T:
+    """Returns what `read` returns of the file; raises RequestError if the file is there and cannot be read."""
     try:
-        return goodput.read(path) if path.exists() else None
+        return read(path)
     except OSError as error:
         raise RequestError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
 

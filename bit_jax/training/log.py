@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,11 @@ class Log:
         rate = (step - self._start) * self._global_batch / (time.perf_counter() - self._began)
         self._terminal(lambda: self._progress.update(self._task, completed=step, rate=f"{rate:,.0f} images/s"))
 
-    def write(self, step: int, **scalars: float) -> None:
+    def write(self, step: int, shown: Collection[str] | None = None, /, **scalars: float) -> None:
         """Writes a line of metrics.jsonl, and the same scalars to TensorBoard and the terminal.
+
+        Args:
+            shown: names of the scalars that the terminal shows; None: it shows all.
 
         Raises:
             RequestError: metrics.jsonl cannot be written.
@@ -111,7 +114,7 @@ class Log:
             raise self._unwritable(error) from None
         if self._board is not None:
             self._board.write(step, scalars)
-        self.note(self._line(step, scalars))
+        self.note(self._line(step, {name: scalars[name] for name in scalars if shown is None or name in shown}))
 
     def note(self, sentence: str) -> None:
         """Shows a sentence on the terminal."""

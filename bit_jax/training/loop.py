@@ -21,6 +21,8 @@ from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
 from bit_jax.training.steps import TrainState, evaluated
+from bit_jax.watching import numbers, replicas
+from bit_jax.watching.spikes import Spikes
 from input_pipeline.errors import RunFailed, Stopped
 from input_pipeline.exits import signal_asked
 from input_pipeline.files import replacing
@@ -80,6 +82,7 @@ class Loop:
         account: the account of this start, over whose steps the time is divided.
         replaced: number of rows so far that showed another example because their own is damaged.
         input_is_slow: whether the log said last that the devices wait for input.
+        spikes: takes the loss of every step; None where nobody says them, as on all hosts but the first.
     """
 
     run: "Run"
@@ -91,13 +94,15 @@ class Loop:
     account: Start
     replaced: int = 0
     input_is_slow: bool = False
+    spikes: Spikes | None = None
 
     def train(self, state: TrainState, start: int, batches: Iterator) -> tuple[TrainState, Accuracy]:
         """Trains from step `start` to the end, and returns the last state and its accuracy.
 
         Raises:
             Stopped: a signal ended the run; the state of the last finished step is saved.
-            RunFailed: a loss is not finite; the state before that step is saved, and the step's batch.
+            RunFailed: a loss is not finite; the state before that step is saved, and the step's batch. Or devices hold
+                different copies of the state; then that is not saved.
         """
         accuracy = self.evaluate(state, start, BEFORE) if self.evaluates_before(start) else None
         if self.reached(accuracy):
@@ -124,6 +129,8 @@ class Loop:
         try:
             for index, batch in self.arriving(batches, begun):
                 step = index + 1
+                if flags.watch_every is not None and step % flags.watch_every == 0:
+                    self.watch(state, step, batch, begun, start)
                 if sentence := recorder.before(step, self.training):
                     self.log.note(sentence)
                 with self.timeline("steps"):
@@ -185,6 +192,8 @@ class Loop:
             self.account.step = step.number
             self.replaced += int(metrics["replaced"])
             self.log.advance(step.number)
+            if self.spikes is not None:
+                self.spikes(step.number, float(metrics["loss"]))
             if step.number % self.run.config.run.log_every == 0:
                 scale = {"loss_scale": float(metrics["scale"])} if "scale" in metrics else {}
                 self.log.write(step.number, loss=float(metrics["loss"]), **scale, **self.speed(step.number - start))
@@ -194,11 +203,37 @@ class Loop:
         if signal:
             self.end(signal, state)
 
+    def watch(self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int) -> None:
+        """Logs the numbers of `numbers.of_step` of a step that is about to begin; the begun ones are finished first, so
+        that the time is this program's alone."""
+        with self.timeline("steps"):
+            self.finish(begun, state, start, leave=0)
+        with self.timeline("watching"):
+            assert self.program.watch_step is not None
+            measured = jax.device_get(self.program.watch_step(state, self.with_signal(batch)))
+        self.log.write(step, numbers.WHOLE, **numbers.finite(measured))
+
     def save(self, state: TrainState) -> None:
-        """Starts saving the state as a checkpoint, as of now in the account of the time."""
+        """Starts saving the state as a checkpoint, as of now in the account of the time.
+
+        Raises:
+            RunFailed: devices hold different copies of the state.
+        """
         self.account.mark()
         with self.timeline("saving"):
+            self.check_replicas(state)
             self.checkpoints.save(state)
+
+    def check_replicas(self, state: TrainState) -> None:
+        """Raises RunFailed, on all hosts, if devices hold different copies of the state."""
+        if not self.run.config.run.check_replicas:
+            return
+        try:
+            with self.timeline("watching"):
+                replicas.check(state, self.run.mesh, int(state.step))
+        except RunFailed:
+            self.checkpoints.close()  # the one that may still be written is what the run continues from
+            raise
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
         """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.

@@ -22,6 +22,7 @@ from bit_jax.training.flagperf import Rank0Share
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.optimizer import sgd
 from bit_jax.training.target import Target
+from bit_jax.training.watched import make_watch_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Program:
         eval_step: (standardized parameters, batch) -> sums.
         state_shape: shapes, dtypes, shardings and layouts of the state.
         optimizer: the optimizer of the training step.
+        watch_step: (state, batch) -> the numbers of `watched.make_watch_step`; None where nobody watches.
     """
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
@@ -41,6 +43,7 @@ class Program:
     eval_step: Callable[[Any, Any], dict]
     state_shape: steps.TrainState
     optimizer: optax.GradientTransformationExtraArgs
+    watch_step: Callable[[steps.TrainState, Any], dict] | None = None
 
     def initial_state(self, params: Params) -> steps.TrainState:
         """Makes the state of step 0 with these parameters, which lie as `state_shape` says."""
@@ -63,6 +66,7 @@ class Steps:
         target: the devices that they are compiled for.
         train_step, eval_step: functions of arrays that lie as `state` and `batch` say, in any layout.
         update_step: the part of the training step that takes images and targets as the model is given them.
+        watch_step: function of the same arrays whose numbers `--watch-every` shows.
         optimizer: the optimizer of the training step.
         state, batch, stopped: shapes, dtypes and shardings; the training step's batch has "stopped" too.
     """
@@ -70,6 +74,7 @@ class Steps:
     target: Target
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]
     update_step: Callable[..., tuple[steps.TrainState, dict]]
+    watch_step: Callable[[steps.TrainState, Any], dict]
     eval_step: Callable[[Any, Any], dict]
     optimizer: optax.GradientTransformationExtraArgs
     state: steps.TrainState
@@ -121,10 +126,12 @@ def make_steps(
     model = target.model(architecture)
     optimizer, mesh = sgd(recipe.schedule, momentum, additions), target.mesh
     settings: dict[str, Any] = {"microbatches": target.microbatches, "additions": additions}
+    mixed: dict[str, Any] = {"mixup": recipe.mixup, "seed": seed}
     return Steps(
         target=target,
-        train_step=steps.make_train_step(model, optimizer, mixup=recipe.mixup, seed=seed, **settings),
+        train_step=steps.make_train_step(model, optimizer, **mixed, **settings),
         update_step=steps.make_update_step(model, optimizer, **settings),
+        watch_step=make_watch_step(model, optimizer, **mixed, **settings),
         eval_step=steps.make_eval_step(model, share),
         optimizer=optimizer,
         state=abstract_state(
@@ -135,21 +142,27 @@ def make_steps(
     )
 
 
-def compile_program(made: Steps) -> Program:
+def compile_program(made: Steps, *, watched: bool = False) -> Program:
     """Compiles both steps ahead of time, so that no training step pays for it; the state then lies as the training
-    step wants it, and parameters are standardized into what the evaluation step wants."""
+    step wants it, and parameters are standardized into what the evaluation step wants.
+
+    Args:
+        watched: whether to compile the program of `Steps.watch_step`, too, which is given the state as it lies.
+    """
     options = made.target.compiler_options
     train_step = made.lower_train_step().compile(compiler_options=options)
     eval_step = made.lower_eval_step().compile(compiler_options=options)
     state = sharding.laid_out(made.state, train_step.input_formats[0][0])
     standard = sharding.laid_out(made.state.params, eval_step.input_formats[0][0])
     for_evaluation = jax.jit(steps.standardized, out_shardings=sharding.formats(standard))
+    watch_step = jax.jit(made.watch_step, out_shardings=sharding.replicated(made.target.mesh))
     return Program(
         train_step=train_step,
         for_evaluation=for_evaluation.lower(steps.evaluated(state)).compile(compiler_options=options),
         eval_step=eval_step,
         state_shape=state,
         optimizer=made.optimizer,
+        watch_step=watch_step.lower(state, made.batch).compile(compiler_options=options) if watched else None,
     )
 
 

@@ -39,6 +39,7 @@ from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
+from bit_jax.training.watched import spikes_of
 from bit_jax.training.workdir import Workdir, begun_in
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
@@ -348,7 +349,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
         if run.target.deterministic and not run.target.on_cpu:
             keep_programs(workdir.programs)
         with timeline("compilation"):
-            program = compile_program(run.steps())
+            program = compile_program(run.steps(), watched=run.config.run.watch_every is not None)
         if start:
             with timeline("restore"):
                 state = jax.block_until_ready(checkpoints.restore(start, program.state_shape))
@@ -363,15 +364,16 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
             for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):
                 log.note(sentence)
             loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log, account)
-            state, accuracy = loop.train(state, start, batches)
+            with spikes_of(run, log.note) as loop.spikes:
+                state, accuracy = loop.train(state, start, batches)
             reporter.close()
             if reporter.failure:
                 log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
             if account.failure:
                 log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
+        if int(state.step) > start:
+            loop.save(state)
         with timeline("saving"):
-            if int(state.step) > start:
-                checkpoints.save(state)
             checkpoints.close()
             save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)

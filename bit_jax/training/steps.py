@@ -162,14 +162,28 @@ def loss_and_gradients(
     own = trained(params, additions.train)
 
     def loss_of(own, images, targets):
-        logits = apply_model(model, overlaid(params, own), images)
-        loss = cross_entropy(logits, targets, additions.label_smoothing).mean()
-        return loss if scale is None else loss * scale
+        return scaled_loss(apply_model(model, overlaid(params, own), images), targets, scale, additions)
 
     if scale is not None:
         scaled = _accumulated(loss_of, own, images, targets, microbatches)
         return jax.tree.map(lambda leaf: leaf / scale, scaled)
     return _accumulated(loss_of, own, images, targets, microbatches)
+
+
+def scaled_loss(
+    logits: Float[Array, "batch classes"],
+    targets: Float[Array, "batch classes"],
+    scale: Float[Array, ""] | None,
+    additions: Additions,
+) -> Float[Array, ""]:
+    """Returns the mean cross-entropy, with label smoothing, times the scale; what is differentiated."""
+    loss = cross_entropy(logits, targets, additions.label_smoothing).mean()
+    return loss if scale is None else loss * scale
+
+
+def shares(rows: Float[Array, "batch ..."], microbatches: int) -> Float[Array, "microbatches share ..."]:
+    """Returns the rows of each microbatch, every microbatches-th: a contiguous share would lie on few devices."""
+    return rows.reshape(rows.shape[0] // microbatches, microbatches, *rows.shape[1:]).swapaxes(0, 1)
 
 
 def _accumulated(
@@ -178,14 +192,11 @@ def _accumulated(
     if microbatches == 1:
         return jax.value_and_grad(loss_of)(params, images, targets)
 
-    def shares(rows):  # every microbatches-th row: a contiguous share would lie on few devices
-        return rows.reshape(rows.shape[0] // microbatches, microbatches, *rows.shape[1:]).swapaxes(0, 1)
-
     def accumulate(sums, share):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, *share)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), targets.dtype), params))
-    sums, _ = jax.lax.scan(accumulate, zeros, (shares(images), shares(targets)))
+    sums, _ = jax.lax.scan(accumulate, zeros, (shares(images, microbatches), shares(targets, microbatches)))
     return jax.tree.map(lambda total: total / microbatches, sums)
 
 

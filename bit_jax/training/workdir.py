@@ -11,6 +11,7 @@ from bit_jax.accounts import starts
 from bit_jax.config import Config, identity
 from bit_jax.scale import hosts
 from bit_jax.training.hyperrule import Recipe
+from bit_jax.watching import spikes
 from input_pipeline import claims
 from input_pipeline.errors import RequestError
 from input_pipeline.files import is_unfinished, read_json, write_json
@@ -54,6 +55,10 @@ class Workdir:
     @property
     def starts(self) -> Path:
         return self.path / starts.NAME
+
+    @property
+    def spikes(self) -> Path:
+        return self.path / spikes.NAME
 
     @property
     def checkpoints(self) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import last_step
 
-from bit_jax.training.checkpoint import MANIFEST
+from bit_jax.checkpoints.shared import MANIFEST
 
 STEPS, KILLS = 120, 20
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 import jax
 import numpy as np
 
+from bit_jax.checkpoints.shared import Checkpoints
 from bit_jax.compiled import profile
 from bit_jax.model.architecture import HeadAlone
 from bit_jax.scale import hosts, sharding
-from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import input_pipeline
+from bit_jax.checkpoints.shared import Checkpoints
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
@@ -23,7 +24,6 @@ from bit_jax.model.precision import choose, products
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import figures, flagperf, hyperrule, resources, trained
-from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.linear_probe import Probe

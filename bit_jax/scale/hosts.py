@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from bit_jax.config import ScaleConfig
@@ -53,6 +54,17 @@ def exchange(what: str, text: str) -> list[str]:
     client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
     forever = 10**9  # ms; if another host dies meanwhile, `_Watch` ends this one
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
+
+
+def given_by(host: int, array: np.ndarray) -> np.ndarray:
+    """Returns the array of that host on every host, bit for bit; the others give one of its shape and dtype."""
+    if jax.process_count() == 1:
+        return array
+    # JAX adds the hosts' arrays up, all but one of which are zeros; as floats, -0.0 would become 0.0
+    octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    words = np.pad(octets, (0, -octets.size % 4)).view(np.uint32)
+    given = multihost_utils.broadcast_one_to_all(words, is_source=jax.process_index() == host)
+    return np.ascontiguousarray(given).view(np.uint8)[: octets.size].view(array.dtype).reshape(array.shape)
 
 
 def on_all_hosts(error: Ending) -> Ending:

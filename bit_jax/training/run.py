@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import input_pipeline
-from bit_jax.checkpoints.shared import Checkpoints
+from bit_jax.checkpoints import pieces
+from bit_jax.checkpoints.saving import Saving
 from bit_jax.config import Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
@@ -196,7 +197,10 @@ class Run:
         """Lists what the run will need of this machine."""
         files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
         keep, additions = self.config.run.keep_checkpoints, self.config.additions
-        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
+        needs = resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
+        if (directory := self.config.run.local_checkpoints) is None:
+            return needs
+        return resources.with_local_copies(needs, directory, pieces.bytes_here(self.steps().state), self.workdir)
 
 
 def _settled(
@@ -327,29 +331,30 @@ def _trained(run: Run, observer: Observer) -> dict[str, Any]:
     reporter = Reporter("observer")
     workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(told_by(reporter, observer))
     with contextlib.closing(reporter), deferring_signals():
-        checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
-        start = checkpoints.newest or 0
+        steps, flags = run.steps(), run.config.run
+        saving = Saving.of(flags, workdir.checkpoints, workdir.run() if flags.local_checkpoints else "")
+        start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:
             keep_programs(workdir.programs)
         with timeline("compilation"):
-            program = compile_program(run.steps())
+            program = compile_program(steps)
         if start:
-            state = checkpoints.restore(start, program.state_shape)
+            state = saving.restore(start, program.state_shape)
         else:
             state = program.initial_state(run.initial_params(program.state_shape.params))
         quiet = not hosts.is_first()
         with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
-            for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):
+            if start:
+                log.note(f"continuing {workdir.path} from step {start}{saving.origin}")
+            for sentence in run.notes:
                 log.note(sentence)
-            loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log)
+            loop = Loop(run, program, run.loader(run.validation), saving, timeline, log)
             state, accuracy = loop.train(state, start, batches)
             reporter.close()
             if reporter.failure:
                 log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
-        if int(state.step) > start:
-            checkpoints.save(state)
-        checkpoints.close()
+        saving.finish(int(state.step), state)
         save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
+from bit_jax.checkpoints import shared
 from bit_jax.config import Additions
 from bit_jax.formats import weights
 from bit_jax.model.architecture import STANDARDIZE_EPS
 from bit_jax.model.precision import PRECISIONS
 from bit_jax.published import fetch, locate
 from bit_jax.published.catalogue import PublishedFile
-from bit_jax.training import checkpoint, metrics
+from bit_jax.training import metrics
 from bit_jax.training.hyperrule import Recipe, Schedule
 from bit_jax.training.steps import FIRST_SCALE, mixup_weight
 from bit_jax.training.trained import trains
@@ -190,7 +191,7 @@ class RecordedRun:
 
     def checkpoints(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the oldest first."""
-        return sorted(checkpoint.complete_steps(self.workdir / "checkpoints"))
+        return sorted(shared.complete_steps(self.workdir / "checkpoints"))
 
     def initial_weights(self) -> Path | None:
         """Returns the weight file that training started from; None if it is not here, or if there was none."""
@@ -220,7 +221,7 @@ class RecordedRun:
             own = {key: array for key, array in params.items() if trains(key, self.additions.train)}
             momentum = {key: np.zeros_like(array) for key, array in own.items()}
             return State(0, params, momentum, own if self.additions.ema is not None else {}, scale=scale)
-        tree = checkpoint.read(self.workdir / "checkpoints", step)
+        tree = shared.read(self.workdir / "checkpoints", step)
         params = weights.flatten(tree["params"])
         traces = [part["trace"] for part in tree["opt_state"] if isinstance(part, dict) and "trace" in part]
         momentum = weights.flatten(traces[0]) if len(traces) == 1 else {}

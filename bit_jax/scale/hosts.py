@@ -24,6 +24,7 @@ from input_pipeline.errors import RequestError, RunFailed, Stopped
 
 Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
+MOST_WORDS = 2**22  # uint32 numbers that are sent at a time, 16 MiB
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
@@ -60,11 +61,17 @@ def given_by(host: int, array: np.ndarray) -> np.ndarray:
     """Returns the array of that host on every host, bit for bit; the others give one of its shape and dtype."""
     if jax.process_count() == 1:
         return array
-    # JAX adds the hosts' arrays up, all but one of which are zeros; as floats, -0.0 would become 0.0
     octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    words = np.pad(octets, (0, -octets.size % 4)).view(np.uint32)
-    given = multihost_utils.broadcast_one_to_all(words, is_source=jax.process_index() == host)
-    return np.ascontiguousarray(given).view(np.uint8)[: octets.size].view(array.dtype).reshape(array.shape)
+    # JAX adds the hosts' arrays up, all but one of which are zeros; as floats, -0.0 would become 0.0
+    words, source = np.pad(octets, (0, -octets.size % 4)).view(np.uint32), jax.process_index() == host
+    parts = []
+    for start in range(0, words.size, MOST_WORDS):
+        part = words[start : start + MOST_WORDS]
+        # a power of two, because JAX compiles a program for every size
+        padded = np.pad(part, (0, (1 << (part.size - 1).bit_length()) - part.size))
+        parts.append(np.asarray(multihost_utils.broadcast_one_to_all(padded, is_source=source))[: part.size])
+    given = np.concatenate(parts) if parts else words
+    return given.view(np.uint8)[: octets.size].view(array.dtype).reshape(array.shape)
 
 
 def on_all_hosts(error: Ending) -> Ending:

@@ -230,7 +230,7 @@ def test_no_damage_goes_unseen(copies, tmp_path):
     rng, used = np.random.default_rng(0), 0
     for file in (saved / MANIFEST, saved / PIECES):
         original = file.read_bytes()
-        for place in rng.integers(len(original), size=40):
+        for place in rng.integers(len(original), size=80):
             damage(file, int(place), int(rng.integers(8)))
             one = copies("b")
             kept = {path.name: path.read_bytes() for path in saved.glob("*")} | {file.name: original}
@@ -240,7 +240,7 @@ def test_no_damage_goes_unseen(copies, tmp_path):
             saved.mkdir(exist_ok=True)  # what cannot be used was removed
             for name, data in kept.items():
                 (saved / name).write_bytes(data)
-    assert used < 10  # white space
+    assert used < 16  # a few where the manifest says what nobody asks for
     assert copies("c").newest(shape_of(wanted), 0) == 3
 
 

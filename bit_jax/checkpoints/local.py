@@ -23,7 +23,7 @@ from bit_jax.checkpoints.pieces import Copier, Piece, Tile, keyed, pieces_here, 
 from bit_jax.checkpoints.shared import CheckpointError, complete_steps
 from bit_jax.scale import hosts, sharding
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, read_json, write_json
+from input_pipeline.files import read_json, write_json
 
 MANIFEST = "manifest.json"  # what the other file holds, with digests; it is written last: present means "complete"
 PIECES = "pieces"  # the bytes of all pieces, one after the other
@@ -98,13 +98,14 @@ class Place:
 
     def read(self, key: str, tile: Tile, dtype: Any) -> np.ndarray | None:
         """Returns the piece, or None if it cannot be read or is not as it was written."""
+        path, count = self.copy.path / PIECES, tile.size
         try:
-            data = np.fromfile(self.copy.path / PIECES, dtype, tile.size, offset=self.offset)
-        except (OSError, ValueError, OverflowError):
+            if not 0 <= self.offset <= path.stat().st_size - count * np.dtype(dtype).itemsize or count < 0:
+                return None
+            data = np.fromfile(path, dtype, count, offset=self.offset)
+        except OSError:
             return None
-        if data.size != tile.size or self.copy.digest(key, tile, data) != self.digest:
-            return None
-        return data.reshape(tile.shape)
+        return data.reshape(tile.shape) if self.copy.digest(key, tile, data) == self.digest else None
 
 
 Places = dict[str, dict[Tile, Place]]  # by the key of an array, and by its part
@@ -190,7 +191,7 @@ class LocalCopies:
         ]
         if lacking and hosts.is_first():
             what = f"{len(lacking)} of {len(arrays)} arrays, such as {lacking[0]}"
-            log.warning("the local copies of step %d lack parts of %s; an older one is used", step, what)
+            log.warning("the local copies of step %d lack parts of %s; they are not used", step, what)
         return not lacking
 
     def _verify(self, copy: Copy, arrays: dict[str, Any]) -> None:
@@ -201,16 +202,16 @@ class LocalCopies:
             if {key: (tuple(shape), dtype) for key, (shape, dtype) in manifest["arrays"].items()} != shapes:
                 return self._say(f"{copy.path} holds the state of another model; it is not used")
             pieces = [(key, Tile(tuple(a), tuple(b)), Place(copy, at, of)) for key, a, b, at, of in manifest["pieces"]]
-        except (DamagedFile, RequestError, KeyError, TypeError, ValueError, AttributeError) as error:
+            whole = {
+                (key, tile): place
+                for key, tile, place in pieces
+                if place.read(key, tile, arrays[key].dtype) is not None
+            }
+        except (RequestError, LookupError, TypeError, ValueError, AttributeError) as error:
             return self._say(f"{copy.path} is not used: its {MANIFEST} is damaged ({error})")
-        damaged = 0
-        for key, tile, place in pieces:
-            if key in arrays and tile not in self._places.setdefault(key, {}):
-                if place.read(key, tile, arrays[key].dtype) is None:
-                    damaged += 1
-                else:
-                    self._places[key][tile] = place
-        if damaged:
+        for (key, tile), place in whole.items():
+            self._places.setdefault(key, {})[tile] = place
+        if damaged := len(pieces) - len(whole):
             self._say(f"{copy.path} is damaged: {damaged} of {len(pieces)} pieces are not as written, and not used")
 
     def restore(self, like: Any) -> Any:

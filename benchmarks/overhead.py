@@ -1,21 +1,26 @@
 """Measures what something that a run may do besides training costs: `python benchmarks/overhead.py --of local`.
 
-Short runs without it and with it take turns, each in a process of its own, so that whatever else the machine does falls
-on both alike. Shown are the medians of p_train, of the ratios of neighbouring runs, and of the processors' time.
+By default one run trains and does it at every other time that it is due, so that whatever else the machine does falls
+on both kinds of intervals alike. With --how runs, whole runs without it and with it take turns, each in a process of
+its own; that needs a quiet machine.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
+import numpy as np
 import tyro
 from rich.table import Table
 
@@ -28,18 +33,22 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 MEMORY = Path("/dev/shm")
 WITHOUT, WITH = "without", "with"
+IMAGES, PROCESSORS = "images/s", "processors' seconds a step"
+SETTLING = 2  # intervals at the start of a run that are left out: something is compiled in them
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured, and with which runs."""
+    """What is measured, and how."""
 
     of: Literal["local"] = "local"
     """What is measured. local: --local-checkpoints in /dev/shm, every --every steps."""
+    how: Literal["turns", "runs"] = "turns"
+    """turns: one run does it at every other time; runs: whole runs take turns."""
     every: int = 5
     """Steps from one time to the next."""
-    rounds: int = 5
-    """Number of runs without it, and as many with it."""
+    rounds: int = 20
+    """Number of intervals without it, or runs, and as many with it."""
     model: str = "R26x1"
     """Architecture, with random parameters."""
     size: int = 64
@@ -47,85 +56,134 @@ class Options:
     batch: int = 16
     """Rows of a batch."""
     steps: int = 60
-    """Steps of a run."""
+    """Steps of a run, with --how runs."""
     output: Path = RESULTS
     """JSON file that receives the figures; what it holds of other measurements is kept."""
 
-    def flags(self, folder: Path) -> list[str]:
-        """Returns the flags that turn on what is measured. The folder lies in memory, and is empty."""
-        return {"local": ["--local-checkpoints", str(folder), "--local-every", str(self.every)]}[self.of]
+    def command(self, workdir: Path, steps: int) -> list[str]:
+        """Returns the arguments of train.py for a run of so many steps without what is measured."""
+        return (
+            f"digits --dataset synthetic --eval-split test[:{self.batch}] --model {self.model} --init random "
+            f"--global-batch {self.batch} --resize-to {self.size} --crop {self.size} --steps {steps} --warmup-steps 1 "
+            f"--decay-steps {steps} --eval-every {steps} --log-every {steps} --checkpoint-every {steps} "
+            f"--workdir {workdir}"
+        ).split()
 
 
-def measured(options: Options, more: list[str]) -> dict[str, float]:
-    """Trains once, and returns p_train in images/s and the processors' seconds, those of the start included.
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """Something that costs time.
+
+    Attributes:
+        flags: (options, an empty folder in memory) -> the flags that turn it on.
+        every_other: context in which it is only done at every other time, first at the first; `now()` is appended to
+            the list at each time that it is due.
+    """
+
+    flags: Callable[[Options, Path], list[str]]
+    every_other: Callable[[list[tuple[float, float]]], contextlib.AbstractContextManager]
+
+
+def now() -> tuple[float, float]:
+    """Returns the seconds of the clock, and the processors' seconds of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+@contextlib.contextmanager
+def _every_other_copy(times: list[tuple[float, float]]) -> Iterator[None]:
+    from bit_jax.checkpoints.local import LocalCopies
+
+    save = LocalCopies.save
+
+    def sometimes(copies: LocalCopies, step: int, state: Any) -> None:
+        times.append(now())
+        if len(times) % 2:
+            save(copies, step, state)
+
+    with mock.patch.object(LocalCopies, "save", sometimes):
+        yield
+
+
+FEATURES = {
+    "local": Feature(
+        lambda options, folder: ["--local-checkpoints", str(folder), "--local-every", str(options.every)],
+        _every_other_copy,
+    ),
+}
+
+
+@contextlib.contextmanager
+def folders() -> Iterator[tuple[Path, Path]]:
+    """Yields an empty work directory, and an empty folder in memory; both are removed afterwards."""
+    workdir, folder = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp(dir=MEMORY))
+    try:
+        yield workdir, folder
+    finally:
+        shutil.rmtree(workdir)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_turns(options: Options) -> dict[str, dict[str, list[float]]]:
+    """Returns the images/s, and the processors' seconds a step, of each interval after it was done, and of each after
+    it was not, in one run here."""
+    from bit_jax import train
+
+    times: list[tuple[float, float]] = []
+    steps = options.every * (2 * options.rounds + SETTLING + 2)
+    feature = FEATURES[options.of]
+    with folders() as (workdir, folder), feature.every_other(times):
+        train.train(train.configuration([*options.command(workdir, steps), *feature.flags(options, folder)]))
+    figures: dict[str, dict[str, list[float]]] = {IMAGES: {}, PROCESSORS: {}}
+    for kind, first in ((WITH, SETTLING), (WITHOUT, SETTLING + 1)):
+        starts = range(first, first + 2 * options.rounds, 2)
+        took = [np.subtract(times[start + 1], times[start]) / options.every for start in starts]
+        figures[IMAGES][kind] = [options.batch / float(clock) for clock, _ in took]
+        figures[PROCESSORS][kind] = [float(processors) for _, processors in took]
+    return figures
+
+
+def run(options: Options, kind: str) -> float:
+    """Trains once in a process of its own, and returns p_train in images/s.
 
     Raises:
         RunFailed: the run did not end as it should.
     """
-    with tempfile.TemporaryDirectory() as workdir:
-        flags = (
-            f"train.py digits --dataset synthetic --eval-split test[:{options.batch}] --model {options.model} "
-            f"--init random --global-batch {options.batch} --resize-to {options.size} --crop {options.size} "
-            f"--steps {options.steps} --warmup-steps 1 --decay-steps {options.steps} --eval-every {options.steps} "
-            f"--log-every {options.steps} --checkpoint-every {options.steps} --workdir {workdir}"
-        )
-        before = _processors()
+    with folders() as (workdir, folder):
+        more = FEATURES[options.of].flags(options, folder) if kind == WITH else []
+        command = [sys.executable, "train.py", *options.command(workdir, options.steps), *more]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, *flags.split(), *more], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RunFailed(f"a run ended with exit code {done.returncode}: {done.stderr[-1000:]}")
-        result = json.loads((Path(workdir) / "result.json").read_text())
-        return {"p_train": result["p_train"], "processors": _processors() - before}
+        return json.loads((workdir / "result.json").read_text())["p_train"]
 
 
-def _processors() -> float:
-    """Returns the processors' seconds of all processes so far that this one has started and waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def in_runs(options: Options) -> dict[str, dict[str, list[float]]]:
+    """Returns p_train of each run without it, and of each with it."""
+    rates: dict[str, list[float]] = {WITHOUT: [], WITH: []}
+    run(options, WITHOUT)  # compiles what the others take from the cache
+    for number in range(options.rounds):
+        for kind in (WITHOUT, WITH) if number % 2 == 0 else (WITH, WITHOUT):
+            rates[kind].append(run(options, kind))
+            print(f"{number + 1} of {options.rounds}, {kind}: {rates[kind][-1]:.1f}", file=sys.stderr, flush=True)
+    return {IMAGES: rates}
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    runs: dict[str, list[dict[str, float]]] = {WITHOUT: [], WITH: []}
-    measured(options, [])  # compiles what the others take from the cache
-    for number in range(options.rounds):
-        order = (WITHOUT, WITH) if number % 2 == 0 else (WITH, WITHOUT)
-        for kind in order:
-            folder = Path(tempfile.mkdtemp(dir=MEMORY))
-            try:
-                runs[kind].append(measured(options, options.flags(folder) if kind == WITH else []))
-            finally:
-                shutil.rmtree(folder)
-            print(f"{number + 1} of {options.rounds}, {kind}: {runs[kind][-1]}", file=sys.stderr, flush=True)
-    record = summary(options, runs)
+    measured = in_turns(options) if options.how == "turns" else in_runs(options)
+    table = Table("", WITHOUT, WITH, "median of ratios", title=f"{options.of}, medians of {options.rounds}")
+    record: dict[str, Any] = {
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "output"},
+        "cores": os.cpu_count(),
+    }
+    for name, figures in measured.items():
+        medians = {kind: statistics.median(of_kind) for kind, of_kind in figures.items()}
+        ratio = statistics.median(added / plain for added, plain in zip(figures[WITH], figures[WITHOUT], strict=True))
+        record[name] = {"medians": medians, "median of ratios": ratio, "all": figures}
+        table.add_row(name, f"{medians[WITHOUT]:.4g}", f"{medians[WITH]:.4g}", f"{ratio:.3f}")
     kept = read_json(options.output, dict, "write another by --output") if options.output.exists() else {}
-    write_json(options.output, kept | {options.of: record})
-    show(options, record)
-
-
-def summary(options: Options, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns the record of a measurement: its options, its runs and their medians."""
-    pairs = list(zip(runs[WITHOUT], runs[WITH], strict=True))
-    described = {name: value for name, value in dataclasses.asdict(options).items() if name != "output"}
-    medians = {
-        f"{name} {kind}": statistics.median(run[name] for run in of_kind)
-        for kind, of_kind in runs.items()
-        for name in of_kind[0]
-    }
-    ratios = {
-        f"{name} with / without": statistics.median(added[name] / plain[name] for plain, added in pairs)
-        for name in runs[WITHOUT][0]
-    }
-    return {"options": described, "cores": os.cpu_count(), "medians": medians, "ratios": ratios, "runs": runs}
-
-
-def show(options: Options, record: dict[str, Any]) -> None:
-    table = Table("", WITHOUT, WITH, "ratio", title=f"{options.of}, medians of {options.rounds} runs each")
-    for name, unit in (("p_train", "images/s"), ("processors", "s")):
-        cells = [f"{record['medians'][f'{name} {kind}']:.4g}" for kind in (WITHOUT, WITH)]
-        table.add_row(f"{name}, {unit}", *cells, f"{record['ratios'][f'{name} with / without']:.3f}")
+    write_json(options.output, kept | {f"{options.of}, {options.how}": record})
     terminal.console().print(table)
 
 

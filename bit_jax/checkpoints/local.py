@@ -202,11 +202,10 @@ class LocalCopies:
             if {key: (tuple(shape), dtype) for key, (shape, dtype) in manifest["arrays"].items()} != shapes:
                 return self._say(f"{copy.path} holds the state of another model; it is not used")
             pieces = [(key, Tile(tuple(a), tuple(b)), Place(copy, at, of)) for key, a, b, at, of in manifest["pieces"]]
-            whole = {
-                (key, tile): place
-                for key, tile, place in pieces
-                if place.read(key, tile, arrays[key].dtype) is not None
-            }
+            whole = {}
+            for key, tile, place in pieces:
+                if place.read(key, tile, arrays[key].dtype) is not None:
+                    whole[key, tile] = place
         except (RequestError, LookupError, TypeError, ValueError, AttributeError) as error:
             return self._say(f"{copy.path} is not used: its {MANIFEST} is damaged ({error})")
         for (key, tile), place in whole.items():

@@ -31,6 +31,7 @@ from bit_jax.training.asked import NOTHING, Asked
 from bit_jax.training.loop import Loop
 from bit_jax.training.steps import TrainState
 from bit_jax.training.timeline import Timeline
+from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
@@ -478,8 +479,10 @@ def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch):
 
 
 def test_a_state_that_fails_the_check_is_not_kept_anywhere():
-    shared, own = Kept(), Kept()
-    saving = Saving(shared, own, every=2, local_every=1)  # pyright: ignore[reportArgumentType]
+    shared, own, disowned = Kept(), Kept(), []
+    checkpoints: Any = shared
+    copies: Any = own
+    saving = Saving(checkpoints, copies, every=2, local_every=1, disown=lambda: disowned.append(True))
     saving.save(2, SimpleNamespace(step=2))
     assert shared.steps == [2]
 
@@ -490,7 +493,20 @@ def test_a_state_that_fails_the_check_is_not_kept_anywhere():
     saving.save(3, SimpleNamespace(step=3))
     with pytest.raises(RunFailed, match="disagree after step 4"):
         saving.save(4, SimpleNamespace(step=4))
-    assert (shared.steps, own.steps, own.removed) == ([2], [3], True)
+    assert (shared.steps, own.steps, own.removed, disowned) == ([2], [3], True, [True])
+
+
+def test_a_run_has_a_text_of_its_own(tmp_path):
+    workdir = Workdir(tmp_path, {})
+    assert workdir.known_run is None
+    run = workdir.run()
+    assert workdir.run() == workdir.known_run == run
+    assert Workdir(tmp_path / "other", {}).run() != run
+    (tmp_path / "run.json").write_text('{"run": "../../precious"}')
+    with pytest.raises(RequestError, match=r"run\.json is damaged"):
+        workdir.run()
+    workdir.forget_run()
+    assert workdir.run() != run
 
 
 # real runs

@@ -15,8 +15,8 @@ from input_pipeline.errors import RunFailed
 Kind = Literal["shared", "local"]
 
 
-def unchecked(state: Any) -> None:
-    """The check that finds nothing."""
+def nothing(*_: Any) -> None:
+    """The check that finds nothing wrong, and the like."""
 
 
 class Saving:
@@ -28,11 +28,12 @@ class Saving:
         every: steps between two shared checkpoints.
         minutes: minutes after a shared checkpoint after which another is due, too, by host 0's clock; None: never.
         local_every: steps between two local copies.
+        disown: function that makes the run give up all of its local copies, also those on hosts that are away.
         clock: returns seconds.
 
     Attributes:
         check: function that is called with the state before each shared save, on all hosts. It raises RunFailed if the
-            state must not be kept; then local copies, which nobody has checked, are removed as well.
+            state must not be kept; then the local copies, which nobody has checked, are not used again either.
     """
 
     def __init__(
@@ -43,21 +44,23 @@ class Saving:
         every: int,
         minutes: float | None = None,
         local_every: int | None = None,
+        disown: Callable[[], None] = nothing,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.check: Callable[[Any], None] = unchecked
+        self.check: Callable[[Any], None] = nothing
         self._shared, self._local = shared, local
         self._every, self._minutes, self._local_every = every, minutes, local_every
-        self._clock, self._last = clock, clock()
+        self._disown, self._clock, self._last = disown, clock, clock()
         self._from_local: int | None = None
 
     @classmethod
-    def of(cls, flags: RunConfig, checkpoints: Path, run: str) -> "Saving":
+    def of(cls, flags: RunConfig, checkpoints: Path, run: Callable[[], str], disown: Callable[[], None]) -> "Saving":
         """Opens the places that the flags name. All hosts have to make this call.
 
         Args:
             checkpoints: the directory of the shared checkpoints.
-            run: text that only this run has; it is not needed without local copies.
+            run: returns a text that only this run has, if there are local copies.
+            disown: function after which `run` returns another text, for all hosts.
 
         Raises:
             RequestError: a place cannot be used.
@@ -65,9 +68,9 @@ class Saving:
         shared, local = Checkpoints(checkpoints, keep=flags.keep_checkpoints), None
         if flags.local_checkpoints is not None:
             attempt = hosts.exchange("attempt", secrets.token_hex(4))[0]
-            local = LocalCopies(flags.local_checkpoints, run, attempt, checkpoints)
+            local = LocalCopies(flags.local_checkpoints, run(), attempt, checkpoints)
         intervals = {"minutes": flags.checkpoint_minutes, "local_every": flags.local_every}
-        return cls(shared, local, every=flags.checkpoint_every, **intervals)
+        return cls(shared, local, every=flags.checkpoint_every, disown=disown, **intervals)
 
     # the start
 
@@ -144,6 +147,7 @@ class Saving:
             self.check(state)
         except RunFailed:
             if self._local is not None:
+                self._disown()
                 self._local.remove()
             raise
         self._shared.save(state)

@@ -331,8 +331,8 @@ def _trained(run: Run, observer: Observer) -> dict[str, Any]:
     reporter = Reporter("observer")
     workdir, total, timeline = run.workdir, run.recipe.schedule.steps, Timeline(told_by(reporter, observer))
     with contextlib.closing(reporter), deferring_signals():
-        steps, flags = run.steps(), run.config.run
-        saving = Saving.of(flags, workdir.checkpoints, workdir.run() if flags.local_checkpoints else "")
+        steps = run.steps()
+        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run)
         start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:

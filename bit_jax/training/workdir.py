@@ -75,19 +75,22 @@ class Workdir:
         return self.path / "profile"
 
     @property
+    def _run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
     def known_run(self) -> str | None:
         """The text of `run`, if it was drawn already.
 
         Raises:
             RequestError: run.json cannot be read, or is damaged.
         """
-        path = self.path / "run.json"
-        if not path.exists():
+        if not self._run.exists():
             return None
         remedy = "move it away to continue without the local copies"
-        run = read_json(path, dict, remedy).get("run")
+        run = read_json(self._run, dict, remedy).get("run")
         if not re.fullmatch(r"[0-9a-f]{16}", str(run)):
-            raise RequestError(f"{path} is damaged (it names no run); {remedy}")
+            raise RequestError(f"{self._run} is damaged (it names no run); {remedy}")
         return run
 
     def run(self) -> str:
@@ -96,9 +99,14 @@ class Workdir:
         text = ""
         if hosts.is_first():
             if self.known_run is None:
-                write_json(self.path / "run.json", {"run": secrets.token_hex(8)})
+                write_json(self._run, {"run": secrets.token_hex(8)})
             text = self.known_run or ""
         return hosts.exchange("run", text)[0]
+
+    def forget_run(self) -> None:
+        """Makes `run` return another text from the next start on."""
+        if hosts.is_first():
+            self._run.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

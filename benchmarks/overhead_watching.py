@@ -28,8 +28,8 @@ from rich.table import Table
 from bit_jax import config
 from bit_jax.accounts.starts import Start
 from bit_jax.accounts.timeline import Timeline
+from bit_jax.checkpoints.shared import Checkpoints
 from bit_jax.scale import sharding
-from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.log import Log
 from bit_jax.training.loop import Loop
 from bit_jax.training.program import Program, compile_program

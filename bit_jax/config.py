@@ -225,8 +225,16 @@ class RunConfig:
     If a device's copy differs, the run ends, names the device, and saves nothing."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; a run that was killed loses at most these."""
+    checkpoint_minutes: float | None = None
+    """Minutes after a checkpoint after which another one is due, besides those of --checkpoint-every.
+    None: only --checkpoint-every decides."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, at least 2: one is whole while another is written."""
+    local_checkpoints: UserPath | None = None
+    """Directory for frequent copies of the training state, which every host writes on its own disk or in its memory:
+    /dev/shm/NAME, or a folder of a fast disk. A run that was killed continues from them. With --local-every."""
+    local_every: int | None = None
+    """Steps between two local copies; a run that was killed loses at most these, as long as the hosts have them."""
     profile: int = 0
     """Number of steps, after the first few, to trace into WORKDIR/profile, for TensorBoard and for a table by
     kind of work, which `python -m bit_jax.profile WORKDIR` shows again."""
@@ -271,6 +279,8 @@ class Config:
             "--log-every": self.run.log_every,
             "--watch-every": self.run.watch_every,
             "--checkpoint-every": self.run.checkpoint_every,
+            "--checkpoint-minutes": self.run.checkpoint_minutes,
+            "--local-every": self.run.local_every,
             "--microbatches": self.scale.microbatches,
             "--hosts": self.scale.hosts,
             "--start-timeout": self.scale.start_timeout,
@@ -287,6 +297,16 @@ class Config:
                 raise RequestError(f"{flag} {value} must not be negative")
         if self.run.keep_checkpoints < 2:
             raise RequestError(f"--keep-checkpoints {self.run.keep_checkpoints} must be at least 2")
+        if self.run.local_every is not None and self.run.local_checkpoints is None:
+            raise RequestError(
+                f"--local-every {self.run.local_every} needs a directory for the copies; add --local-checkpoints DIR, "
+                "such as /dev/shm/bit"
+            )
+        if self.run.local_checkpoints is not None and self.run.local_every is None:
+            raise RequestError(
+                f"--local-checkpoints {self.run.local_checkpoints} needs to know how often; add --local-every STEPS, "
+                "such as 20"
+            )
         if not 0 <= self.optimizer.momentum < 1:
             raise RequestError(f"--momentum {self.optimizer.momentum} must be at least 0 and below 1")
         if "schedule" in self.run.flagperf_compat and self.additions.schedule == "cosine":
@@ -310,7 +330,10 @@ _FREE_TO_CHANGE = {
     "run.watch_every",
     "run.check_replicas",
     "run.checkpoint_every",
+    "run.checkpoint_minutes",
     "run.keep_checkpoints",
+    "run.local_checkpoints",
+    "run.local_every",
     "run.profile",
     "run.flagperf_compat",  # what `schedule` changes is compared with the recipe
 }

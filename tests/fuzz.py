@@ -24,10 +24,11 @@ import torch
 import tyro
 from PIL import Image
 
+from bit_jax.checkpoints import shared
 from bit_jax.formats import described, safetensors, weights
 from bit_jax.formats.names import PEERS
 from bit_jax.model.architecture import Architecture
-from bit_jax.training import checkpoint, log
+from bit_jax.training import log
 from input_pipeline import Views, claims, typical_area
 from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json
@@ -175,8 +176,8 @@ def side_doors(folder: Path) -> list[Door]:
         inside = folder / "checkpoint"
         inside.mkdir(exist_ok=True)
         (inside / "a").write_bytes(b"a")
-        path.rename(inside / checkpoint.MANIFEST)
-        checkpoint._damage(inside)
+        path.rename(inside / shared.MANIFEST)
+        shared._damage(inside)
 
     def idx(path: Path) -> None:
         other = {"images": labels, "labels": images}["images" if "images" in path.name else "labels"]

@@ -24,10 +24,11 @@ from rich.console import Console
 
 import bit_jax
 from bit_jax import config
+from bit_jax.checkpoints import shared
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.formats import weights
 from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, Architecture
-from bit_jax.training import checkpoint, steps, trained
+from bit_jax.training import steps, trained
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.optimizer import clipped, learning_rate, sgd
 from bit_jax.training.run import Run
@@ -459,7 +460,7 @@ def test_a_run_leaves_its_average_and_moves_nothing_frozen(run, small_npz):
     folder, said = run
     assert "--train block4|head: " in said
     assert "parameters train, in 12 of 45 arrays" in said.replace("\n", " ")
-    final, state = dict(weights.read(folder / "final.npz")[1]), checkpoint.read(folder / "checkpoints", 6)
+    final, state = dict(weights.read(folder / "final.npz")[1]), shared.read(folder / "checkpoints", 6)
     (average,) = [weights.flatten(part["ema"]) for part in state["opt_state"] if part and "ema" in part]
     (momentum,) = [weights.flatten(part["trace"]) for part in state["opt_state"] if part and "trace" in part]
     params, before = weights.flatten(state["params"]), dict(weights.read(small_npz, num_classes=10)[1])

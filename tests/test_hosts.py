@@ -125,8 +125,11 @@ def alone(small_npz, environment, devices, *flags):
 def test_two_hosts_of_four_devices_are_one_of_eight(launch, small_npz, environment, tmp_path):
     flags = ("--steps", 3, "--decay-steps", 2, "--watch-every", 2)
     alone(small_npz, environment, 8, *flags, "--workdir", tmp_path / "alone")
-    code, said = said_by(launch(2, 4, *flags, "--workdir", tmp_path / "run"))
+    by_the_clock = ("--checkpoint-every", 100, "--checkpoint-minutes", 1e-6)
+    code, said = said_by(launch(2, 4, *flags, *by_the_clock, "--workdir", tmp_path / "run"))
     assert code == 0, said
+    # host 0's wish comes with step 1 and is seen when step 2 has begun; step 3 is the last
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "3"}
     assert len([line for line in said if "final.npz" in line]) == 1  # only the first host prints
     one, two = the_same_run(tmp_path / "alone", tmp_path / "run")
     assert (one["hosts"], one["devices"], one["mesh"]) == (1, 8, {"data": 8, "fsdp": 1})

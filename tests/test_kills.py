@@ -11,7 +11,7 @@ import pytest
 from conftest import last_step
 
 from bit_jax.accounts import goodput, starts
-from bit_jax.training.checkpoint import MANIFEST
+from bit_jax.checkpoints.shared import MANIFEST
 
 STEPS, KILLS = 120, 20
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
 
+from bit_jax.checkpoints.shared import Checkpoints
 from bit_jax.config import FLAGPERF
 from bit_jax.formats import weights
 from bit_jax.model.precision import PRECISIONS, choose
 from bit_jax.scale import sharding
 from bit_jax.training import hyperrule
-from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.program import compile_program, make_steps
 from bit_jax.training.target import Target
 

@@ -345,7 +345,7 @@ def test_the_device_with_a_wrong_bit_is_named(devices, fsdp, number):
     replicas.check(state, mesh, 3)
     for name in state:
         wrong = state | {name: with_a_flipped_bit(state[name], number)}
-        said = rf"after step 3, device {number} \(cpu, number {number} on host 0\) holds other bits than most devices in {name},"
+        said = rf"after step 3, device {number} \(cpu, number {number} on host 0\) holds other bits .* in {name},"
         with pytest.raises(RunFailed, match=said) as failed:
             replicas.check(wrong, mesh, 3)
         assert getattr(failed.value, "on_all_hosts", False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from bit_jax.config import ScaleConfig
@@ -23,6 +24,7 @@ from input_pipeline.errors import RequestError, RunFailed, Stopped
 
 Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
+MOST_WORDS = 2**22  # uint32 numbers that are sent at a time, 16 MiB
 _watch: list[Watch] = []  # of the hosts that this process has joined
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
@@ -52,6 +54,23 @@ def exchange(what: str, text: str) -> list[str]:
     client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
     forever = 10**9  # ms; if another host dies meanwhile, `Watch` ends this one
     return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
+
+
+def given_by(host: int, array: np.ndarray) -> np.ndarray:
+    """Returns the array of that host on every host, bit for bit; the others give one of its shape and dtype."""
+    if jax.process_count() == 1:
+        return array
+    octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    # JAX adds the hosts' arrays up, all but one of which are zeros; as floats, -0.0 would become 0.0
+    words, source = np.pad(octets, (0, -octets.size % 4)).view(np.uint32), jax.process_index() == host
+    parts = []
+    for start in range(0, words.size, MOST_WORDS):
+        part = words[start : start + MOST_WORDS]
+        # a power of two, because JAX compiles a program for every size
+        padded = np.pad(part, (0, (1 << (part.size - 1).bit_length()) - part.size))
+        parts.append(np.asarray(multihost_utils.broadcast_one_to_all(padded, is_source=source))[: part.size])
+    given = np.concatenate(parts) if parts else words
+    return given.view(np.uint8)[: octets.size].view(array.dtype).reshape(array.shape)
 
 
 def on_all_hosts(error: Ending) -> Ending:

@@ -13,18 +13,18 @@ import numpy as np
 
 from bit_jax.accounts.starts import Start
 from bit_jax.accounts.timeline import Timeline
+from bit_jax.checkpoints.saving import Saving
 from bit_jax.compiled import profile
 from bit_jax.model.architecture import HeadAlone
 from bit_jax.scale import hosts, sharding
-from bit_jax.training.checkpoint import Checkpoints
+from bit_jax.training.asked import NOTHING, Asked, Asking
 from bit_jax.training.evaluation import Accuracy, evaluate
 from bit_jax.training.log import Log
 from bit_jax.training.program import Program
 from bit_jax.training.steps import TrainState, evaluated
-from bit_jax.watching import numbers, replicas
+from bit_jax.watching import numbers
 from bit_jax.watching.spikes import Spikes
 from input_pipeline.errors import RunFailed, Stopped
-from input_pipeline.exits import signal_asked
 from input_pipeline.files import replacing
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _finished(metrics: dict[str, jax.Array]) -> tuple[dict[str, np.ndarray], flo
     return on_host, time.perf_counter()
 
 
-class _Asked(Exception):
+class _Signalled(Exception):
     """A signal, of that number, asked a host to end; all hosts see it after the same step."""
 
     def __init__(self, number: int):
@@ -78,7 +78,7 @@ class Loop:
         run: the run that is trained.
         program: the run's compiled steps.
         validation: batches of the split that is evaluated.
-        checkpoints, timeline, log: the places where the state, the time and the metrics go.
+        saving, timeline, log: the places where the state, the time and the metrics go.
         account: the account of this start, over whose steps the time is divided.
         replaced: number of rows so far that showed another example because their own is damaged.
         input_is_slow: whether the log said last that the devices wait for input.
@@ -88,7 +88,7 @@ class Loop:
     run: "Run"
     program: Program
     validation: Batches
-    checkpoints: Checkpoints
+    saving: Saving
     timeline: Timeline
     log: Log
     account: Start
@@ -137,23 +137,24 @@ class Loop:
                     stopped = begun[-1].metrics["failed"] if begun else self.going_on
                     previous_state = [state]
                     with self.timeline("dispatch"):
-                        batch = self.with_signal(batch) | {"stopped": stopped}
+                        batch = self.asking(batch, save=self.saving.wished) | {"stopped": stopped}
                         state, metrics = self.program.train_step(state, batch)
                     # the state before the step is let go while the devices work, and not by this thread, which has to
                     # begin the next one: it is hundreds of arrays, for each of which a thread stands in line with the
                     # input's for Python's lock
                     waiting.submit(previous_state.clear)
                     begun.append(Begun(step, batch, metrics, waiting.submit(_finished, metrics)))
-                    shown = step == steps or self.evaluates_after(step) or step % flags.checkpoint_every == 0
-                    self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
+                    shown = step == steps or self.evaluates_after(step) or self.saving.due(step) == "shared"
+                    wished = self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
                 if sentence := recorder.after(step, self.training):
                     self.log.note(sentence)
                 accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
                 if self.reached(accuracy):
                     self.log.note(f"acc1 reached {flags.target_acc1} after step {step}: training ends")
                     break
-                if step % flags.checkpoint_every == 0 and step < steps:
-                    self.save(state)
+                if step < steps:
+                    with self.timeline("saving"):
+                        self.saving.save(step, state, wished)
         finally:
             waiting.shutdown(wait=False)
         return state, accuracy
@@ -172,7 +173,7 @@ class Loop:
                 self.timeline.part("input", time.perf_counter() - idle_since, of="reading")
             yield batch
 
-    def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> None:
+    def finish(self, begun: deque[Begun], state: TrainState, start: int, *, leave: int) -> bool:
         """Waits for the begun steps but the last `leave`, and logs and checks their metrics.
 
         One step is left under way while the next batch is fetched and its step begun, so that the devices need not wait
@@ -183,9 +184,12 @@ class Loop:
             state: the state after the last of them.
             start: the step that the run started from.
             leave: number of steps to leave under way.
+
+        Returns:
+            Whether a host wishes that the state is saved; then none is left under way.
         """
-        signal = 0
-        while len(begun) > (0 if signal else leave):
+        asked = NOTHING
+        while len(begun) > (leave if asked == NOTHING else 0):
             step = begun.popleft()
             metrics, _ = step.end.result()
             self.check(metrics, step, state)
@@ -199,9 +203,10 @@ class Loop:
                 self.log.write(step.number, loss=float(metrics["loss"]), **scale, **self.speed(step.number - start))
                 if not isinstance(self.run.architecture, HeadAlone):  # a head alone waits for its rows, as it should
                     self.say_who_waits()
-            signal = signal or int(metrics["signal"])
-        if signal:
-            self.end(signal, state)
+            asked = max(asked, Asked.of(int(metrics["signal"])))
+        if asked.signal:
+            self.end(asked.signal, state)
+        return asked.save
 
     def watch(self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int) -> None:
         """Logs the numbers of `numbers.of_step` of a step that is about to begin; the begun ones are finished first, so
@@ -210,30 +215,8 @@ class Loop:
             self.finish(begun, state, start, leave=0)
         with self.timeline("watching"):
             assert self.program.watch_step is not None
-            measured = jax.device_get(self.program.watch_step(state, self.with_signal(batch)))
+            measured = jax.device_get(self.program.watch_step(state, self.asking(batch)))
         self.log.write(step, numbers.WHOLE, **numbers.finite(measured))
-
-    def save(self, state: TrainState) -> None:
-        """Starts saving the state as a checkpoint, as of now in the account of the time.
-
-        Raises:
-            RunFailed: devices hold different copies of the state.
-        """
-        self.account.mark()
-        with self.timeline("saving"):
-            self.check_replicas(state)
-            self.checkpoints.save(state)
-
-    def check_replicas(self, state: TrainState) -> None:
-        """Raises RunFailed, on all hosts, if devices hold different copies of the state."""
-        if not self.run.config.run.check_replicas:
-            return
-        try:
-            with self.timeline("watching"):
-                replicas.check(state, self.run.mesh, int(state.step))
-        except RunFailed:
-            self.checkpoints.close()  # the one that may still be written is what the run continues from
-            raise
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
         """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.
@@ -241,41 +224,34 @@ class Loop:
         Where a moving average of the parameters is kept, the accuracy is the average's."""
 
         def check(sums: dict) -> None:
-            if number := int(sums["signal"]):
-                raise _Asked(number)
+            if number := Asked.of(int(sums["signal"])).signal:
+                raise _Signalled(number)
 
         with self.timeline(activity):
-            batches = (self.with_signal(batch) for _, batch in self.validation.evaluation())
+            batches = (self.asking(batch) for _, batch in self.validation.evaluation())
             try:
                 params = self.program.for_evaluation(evaluated(state))
                 accuracy = evaluate(self.program.eval_step, params, batches, len(self.run.validation), check)
-            except _Asked as asked:
+            except _Signalled as asked:
                 self.end(asked.number, state)
         of_share = {} if accuracy.rank0_acc1 is None else {"val_rank0_acc1": accuracy.rank0_acc1}
         self.log.write(step, val_acc1=accuracy.acc1, val_acc5=accuracy.acc5, val_loss=accuracy.loss, **of_share)
         return accuracy
 
-    def with_signal(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the batch with the signal that asked this host to end, for all hosts to see after the same step."""
-        return batch | self._on_all_rows(signal_asked())
+    @functools.cached_property
+    def asking(self) -> Asking:
+        return Asking(self.run.global_batch, self.run.mesh)
 
     @functools.cached_property
     def going_on(self) -> jax.Array:
         """False on all devices: no step before the first one has failed."""
         return jax.make_array_from_callback((), sharding.replicated(self.run.mesh), lambda _: np.asarray(False))
 
-    @functools.cache  # noqa: B019 (a loop lives as long as its process)
-    def _on_all_rows(self, signal: int) -> dict[str, jax.Array]:
-        rows = self.run.global_batch // jax.process_count()
-        return sharding.shard_batch({"signal": np.full(rows, signal, np.int32)}, self.run.mesh)
-
     def end(self, number: int, state: TrainState) -> None:
         """Saves the state, and raises Stopped by the signal of that number."""
         step = int(state.step)
-        if step and step != self.checkpoints.newest:
-            self.save(state)
         with self.timeline("saving"):
-            self.checkpoints.close()
+            self.saving.finish(step, state)
         sentence = f"ended by a signal after step {step}, which is saved; the same command continues"
         raise hosts.on_all_hosts(Stopped(number, sentence))
 
@@ -285,10 +261,8 @@ class Loop:
         if not metrics["failed"]:
             return
         step, loss, cfg = begun.number, float(metrics["loss"]), self.run.config
-        if step > 1 and self.checkpoints.newest != step - 1:
-            self.save(state)
         with self.timeline("saving"):
-            self.checkpoints.close()
+            self.saving.finish(step - 1, state)
         shown = self.run.workdir.path / f"failed_step{step}.host{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: sharding.own_rows(rows) for name, rows in begun.batch.items() if rows.ndim}
         with replacing(shown) as file:

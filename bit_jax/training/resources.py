@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import psutil
 
+from bit_jax.checkpoints import local
 from bit_jax.config import NO_ADDITIONS, Additions
 from bit_jax.model.architecture import Architecture
 from bit_jax.training.trained import trains
@@ -18,6 +19,8 @@ from input_pipeline.limits import RESERVED, raise_descriptor_limit
 GIB, MIB = 2**30, 2**20
 SHARED_PER_GPU = 32 * MIB  # NCCL's buffers in /dev/shm if GPUs of a host communicate through it
 SHARED = Path("/dev/shm")
+HOST_MEMORY = "host memory, GiB"
+MEMORY = ("tmpfs", "ramfs")  # file systems
 # files with a container's memory limit and its use, in cgroups v2 and v1
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 USED = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
@@ -78,7 +81,7 @@ def needs(
             "free some, choose another --workdir, or lower --keep-checkpoints",
         ),
         Need(
-            "host memory, GiB",
+            HOST_MEMORY,
             # on a CPU the state and the gradients; elsewhere the copy of the state that a checkpoint is written from
             (state + training if jax.default_backend() == "cpu" else state) / GIB,
             _free_memory() / GIB,
@@ -91,6 +94,42 @@ def needs(
             "start the container with a larger --shm-size, or with --ipc=host",
         ),
     ]
+
+
+def with_local_copies(needs: list[Need], directory: Path, state: int, workdir: Workdir) -> list[Need]:
+    """Returns the needs of a run that keeps local copies as well: space for them, and host memory for those that lie in
+    memory, and for the one that is being written.
+
+    Args:
+        needs: what the run needs without them.
+        directory: directory of the local copies.
+        state: bytes of the part of the state that this host's devices hold.
+        workdir: work directory, which names this run's earlier copies; new ones replace those.
+    """
+    copies = (local.kept() + 1) * state / GIB
+    run = workdir.known_run
+    written = sum(local.sizes(directory / run)) / GIB if run else 0
+    in_memory = _in_memory(directory)
+    more = state / GIB + (copies if in_memory else 0)
+    space = Need(
+        f"space under {directory}, GiB",
+        copies,
+        _free(directory) / GIB + written,
+        "free some, choose other --local-checkpoints, or leave them out",
+    )
+    return [
+        dataclasses.replace(need, needed=need.needed + more, available=need.available + written * in_memory)
+        if need.name == HOST_MEMORY
+        else need
+        for need in needs
+    ] + [space]
+
+
+def _in_memory(path: Path) -> bool:
+    """Whether what is written at the path lies in the machine's memory, as under /dev/shm."""
+    whole = path.absolute()
+    mounts = [part for part in psutil.disk_partitions(all=True) if whole.is_relative_to(part.mountpoint)]
+    return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in MEMORY
 
 
 def require(needs: list[Need]) -> None:

@@ -18,6 +18,8 @@ import input_pipeline
 from bit_jax.accounts import goodput
 from bit_jax.accounts.starts import LOST_HOST, Start
 from bit_jax.accounts.timeline import Observer, Timeline, nobody
+from bit_jax.checkpoints import pieces
+from bit_jax.checkpoints.saving import Saving
 from bit_jax.config import AUTO, Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
@@ -30,7 +32,6 @@ from bit_jax.scale.same_work import SameWork
 from bit_jax.scale.spread import Spread
 from bit_jax.scale.watch import Sign
 from bit_jax.training import figures, fitting, flagperf, hyperrule, resources, trained
-from bit_jax.training.checkpoint import Checkpoints
 from bit_jax.training.evaluation import Accuracy
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.linear_probe import Probe
@@ -41,6 +42,7 @@ from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.target import Target
 from bit_jax.training.watched import spikes_of
 from bit_jax.training.workdir import Workdir, begun_in
+from bit_jax.watching import replicas
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
@@ -201,7 +203,10 @@ class Run:
         """Lists what the run will need of this machine."""
         files = sum(input_pipeline.descriptors(source) for source in (self.train, self.validation))
         keep, additions = self.config.run.keep_checkpoints, self.config.additions
-        return resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
+        needs = resources.needs(self.architecture, self.target.param_dtype, self.workdir, keep, files, additions)
+        if (directory := self.config.run.local_checkpoints) is None:
+            return needs
+        return resources.with_local_copies(needs, directory, pieces.bytes_here(self.steps().state), self.workdir)
 
 
 def _settled(
@@ -343,27 +348,39 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
     workdir, total = run.workdir, run.recipe.schedule.steps
     timeline.observer = told_by(reporter, observer)
     with contextlib.closing(reporter), deferring_signals():
-        checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.run.keep_checkpoints)
-        start = checkpoints.newest or 0
+        steps = run.steps()
+        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run)
+        start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:
             keep_programs(workdir.programs)
         with timeline("compilation"):
-            program = compile_program(run.steps(), watched=run.config.run.watch_every is not None)
+            program = compile_program(steps, watched=run.config.run.watch_every is not None)
         if start:
             with timeline("restore"):
-                state = jax.block_until_ready(checkpoints.restore(start, program.state_shape))
+                state = jax.block_until_ready(saving.restore(start, program.state_shape))
         else:
             with timeline("initial parameters"):
                 params = run.initial_params(program.state_shape.params)
                 state = jax.block_until_ready(program.initial_state(params))
         account.continues_from(start)
         work.measure()
+
+        def before_saving(state: TrainState) -> None:
+            account.mark()
+            work.measure()
+            if run.config.run.check_replicas:
+                with timeline("watching"):
+                    replicas.check(state, run.mesh, int(state.step))
+
+        saving.check = before_saving
         quiet = not hosts.is_first()
         with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
-            for sentence in (*([f"continuing {workdir.path} from step {start}"] if start else []), *run.notes):
+            if start:
+                log.note(f"continuing {workdir.path} from step {start}{saving.origin}")
+            for sentence in run.notes:
                 log.note(sentence)
-            loop = Loop(run, program, run.loader(run.validation), checkpoints, timeline, log, account)
+            loop = Loop(run, program, run.loader(run.validation), saving, timeline, log, account)
             with spikes_of(run, log.note) as loop.spikes:
                 state, accuracy = loop.train(state, start, batches)
             reporter.close()
@@ -371,10 +388,8 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
                 log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
             if account.failure:
                 log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
-        if int(state.step) > start:
-            loop.save(state)
         with timeline("saving"):
-            checkpoints.close()
+            saving.finish(int(state.step), state)
             save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():

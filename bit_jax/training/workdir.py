@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import is_unfinished, read_json, write_json
 
 OTHER = "choose another --workdir"
-OWN = ("config.json", "metrics.jsonl", "result.json", "final.npz")  # files that a run writes by `files.replacing`
+OWN = (
+    "config.json",
+    "run.json",
+    "metrics.jsonl",
+    "result.json",
+    "final.npz",
+)  # files that a run writes by `files.replacing`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,40 @@ class Workdir:
     @property
     def profile(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def _run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def known_run(self) -> str | None:
+        """The text of `run`, if it was drawn already.
+
+        Raises:
+            RequestError: run.json cannot be read, or is damaged.
+        """
+        if not self._run.exists():
+            return None
+        remedy = "move it away to continue without the local copies"
+        run = read_json(self._run, dict, remedy).get("run")
+        if not re.fullmatch(r"[0-9a-f]{16}", str(run)):
+            raise RequestError(f"{self._run} is damaged (it names no run); {remedy}")
+        return run
+
+    def run(self) -> str:
+        """Returns a text that only this run has, drawn when it is first asked for, the same on all hosts. All of them
+        have to make this call. What is kept outside of the directory is known by it as this run's."""
+        text = ""
+        if hosts.is_first():
+            if self.known_run is None:
+                write_json(self._run, {"run": secrets.token_hex(8)})
+            text = self.known_run or ""
+        return hosts.exchange("run", text)[0]
+
+    def forget_run(self) -> None:
+        """Makes `run` return another text from the next start on."""
+        if hosts.is_first():
+            self._run.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from bit_jax.checkpoints import shared
+from bit_jax.checkpoints.shared import MANIFEST, CheckpointError, Checkpoints
 from bit_jax.scale import sharding
-from bit_jax.training import checkpoint
-from bit_jax.training.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from bit_jax.training.steps import TrainState
 
 
@@ -86,9 +86,9 @@ def test_damage_is_noticed_wherever_it_strikes(saved, damage):
     for path in paths:
         original = path.read_bytes()
         path.write_bytes(damage(original, rng))
-        assert checkpoint._damage(saved / "2") is not None
+        assert shared._damage(saved / "2") is not None
         path.write_bytes(original)
-    assert checkpoint._damage(saved / "2") is None
+    assert shared._damage(saved / "2") is None
 
 
 def test_the_one_before_takes_a_damaged_ones_place(saved, caplog):
@@ -145,7 +145,7 @@ def test_an_error_of_the_disk_is_not_damage(saved, monkeypatch, number):
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint.hashlib, "file_digest", fails)
+    monkeypatch.setattr(shared.hashlib, "file_digest", fails)
     with pytest.raises(CheckpointError, match=os.strerror(number)):
         Checkpoints(saved, keep=2)
     assert {path.name for path in saved.iterdir()} == {"1", "2"}

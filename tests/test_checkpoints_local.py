@@ -16,12 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from bit_jax.training.timeline import Timeline
 from conftest import last_step
-from jax.experimental import multihost_utils
 from test_hosts import RUN, environment, said_by, started  # noqa: F401 (two are fixtures)
 
 from bit_jax import config
+from bit_jax.accounts.timeline import Timeline
 from bit_jax.checkpoints import local, pieces
 from bit_jax.checkpoints.local import MANIFEST, PIECES, LocalCopies
 from bit_jax.checkpoints.saving import Saving
@@ -408,7 +407,7 @@ def test_an_array_of_another_host_arrives_bit_for_bit(monkeypatch, dtype, shape)
         return np.stack([mine if is_source else np.zeros_like(mine), np.zeros_like(mine)]).sum(axis=0, dtype=mine.dtype)
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", added_up)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", added_up)
     monkeypatch.setattr(hosts, "MOST_WORDS", 4)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     sent = np.frombuffer(np.random.default_rng(0).bytes(size), dtype).reshape(shape)

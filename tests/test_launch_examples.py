@@ -80,7 +80,7 @@ def steps(tmp_path) -> list[str]:
         ((2, 0), 1, 2),  # a wrong request
         ((137, 139, 0), 3, 0),
         ((137, 137, 137, 0), 3, 1),  # given up
-        ((1, 1, 0), 2, 1),  # the same failure twice
+        ((1, 1, 0), 3, 0),  # before the run had begun, as where the processes did not find each other
     ],
 )
 def test_a_job_starts_its_processes_again_by_their_exit_code(job, tmp_path, codes, starts, code):

@@ -21,8 +21,8 @@ from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, HeadAlone
 from bit_jax.predictions import rows
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.scale import sharding
+from bit_jax.training import metrics, steps
 from bit_jax.training import run as runs
-from bit_jax.training import steps
 from bit_jax.training.target import Target
 from input_pipeline import Loader, open_source
 from input_pipeline.errors import RequestError
@@ -59,7 +59,10 @@ def flags(stored, small_npz, workdir, *, optimizer=None, **data):
     data = {"dataset": f"features:{stored / 'features'}", "global_batch": 8} | data
     short = config.OptimizerConfig(base_lr=0.1, warmup_steps=0, steps=6, **optimizer or {})
     return config.Config(
-        config.ModelConfig(str(small_npz)), config.DataConfig(**data), short, config.RunConfig(workdir, eval_every=3)
+        config.ModelConfig(str(small_npz)),
+        config.DataConfig(**data),
+        short,
+        config.RunConfig(workdir, eval_every=3, watch_every=4),
     )
 
 
@@ -91,6 +94,10 @@ def test_a_probe_leaves_the_whole_model_with_the_accuracy_that_it_reports(finish
     np.testing.assert_array_equal(computed["predicted"], logits.argmax(axis=1))
     assert result["final_acc1"] == (computed["predicted"] == features.labels).mean()
     assert result["final_loss"] == pytest.approx(computed["loss"].mean(), rel=1e-4)
+    watched = [entry for entry in metrics.read(workdir / "metrics.jsonl")[0] if "watch/grad_norm" in entry]
+    assert [entry["step"] for entry in watched] == [4]
+    assert watched[0]["watch/grad_norm"] == watched[0]["watch/grad_norm/head"] > 0
+    assert not [name for name in watched[0] if "activation" in name]
 
 
 def test_the_checkpoint_is_of_the_head_alone_and_the_run_is_known_again(finished, stored, small_npz, capsys):

@@ -494,7 +494,7 @@ def test_weights_that_are_not_finite(capsys, monkeypatch, small_npz, tmp_path):
     np.savez(tmp_path / "w.npz", **arrays)
     # the weights are read once the program is compiled, which is spared here
     monkeypatch.setattr(
-        run, "compile_program", lambda made: SimpleNamespace(state_shape=made.state, initial_state=None)
+        run, "compile_program", lambda made, watched: SimpleNamespace(state_shape=made.state, initial_state=None)
     )
     sentence = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz")
     assert "resnet/group_norm/gamma" in sentence

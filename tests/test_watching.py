@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import deque
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +25,12 @@ from bit_jax.model.precision import choose
 from bit_jax.scale import sharding
 from bit_jax.training import hyperrule, run, steps
 from bit_jax.training.hyperrule import Schedule
-from bit_jax.training.loop import Loop
+from bit_jax.training.loop import Begun, Loop
 from bit_jax.training.metrics import read as entries
 from bit_jax.training.optimizer import sgd
 from bit_jax.training.program import make_steps
 from bit_jax.training.target import Target
-from bit_jax.training.watched import gradients_and_activations, make_watch_step
+from bit_jax.training.watched import gradients_and_activations, make_watch_step, spikes_of
 from bit_jax.watching import numbers, replicas, spikes
 from bit_jax.watching.spikes import Spikes, Window
 from input_pipeline import Loader, Views, open_source
@@ -169,18 +171,18 @@ def test_an_ordinary_call_computes_no_more_than_without_watching(monkeypatch):
 
 @pytest.mark.slow
 def test_float16s_gradient_is_the_one_before_scaling():
-    """In float16 with a loss scale, and in float32 without."""
-    found = []
-    for dtype in (jnp.float16, jnp.float32):
-        model, optimizer, scaled = small_model(dtype), sgd(SCHEDULE, 0.9), dtype == jnp.float16
-        state = steps.init_state(params_of(np.float32), optimizer, scales_loss=scaled)
-        if scaled:
-            state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**7)))
-        watch = make_watch_step(model, optimizer, mixup=0, seed=SEED)
-        found.append(numbers.finite(jax.device_get(jax.jit(watch)(state, a_batch()))))
-    narrow, wide = found
-    for name in numbers.WHOLE:
-        assert narrow[name] == pytest.approx(wide[name], rel=0.05), name
+    optimizer = sgd(SCHEDULE, 0.9)
+    state = steps.init_state(params_of(np.float32), optimizer, scales_loss=True)
+    watch = jax.jit(make_watch_step(small_model(jnp.float16), optimizer, mixup=0, seed=SEED))
+
+    def found(scale: float) -> dict[str, float]:
+        scaled = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
+        return numbers.finite(jax.device_get(watch(scaled, a_batch())))
+
+    assert found(2.0**7) == pytest.approx(found(2.0**3), rel=0.02)
+    overflowing = found(2.0**40)
+    assert numbers.GRADIENT not in overflowing
+    assert numbers.LARGEST in overflowing
 
 
 def test_a_number_that_is_none_is_left_out():
@@ -304,6 +306,35 @@ def test_a_spike_is_said_once_in_a_while_and_its_examples_are_kept(tmp_path):
     assert spikes.read(tmp_path / "none") == []
 
 
+def test_the_loop_gives_every_loss_to_be_compared(tmp_path):
+    """With mixup, whose weight is drawn anew for the steps that are suspected."""
+    source = open_source("digits", "train", None)
+    loader = Loader(source, Views(36, 32, False, "pillow"), 256, seed=SEED)
+    run_of: Any = SimpleNamespace(
+        train=source,
+        loader=lambda source: loader,
+        recipe=SimpleNamespace(mixup=0.1),
+        config=SimpleNamespace(run=config.RunConfig(tmp_path, seed=SEED, log_every=1000)),
+        architecture=SimpleNamespace(num_classes=10),
+        global_batch=256,
+        workdir=SimpleNamespace(spikes=tmp_path / "spikes.jsonl"),
+    )
+    unused: Any = None
+    log: Any = SimpleNamespace(advance=lambda step: None)
+    account: Any = SimpleNamespace(step=0)
+    with spikes_of(run_of, lambda sentence: None) as taking:
+        loop = Loop(run_of, unused, unused, unused, Timeline(), log, account, spikes=taking)
+        begun: deque[Begun] = deque()
+        for step in range(1, 41):
+            metrics = {"failed": False, "replaced": 0, "signal": 0, "loss": 9.0 if step == 40 else 1.0}
+            begun.append(Begun(step, {}, {}, Future()))
+            begun[-1].end.set_result((jax.tree.map(np.asarray, metrics), 0.0))
+        loop.finish(begun, unused, 0, leave=0)
+    (spike,) = spikes.read(tmp_path / "spikes.jsonl")
+    assert (spike.step, spike.loss, spike.median) == (40, 9.0, 1.0)
+    assert spike.examples == tuple(source[index]["id"] for index in loader.examples(39))
+
+
 def test_spikes_that_cannot_be_written_end_nothing(tmp_path):
     said: list[str] = []
     watcher = Spikes(tmp_path / "no" / "folder", Window(64), lambda step: [], said.append)
@@ -345,7 +376,7 @@ def test_the_device_with_a_wrong_bit_is_named(devices, fsdp, number):
     replicas.check(state, mesh, 3)
     for name in state:
         wrong = state | {name: with_a_flipped_bit(state[name], number)}
-        said = rf"after step 3, device {number} \(cpu, number {number} on host 0\) holds other bits .* in {name},"
+        said = rf"after step 3, device {number} \(cpu, number {number} on host 0\) holds other bits .* in {name}, "
         with pytest.raises(RunFailed, match=said) as failed:
             replicas.check(wrong, mesh, 3)
         assert getattr(failed.value, "on_all_hosts", False)
@@ -400,28 +431,24 @@ def test_the_majority_is_of_the_copies_of_the_same_part():
     assert replicas.disagreeing(sums, [True, True])[1] is False
 
 
-def test_nothing_is_saved_of_a_state_that_devices_hold_differently(tmp_path):
+def test_nothing_is_saved_of_a_state_that_devices_hold_differently():
     mesh = sharding.make_mesh()
     params = a_state(mesh)
     state = steps.TrainState(on_mesh(mesh, np.int32(4)), params, ())
     done = []
-    unused: Any = None
-    checkpoints: Any = SimpleNamespace(save=lambda state: done.append("save"), close=lambda: done.append("close"))
-    account: Any = SimpleNamespace(mark=lambda: None)
-
-    def saved(state, *, compared=True):
-        done.clear()
-        settings = SimpleNamespace(run=config.RunConfig(tmp_path, check_replicas=compared))
-        run_of: Any = SimpleNamespace(config=settings, mesh=mesh)
-        Loop(run_of, unused, unused, checkpoints, Timeline(), unused, account).save(state)
-
+    shared: Any = SimpleNamespace(newest=3, save=lambda state: done.append("save"), close=lambda: done.append("close"))
+    saving = Saving(shared, every=1)
+    saving.check = lambda state: replicas.check(state, mesh, int(state.step))
     wrong = state.replace(params=params | {"kernel": with_a_flipped_bit(params["kernel"], 3)})
     with pytest.raises(RunFailed, match=r"after step 4, device 3 .* in params/kernel, "):
-        saved(wrong)
+        saving.save(4, wrong)
     assert done == ["close"], "the checkpoint before may still be written"
-    saved(state)
-    assert done == ["save"]
-    saved(wrong, compared=False)
+    done.clear()
+    with pytest.raises(RunFailed):
+        saving.finish(4, wrong)
+    assert done == ["close"], "nor is it the last one"
+    done.clear()
+    saving.save(4, state)
     assert done == ["save"]
 
 
@@ -477,6 +504,7 @@ HOST = """
 import sys
 import jax, numpy as np
 
+from bit_jax.checkpoints.saving import Saving
 from bit_jax.config import ScaleConfig
 from bit_jax.scale import hosts, sharding
 from bit_jax.watching import replicas

@@ -393,7 +393,8 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
             save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
     result = _result(run, loop, state, accuracy, start)
     if hosts.is_first():
-        write_json(workdir.result, result | _over_all_starts(account))
+        result |= _over_all_starts(account)
+        write_json(workdir.result, result)
     return result
 
 

@@ -441,6 +441,9 @@ class Kept:
     def remove(self) -> None:
         self.removed = True
 
+    def close(self) -> None:
+        """Nothing is still being written."""
+
 
 def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch):
     """A step takes a minute by this clock. Host 0's wish is seen in the metrics of the step that it came with, when the
@@ -466,7 +469,8 @@ def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch):
     )
     program: Any = SimpleNamespace(train_step=step)
     log: Any = SimpleNamespace(advance=lambda number: None)
-    loop = Loop(run, program, nothing, saving, Timeline(), log)
+    account: Any = SimpleNamespace(step=0)
+    loop = Loop(run, program, nothing, saving, Timeline(), log, account)
     state: Any = SimpleNamespace(step=0)
     loop.train_from(state, 0, iter([(index, {}) for index in range(12)]), None)
     # the wish comes with the batch of step 4, at minute 3; step 5 has begun when it is seen

@@ -19,6 +19,7 @@ from conftest import COMPILES_FAST, ROOT, SMALL
 
 from bit_jax import config
 from bit_jax.accounts.timeline import Timeline
+from bit_jax.checkpoints.saving import Saving
 from bit_jax.launch import free_port
 from bit_jax.model import layers, resnetv2
 from bit_jax.model.precision import choose

@@ -94,6 +94,7 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
     program, state = started(run, watched=True)
     seconds: dict[str, list[float]] = {"plain": [], "watched": []}
     processor: dict[str, list[float]] = {"plain": [], "watched": []}
+    shares: dict[str, list[float]] = {"plain": [], "watched": []}
     loader, done = run.loader(run.train), 0
     unused: Any = None
     with Log(run.workdir.path, start=0, stop=10**6, global_batch=run.global_batch, quiet=True) as log:
@@ -112,11 +113,12 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
             jax.block_until_ready(state)
             seconds[name].append(time.perf_counter() - begun)
             processor[name].append(time.process_time() - used)
+            shares[name].append(loop.timeline["watching"] / seconds[name][-1])
             return state
 
         state = block("plain", WARM_UP, state, done)
         state = block("watched", 1, state, WARM_UP)
-        for values in (*seconds.values(), *processor.values()):
+        for values in (*seconds.values(), *processor.values(), *shares.values()):
             values.clear()
         done = WARM_UP + 1
         for number in range(rounds):
@@ -127,6 +129,7 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
         "p_train": {
             name: spread([every * run.global_batch / value for value in values]) for name, values in seconds.items()
         },
+        "share of a watched block": spread(shares["watched"]),
         "a watched block beside its neighbour": {"time": ratios(seconds), "processor": ratios(processor)},
     } | singly(run, program, state, done, rounds)
 
@@ -203,10 +206,11 @@ def show(measured: dict[str, Any]) -> None:
         table.add_row(what, f"{values['median']:{form}} ({values['low']:{form}} to {values['high']:{form}})")
 
     for name, values in of_steps["p_train"].items():
-        row(f"p_train {name}, images/s", values, ".1f")
+        row(f"p_train {name}, images/s", values, ".0f")
     beside = of_steps["a watched block beside its neighbour"]
     row("time of a watched block / its neighbour's", beside["time"], ".3f")
-    row("the processor's", beside["processor"], ".3f")
+    row("share of its time that the loop counts as watching", of_steps["share of a watched block"], ".2%")
+    row("processor's time of a watched block / its neighbour's", beside["processor"], ".3f")
     row("watching once, in steps", of_steps["steps that watching takes"], ".2f")
     row(f"comparing {copies['bytes'] / 1e6:.0f} MB on {copies['devices']} devices, s", copies["compare"], ".3f")
     row("saving them, s", copies["save"], ".3f")

@@ -31,9 +31,9 @@ def flipped(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
-def compile_program(steps: program.Steps) -> program.Program:
+def compile_program(steps: program.Steps, **more: Any) -> program.Program:
     """Compiles the program, with a training step that first flips the bit if that was asked for."""
-    whole = program.compile_program(steps)
+    whole = program.compile_program(steps, **more)
 
     def train_step(state: Any, batch: Any) -> Any:
         if asked.is_set():
@@ -41,7 +41,7 @@ def compile_program(steps: program.Steps) -> program.Program:
             leaves, structure = jax.tree.flatten(state.params)
             largest = max(range(len(leaves)), key=lambda place: leaves[place].size)
             leaves[largest] = flipped(leaves[largest])
-            state = dataclasses.replace(state, params=jax.tree.unflatten(structure, leaves))
+            state = state.replace(params=jax.tree.unflatten(structure, leaves))
         return whole.train_step(state, batch)
 
     return dataclasses.replace(whole, train_step=train_step)

@@ -2,10 +2,10 @@
 
     python benchmarks/chaos.py --minutes 10
 
-Two runs are disturbed, for a quarter and for three quarters of the time, under `python -m bit_jax.launch --restarts`: one of one host with one
-device, which has to end with the same bytes as if it had been left alone, and one of three hosts, which has to end
-within 1e-10 of it, in float64, on whatever hosts were left. As root, the three hosts have a network namespace each, so
-that their cables can be cut.
+Two runs are disturbed, for a quarter and for three quarters of the time, under `python -m bit_jax.launch --restarts`:
+one of one host with one device, which has to end with the same bytes as if it had been left alone, and one of three
+hosts, which has to end within 1e-10 of it, in float64, on whatever hosts were left. As root, the three hosts have a
+network namespace each, so that their cables can be cut.
 
 Disturbances: a host is killed; a host is frozen, until the launcher kills it; a host's cable is cut for a while; a
 host's disk is full; one device's copy of a parameter loses a bit. The last one must be found before it is saved. The

@@ -445,9 +445,11 @@ class Kept:
         """Nothing is still being written."""
 
 
-def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("watch_every", [None, 1, 5])
+def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch, watch_every):
     """A step takes a minute by this clock. Host 0's wish is seen in the metrics of the step that it came with, when the
-    next one has begun already; the state after that is saved, and the minutes count from then."""
+    next one has begun already, or is about to be watched; the state after that is saved, and the minutes count from
+    then."""
     now, kept, copies = [0.0], Kept(), Kept()
     shared: Any = kept
     own: Any = copies
@@ -461,14 +463,14 @@ def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch):
 
     nothing: Any = None
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(run=config.RunConfig(tmp_path), model=config.ModelConfig()),
+        config=SimpleNamespace(run=config.RunConfig(tmp_path, watch_every=watch_every), model=config.ModelConfig()),
         recipe=SimpleNamespace(schedule=SimpleNamespace(steps=12)),
         workdir=SimpleNamespace(path=tmp_path, profile=tmp_path / "profile"),
         mesh=sharding.make_mesh(),
         global_batch=8,
     )
-    program: Any = SimpleNamespace(train_step=step)
-    log: Any = SimpleNamespace(advance=lambda number: None)
+    program: Any = SimpleNamespace(train_step=step, watch_step=lambda state, batch: {})
+    log: Any = SimpleNamespace(advance=lambda number: None, write=lambda step, shown: None)
     account: Any = SimpleNamespace(step=0)
     loop = Loop(run, program, nothing, saving, Timeline(), log, account)
     state: Any = SimpleNamespace(step=0)

@@ -354,7 +354,7 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
     )
     program: Any = SimpleNamespace(train_step=begin)
     log: Any = SimpleNamespace(advance=lambda step: None)
-    saving: Any = SimpleNamespace(wished=False, due=lambda step: None, save=lambda step, state, wished: None)
+    saving: Any = SimpleNamespace(wished=False, due=lambda *_: None, save=lambda step, state, wished: None)
     account: Any = SimpleNamespace(step=0)
     loop = Loop(run, program, nothing, saving, Timeline(), log, account)
     batches: Any = iter([(index, {}) for index in range(3)])

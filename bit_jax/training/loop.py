@@ -128,9 +128,9 @@ class Loop:
         waiting = ThreadPoolExecutor(1, thread_name_prefix="until a step has finished")
         try:
             for index, batch in self.arriving(batches, begun):
-                step = index + 1
+                step, wished = index + 1, False
                 if flags.watch_every is not None and step % flags.watch_every == 0:
-                    self.watch(state, step, batch, begun, start)
+                    wished = self.watch(state, step, batch, begun, start)
                 if sentence := recorder.before(step, self.training):
                     self.log.note(sentence)
                 with self.timeline("steps"):
@@ -144,8 +144,8 @@ class Loop:
                     # input's for Python's lock
                     waiting.submit(previous_state.clear)
                     begun.append(Begun(step, batch, metrics, waiting.submit(_finished, metrics)))
-                    shown = step == steps or self.evaluates_after(step) or self.saving.due(step) == "shared"
-                    wished = self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
+                    shown = step == steps or self.evaluates_after(step) or self.saving.due(step, wished) == "shared"
+                    wished |= self.finish(begun, state, start, leave=0 if shown or recorder.waits_for(step) else 1)
                 if sentence := recorder.after(step, self.training):
                     self.log.note(sentence)
                 accuracy = self.evaluate(state, step) if self.evaluates_after(step) else None
@@ -208,15 +208,16 @@ class Loop:
             self.end(asked.signal, state)
         return asked.save
 
-    def watch(self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int) -> None:
+    def watch(self, state: TrainState, step: int, batch: dict[str, jax.Array], begun: deque[Begun], start: int) -> bool:
         """Logs the numbers of `numbers.of_step` of a step that is about to begin; the begun ones are finished first, so
-        that the time is this program's alone."""
+        that the time is this program's alone. Returns what `finish` returns of those."""
         with self.timeline("steps"):
-            self.finish(begun, state, start, leave=0)
+            wished = self.finish(begun, state, start, leave=0)
         with self.timeline("watching"):
             assert self.program.watch_step is not None
             measured = jax.device_get(self.program.watch_step(state, self.asking(batch)))
         self.log.write(step, numbers.WHOLE, **numbers.finite(measured))
+        return wished
 
     def evaluate(self, state: TrainState, step: int, activity: str = "evaluation") -> Accuracy:
         """Returns the accuracy of the state after `step` steps, and logs it; its time counts as `activity`.

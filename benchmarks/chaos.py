@@ -340,7 +340,8 @@ def show(console: Any, name: str, run: dict[str, Any]) -> None:
     console.print(table)
     counts = ", ".join(f"{kind} {count}" for kind, count in sorted(run["disturbances"].items()))
     console.print(
-        f"disturbed: {counts}; wrong bits named: {run['flips_named']}; {account['starts']} starts; goodput {account['goodput']:.1%}"
+        f"disturbed: {counts}; wrong bits named: {run['flips_named']}; {account['starts']} starts; "
+        f"goodput {account['goodput']:.1%}"
     )
 
 

@@ -185,7 +185,7 @@ def rsh(tmp_path):
 
 
 def test_the_run_goes_on_with_the_hosts_that_divide_its_batch(launched, workdir, rsh, tmp_path):
-    """Of four machines one stays away: three do not divide the global batch of 4. Then it is there again."""
+    """One of four machines stays away, and three do not divide the global batch of 4. Then it is there again."""
     away = tmp_path / "b.away"
     told(workdir, [-9, 1], [-9, 1, 0, 0], [0, 0, 0, 0])
     away.touch()

@@ -308,7 +308,7 @@ def test_a_spike_is_said_once_in_a_while_and_its_examples_are_kept(tmp_path):
 
 
 def test_the_loop_gives_every_loss_to_be_compared(tmp_path):
-    """With mixup, whose weight is drawn anew for the steps that are suspected."""
+    """The run has mixup, whose weight is drawn anew for the steps that are suspected."""
     source = open_source("digits", "train", None)
     loader = Loader(source, Views(36, 32, False, "pillow"), 256, seed=SEED)
     run_of: Any = SimpleNamespace(

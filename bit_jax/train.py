@@ -25,7 +25,7 @@ from bit_jax.accounts.timeline import STARTING, Observer, Timeline, nobody
 from bit_jax.compiled import profile
 from bit_jax.published import fetch
 from bit_jax.scale import hosts
-from bit_jax.training import figures, run
+from bit_jax.training import figures, finetuning, run
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
@@ -62,7 +62,7 @@ def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | N
     """Trains as this host of the configured run, for programs that start training themselves.
 
     Args:
-        observer: see `run.finetune`.
+        observer: see `finetuning.finetune`.
 
     Returns:
         The content of result.json on the first host, None on the others.
@@ -71,7 +71,7 @@ def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | N
     with _joined(cfg, timeline):
         with timeline(STARTING):
             settled = run.Run.of(cfg)
-        result = run.finetune(settled, observer, timeline)
+        result = finetuning.finetune(settled, observer, timeline)
         first = hosts.is_first()
     return result if first else None
 

@@ -27,7 +27,7 @@ from bit_jax.accounts.timeline import Timeline
 from bit_jax.launch import free_port
 from bit_jax.process.reporter import Reporter
 from bit_jax.report import card
-from bit_jax.training import figures, run, steps
+from bit_jax.training import figures, finetuning, run, steps
 from bit_jax.training.evaluation import evaluate
 from bit_jax.training.flagperf import Rank0Share, epoch_steps, p_core_unsynchronized
 from bit_jax.training.hyperrule import Recipe, Schedule
@@ -160,7 +160,7 @@ def test_an_observer_that_fails_stops_nothing_and_one_that_waits_holds_nothing_u
         raise OSError("no space left on device")
 
     reporter = Reporter("test")
-    timeline = Timeline(run.told_by(reporter, observer))
+    timeline = Timeline(finetuning.told_by(reporter, observer))
     for activity in ("whole", "steps", "whole"):
         with timeline(activity):
             assert not heard  # the observer still waits
@@ -198,11 +198,11 @@ def test_a_finished_run_lends_no_figure_that_it_did_not_take(tmp_path):
     asked = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, flagperf_compat=("accuracy", "p_core")))
     for known in ({}, {"flagperf_compat": ["accuracy"]}):
         finished.workdir.result.write_text(json.dumps(known | {"steps": 1}))
-        assert run.finetune(finished)["steps"] == 1
+        assert finetuning.finetune(finished)["steps"] == 1
         with pytest.raises(RequestError, match=r"finished without --flagperf-compat .*p_core, .* another --workdir"):
-            run.finetune(run.Run.of(asked))
+            finetuning.finetune(run.Run.of(asked))
     finished.workdir.result.write_text(json.dumps({"flagperf_compat": ["accuracy", "p_core"], "steps": 1}))
-    assert run.finetune(run.Run.of(asked))["steps"] == 1
+    assert finetuning.finetune(run.Run.of(asked))["steps"] == 1
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from bit_jax.model.architecture import HEAD_BIAS, HEAD_KERNEL, HeadAlone
 from bit_jax.predictions import rows
 from bit_jax.predictions.views import Preprocessing
 from bit_jax.scale import sharding
-from bit_jax.training import metrics, steps
+from bit_jax.training import finetuning, metrics, steps
 from bit_jax.training import run as runs
 from bit_jax.training.target import Target
 from input_pipeline import Loader, open_source
@@ -70,7 +70,7 @@ def flags(stored, small_npz, workdir, *, optimizer=None, **data):
 def finished(stored, small_npz, tmp_path_factory):
     """The folder and the result of a probe, on eight devices."""
     workdir = tmp_path_factory.mktemp("run") / "probe"
-    return workdir, runs.finetune(runs.Run.of(flags(stored, small_npz, workdir)))
+    return workdir, finetuning.finetune(runs.Run.of(flags(stored, small_npz, workdir)))
 
 
 def test_a_probe_leaves_the_whole_model_with_the_accuracy_that_it_reports(finished, stored, small_npz):
@@ -104,7 +104,7 @@ def test_the_checkpoint_is_of_the_head_alone_and_the_run_is_known_again(finished
     workdir, result = finished
     run = runs.Run.of(flags(stored, small_npz, workdir))
     assert {key for key, _ in run.arrays()} == {HEAD_KERNEL, HEAD_BIAS}
-    assert runs.finetune(run) == result
+    assert finetuning.finetune(run) == result
     assert "finished" in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_other_features_do_not_continue_a_probe(finished, stored, small_npz, tmp
     (workdir / "config.json").write_text(json.dumps(kept))
     name = {"train": "train", "test": "validation"}[split]
     with pytest.raises(RequestError, match=rf"of another configuration \(features: {name}_rows: "):
-        runs.finetune(runs.Run.of(flags(stored, small_npz, workdir, dataset=f"features:{place}")))
+        finetuning.finetune(runs.Run.of(flags(stored, small_npz, workdir, dataset=f"features:{place}")))
 
 
 def test_parity_judges_no_step_of_a_probe(finished, stored, tmp_path):

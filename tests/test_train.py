@@ -258,18 +258,18 @@ import os
 import sys
 import threading
 from bit_jax import train
-from bit_jax.training import run
+from bit_jax.training import finetuning
 from input_pipeline.exits import exit_code
 compiled = []
 def heard(event, arguments):
     if event in ("os.putenv", "os.unsetenv") and compiled and arguments[0].decode() not in os.environ:
         print("NEW", event, arguments[0].decode(), "in", threading.current_thread().name, flush=True)
 sys.addaudithook(heard)
-compile_program = run.compile_program
+compile_program = finetuning.compile_program
 def compile_and_listen(*arguments, **more):
     compiled.append(True)
     return compile_program(*arguments, **more)
-run.compile_program = compile_and_listen
+finetuning.compile_program = compile_and_listen
 os.environ["BEFORE"] = "not heard"
 code = exit_code(train.main)
 os.environ["AFTER"] = "heard"

@@ -24,7 +24,7 @@ from bit_jax.launch import free_port
 from bit_jax.model import layers, resnetv2
 from bit_jax.model.precision import choose
 from bit_jax.scale import sharding
-from bit_jax.training import hyperrule, run, steps
+from bit_jax.training import finetuning, hyperrule, run, steps
 from bit_jax.training.hyperrule import Schedule
 from bit_jax.training.loop import Begun, Loop
 from bit_jax.training.metrics import read as entries
@@ -467,7 +467,7 @@ def test_a_run_ends_at_the_checkpoint_after_a_bit_flipped_and_continues_from_the
     x64, small_npz, tmp_path, monkeypatch
 ):
     """And neither this nor being watched changes a bit of what it ends with."""
-    compile_program, compiled = run.compile_program, []
+    compile_program, compiled = finetuning.compile_program, []
 
     def compile_once(made, **more):
         compiled.append(compiled[0] if compiled else compile_program(made, watched=True))
@@ -485,14 +485,14 @@ def test_a_run_ends_at_the_checkpoint_after_a_bit_flipped_and_continues_from_the
 
         return dataclasses.replace(program, train_step=train_step)
 
-    monkeypatch.setattr(run, "compile_program", compile_once)
-    run.finetune(run.Run.of(digits(small_npz, tmp_path / "undisturbed")))
+    monkeypatch.setattr(finetuning, "compile_program", compile_once)
+    finetuning.finetune(run.Run.of(digits(small_npz, tmp_path / "undisturbed")))
     disturbed = digits(small_npz, tmp_path / "disturbed", checkpoint_every=2, watch_every=3)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "compile_program", compile_with_a_fault)
+        patch.setattr(finetuning, "compile_program", compile_with_a_fault)
         with pytest.raises(RunFailed, match=r"after step 4, device 5 .* params/head/conv2d/kernel"):
-            run.finetune(run.Run.of(disturbed))
-    result = run.finetune(run.Run.of(disturbed))
+            finetuning.finetune(run.Run.of(disturbed))
+    result = finetuning.finetune(run.Run.of(disturbed))
     assert result["resumed_from_step"] == 2
     undisturbed, continued = (np.load(tmp_path / name / "final.npz") for name in ("undisturbed", "disturbed"))
     for key in undisturbed:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from bit_jax import train
-from bit_jax.training import program, run
+from bit_jax.training import finetuning, program
 from input_pipeline.exits import exit_code
 
 BIT = 1 << 20  # of a word: in float64 and float32 it changes the value in about its fourth to tenth digit
@@ -49,5 +49,5 @@ def compile_program(steps: program.Steps, **more: Any) -> program.Program:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, lambda *_: asked.set())
-    run.compile_program = compile_program
+    finetuning.compile_program = compile_program
     sys.exit(exit_code(train.main))

@@ -1,11 +1,9 @@
-"""A run: everything that its flags, its dataset and its weight file decide, settled once; and fine-tuning it."""
+"""A run: everything that its flags, its dataset and its weight file decide, settled once."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,39 +13,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 import input_pipeline
-from bit_jax.accounts import goodput
-from bit_jax.accounts.starts import LOST_HOST, Start
-from bit_jax.accounts.timeline import Observer, Timeline, nobody
 from bit_jax.checkpoints import pieces
-from bit_jax.checkpoints.saving import Saving
 from bit_jax.config import AUTO, Config, ModelConfig
 from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
-from bit_jax.model.architecture import HEAD_KERNEL, STANDARDIZE_EPS, Architecture, HeadAlone
-from bit_jax.model.precision import choose, products
-from bit_jax.process.reporter import Reporter
+from bit_jax.model.architecture import HEAD_KERNEL, Architecture, HeadAlone
+from bit_jax.model.precision import choose
 from bit_jax.published import locate
 from bit_jax.scale import hosts, sharding
-from bit_jax.scale.same_work import SameWork
 from bit_jax.scale.spread import Spread
-from bit_jax.scale.watch import Sign
-from bit_jax.training import figures, fitting, flagperf, hyperrule, resources, trained
-from bit_jax.training.evaluation import Accuracy
+from bit_jax.training import fitting, flagperf, hyperrule, resources, trained
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.training.linear_probe import Probe
-from bit_jax.training.log import Log
-from bit_jax.training.loop import BEFORE, Loop
-from bit_jax.training.program import Steps, compile_program, keep_programs, make_steps
-from bit_jax.training.steps import TrainState, evaluated
+from bit_jax.training.program import Steps, make_steps
 from bit_jax.training.target import Target
-from bit_jax.training.watched import spikes_of
 from bit_jax.training.workdir import Workdir, begun_in
-from bit_jax.watching import replicas
-from input_pipeline.errors import RequestError, RunFailed
-from input_pipeline.exits import deferring_signals
-from input_pipeline.files import write_json
-
-OBSERVED = (BEFORE, "whole")  # activities of the timeline: the evaluation before training, and training
+from input_pipeline.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,189 +269,3 @@ def _matched(
     for source in (train, validation):
         input_pipeline.require_labels(source)
     return train, input_pipeline.relabelled(validation, train.class_names, train.name)
-
-
-def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = None) -> dict[str, Any]:
-    """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
-    that is finished there is left alone.
-
-    Args:
-        observer: function that is told when the activities in `OBSERVED` begin and end, as by a `Timeline`. It is
-            called in a thread, and neither an exception in it nor its waiting stops the run.
-        timeline: this process's time since it began. None: it is counted from now on.
-
-    Returns:
-        The content of result.json.
-
-    Raises:
-        Stopped: a signal ended the run; the last finished step is saved.
-        RunFailed: the loss is not finite.
-        RequestError: a checkpoint or the work directory cannot be used, the machine lacks something, or the run is
-            finished without a figure that `--flagperf-compat` asks for.
-    """
-    if result := run.workdir.finished():
-        known = result.get("flagperf_compat") or ()
-        if missing := [switch for switch in run.config.run.flagperf_compat if switch not in known]:
-            raise RequestError(
-                f"{run.workdir.path} holds this run, finished without --flagperf-compat {' '.join(missing)}, whose "
-                "figures cannot be had afterwards; choose another --workdir, or leave that out"
-            )
-        if hosts.is_first():
-            print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
-        return result
-    resources.require(run.needs())
-    timeline = timeline or Timeline()
-    with run.workdir.owned():
-        path = run.workdir.starts if hosts.is_first() else None
-        machines = {"hosts": jax.process_count(), "devices": run.mesh.size}
-        with Start(path, timeline, **machines, global_batch=run.global_batch) as start:
-            work = SameWork()
-            hosts.observe(
-                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds),
-                lambda sentence: start.end(LOST_HOST, sentence),
-            )
-            return _trained(run, observer, timeline, start, work)
-
-
-def told_by(reporter: Reporter, observer: Observer) -> Observer:
-    """Returns an observer that has the reporter's thread tell `observer` of the activities in `OBSERVED`."""
-
-    def tell(activity: str, seconds: float | None) -> None:
-        if activity in OBSERVED:
-            reporter(functools.partial(observer, activity, seconds))
-
-    return tell
-
-
-def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, work: SameWork) -> dict[str, Any]:
-    """Does what `finetune` says, in a work directory that this process owns."""
-    reporter = Reporter("observer")
-    workdir, total = run.workdir, run.recipe.schedule.steps
-    timeline.observer = told_by(reporter, observer)
-    with contextlib.closing(reporter), deferring_signals():
-        steps = run.steps()
-        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run)
-        start = saving.start(steps.state)
-        batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
-        if run.target.deterministic and not run.target.on_cpu:
-            keep_programs(workdir.programs)
-        with timeline("compilation"):
-            program = compile_program(steps, watched=run.config.run.watch_every is not None)
-        if start:
-            with timeline("restore"):
-                state = jax.block_until_ready(saving.restore(start, program.state_shape))
-        else:
-            with timeline("initial parameters"):
-                params = run.initial_params(program.state_shape.params)
-                state = jax.block_until_ready(program.initial_state(params))
-        account.continues_from(start)
-        work.measure()
-
-        def before_saving(state: TrainState) -> None:
-            account.mark()
-            work.measure()
-            if run.config.run.check_replicas:
-                with timeline("watching"):
-                    replicas.check(state, run.mesh, int(state.step))
-
-        saving.check = before_saving
-        quiet = not hosts.is_first()
-        with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
-            if start:
-                log.note(f"continuing {workdir.path} from step {start}{saving.origin}")
-            for sentence in run.notes:
-                log.note(sentence)
-            loop = Loop(run, program, run.loader(run.validation), saving, timeline, log, account)
-            with spikes_of(run, log.note) as loop.spikes:
-                state, accuracy = loop.train(state, start, batches)
-            reporter.close()
-            if reporter.failure:
-                log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
-            if account.failure:
-                log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
-        with timeline("saving"):
-            saving.finish(int(state.step), state)
-            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
-    result = _result(run, loop, state, accuracy, start)
-    if hosts.is_first():
-        result |= _over_all_starts(account)
-        write_json(workdir.result, result)
-    return result
-
-
-def save_final(workdir: Workdir, params: Params, standardize_eps: float = STANDARDIZE_EPS) -> None:
-    """Writes final.npz on the first host; the others help to bring split arrays there, one at a time.
-
-    Raises:
-        RunFailed: a parameter is not finite.
-    """
-    if hosts.is_first():
-        try:
-            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=sharding.fetch)
-        except weights.WeightsError as error:
-            raise RunFailed(f"training ended with parameters that cannot be used: {error}") from None
-    else:
-        for array in weights.flatten(params).values():
-            sharding.fetch(array)
-
-
-def _over_all_starts(account: Start) -> dict[str, Any]:
-    """Returns what result.json says of the time since the run first started; empty if starts.jsonl cannot be read."""
-    if account.earlier is None:
-        return {}
-    whole = goodput.of([*account.earlier, [account.line()]])
-    return {"over_all_starts": whole.described()}
-
-
-def _result(run: Run, loop: Loop, state: TrainState, accuracy: Accuracy, start: int) -> dict[str, Any]:
-    """Returns the content of result.json for a run that was started or continued from step `start`."""
-    cfg, mesh, stop = run.config, run.mesh, int(state.step)
-    described = {
-        "model": cfg.model.model,
-        "architecture": str(run.architecture),
-        "init": cfg.model.init,
-        "precision": cfg.model.precision,
-        "products": dict(zip(("matrix", "convolution"), products(run.target.precision), strict=True)),
-        "mesh": dict(mesh.shape),
-        "remat": run.target.remat,
-        "microbatches": run.target.microbatches,
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "hosts": jax.process_count(),
-        "batch_per_device": run.global_batch / mesh.size,
-        "global_batch": run.global_batch,
-        "seed": cfg.run.seed,
-        "versions": figures.versions(),
-        "dataset": run.train.name,
-        "eval_dataset": run.validation.name,
-        "steps": stop,
-        "resumed_from_step": start,
-        "replaced_examples": loop.replaced,
-    }
-    examples = (stop - start) * run.global_batch
-    measured = figures.figures(loop.timeline, trained=examples, evaluation_before=loop.timeline[BEFORE])
-    outcome: dict[str, Any] = {
-        "final_acc1": accuracy.acc1,
-        "final_acc5": accuracy.acc5,
-        "final_loss": accuracy.loss,
-        "eval_examples": accuracy.examples,
-        "converged": None if cfg.run.target_acc1 is None else accuracy.acc1 >= cfg.run.target_acc1,
-    }
-    if state.loss_scale is not None:
-        outcome["skipped_steps"] = int(state.loss_scale.skipped)
-    if cfg.additions.ema is not None:
-        outcome["weights"] = f"moving average with decay {cfg.additions.ema}, in final.npz and in the accuracies"
-    return described | measured | outcome | _compat(run, loop, accuracy, examples)
-
-
-def _compat(run: Run, loop: Loop, accuracy: Accuracy, examples: int) -> dict[str, Any]:
-    """Returns what result.json says of `--flagperf-compat`: its switches, and the figures that they add."""
-    switches = run.config.run.flagperf_compat
-    added: dict[str, Any] = {"flagperf_compat": sorted(set(switches))}
-    if "accuracy" in switches:
-        added |= {"rank0_acc1": accuracy.rank0_acc1, "rank0_examples": accuracy.rank0_examples}
-    if "schedule" in switches:
-        added |= {"schedule_restarts_every": run.recipe.schedule.restart_every}
-    if "p_core" in switches:
-        added |= {"p_core_unsynchronized": flagperf.p_core_unsynchronized(loop.timeline, examples)}
-    return added

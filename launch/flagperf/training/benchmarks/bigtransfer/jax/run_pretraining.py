@@ -16,7 +16,7 @@ import config
 from driver import Event
 from driver.helper import InitHelper
 
-from bit_jax.training.run import OBSERVED
+from bit_jax.training.finetuning import OBSERVED
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 

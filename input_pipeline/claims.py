@@ -62,17 +62,39 @@ def claimed(
     """
     token = secrets.token_hex(8)
     file = _acquire(claim, token, name, remedy, wait, patience)
+    try:
+        with kept(token, lambda: _read(claim), lambda beat: _write(file, token, beat), name, lost):
+            yield
+    finally:
+        os.close(file)
+        if (_read(claim) or {}).get("token") == token:
+            claim.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def kept(
+    token: str,
+    read: Callable[[], dict[str, Any] | None],
+    write: Callable[[int], object],
+    name: object,
+    lost: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Gives signs of life for a claim while the `with` block runs, wherever the claim lies.
+
+    Args:
+        token: the claim's token.
+        read: function that returns the content of the claim that holds now, or None if there is none.
+        write: function that writes the claim with the number of a sign of life.
+        name, lost: see `claimed`.
+    """
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(file, claim, token, ended, name, lost or _end), daemon=True)
+    beat = threading.Thread(target=_beat, args=(token, read, write, ended, name, lost or _end), daemon=True)
     beat.start()
     try:
         yield
     finally:
         ended.set()
         beat.join()
-        os.close(file)
-        if (_read(claim) or {}).get("token") == token:
-            claim.unlink(missing_ok=True)
 
 
 def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, patience: float) -> int:
@@ -85,7 +107,7 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
             owner = _read(claim)
             if owner is None:  # it has just ended
                 continue
-            if not _is_alive(owner, claim, patience):
+            if not is_alive(owner, lambda: _read(claim), claim.parent, patience):
                 _remove(claim, owner)
             elif wait or owner["host"] == "?":  # a claim that was just being written says in a moment whose it is
                 if wait and not announced:
@@ -93,10 +115,7 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
                 announced = True
                 time.sleep(0.1)
             else:
-                raise InUse(
-                    f"{name} is in use by process {owner['process']} on {owner['host']} since {owner['since']} "
-                    f"({owner['command']}); wait for its end, or {remedy}"
-                ) from None
+                raise in_use(owner, name, remedy) from None
         else:
             try:
                 _write(file, token, 0)
@@ -107,8 +126,16 @@ def _acquire(claim: Path, token: str, name: object, remedy: str, wait: bool, pat
             return file
 
 
-def _write(file: int, token: str, beat: int) -> None:
-    """Writes the claim's text, always of the same length, so that nobody reads it half old and half new."""
+def in_use(owner: dict[str, Any], name: object, remedy: str) -> InUse:
+    """Returns the refusal that names the owner of a claim."""
+    return InUse(
+        f"{name} is in use by process {owner['process']} on {owner['host']} since {owner['since']} "
+        f"({owner['command']}); wait for its end, or {remedy}"
+    )
+
+
+def text_of(token: str, beat: int) -> bytes:
+    """Returns the text of this process's claim, of the same length at every sign of life."""
     content = {
         "token": token,
         "beat": f"{beat:012d}",
@@ -119,36 +146,54 @@ def _write(file: int, token: str, beat: int) -> None:
         "since": _SINCE,
         "command": shlex.join(sys.argv)[:200],
     }
-    os.pwrite(file, (json.dumps(content) + "\n").encode(), 0)
-    os.fsync(file)
+    return (json.dumps(content) + "\n").encode()
 
 
-def _read(claim: Path) -> dict[str, Any] | None:
-    """Returns the content of a claim, or None if there is no claim. If its text cannot be read as one, the owner is
-    `UNKNOWN` and the text serves as its beat."""
+def content_of(text: bytes) -> dict[str, Any]:
+    """Returns the content of a claim. If its text cannot be read as one, the owner is `UNKNOWN` and the text serves as
+    its beat."""
     try:
-        text = claim.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        content = json.loads(text)
-        return UNKNOWN | {"token": "", "beat": "", "machine": "", "started": ""} | content
+        return UNKNOWN | {"token": "", "beat": "", "machine": "", "started": ""} | json.loads(text)
     except (ValueError, TypeError):  # the claim is just being written, or damaged
         return UNKNOWN | {"token": text.hex(), "beat": text.hex(), "machine": "", "started": ""}
 
 
-def _is_alive(owner: dict[str, Any], claim: Path, patience: float) -> bool:
+def _write(file: int, token: str, beat: int) -> None:
+    """Writes the claim's text over the one before, so that nobody reads it half old and half new."""
+    os.pwrite(file, text_of(token, beat), 0)
+    os.fsync(file)
+
+
+def _read(claim: Path) -> dict[str, Any] | None:
+    """Returns the content of a claim, or None if there is no claim."""
+    try:
+        return content_of(claim.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def is_alive(
+    owner: dict[str, Any], read: Callable[[], dict[str, Any] | None], place: object, patience: float = PATIENCE
+) -> bool:
+    """Whether the owner of a claim is alive, or the claim has changed hands. An owner on another machine is watched.
+
+    Args:
+        owner: the content of the claim.
+        read: function that returns the content of the claim that holds now, or None if there is none.
+        place: what is claimed, for a sentence about the waiting.
+        patience: seconds to watch an owner on another machine.
+    """
     if owner["machine"] == _machine():
         return _started(owner["process"]) == owner["started"]
     until = time.monotonic() + patience
     announced = False
     while time.monotonic() < until:
-        now = _read(claim)
+        now = read()
         if now is None or now["token"] != owner["token"] or now["beat"] != owner["beat"]:
             return True
         if not announced and owner["host"] != "?":
             print(
-                f"{printable(claim.parent)} is claimed by process {owner['process']} on {printable(owner['host'])}; "
+                f"{printable(place)} is claimed by process {owner['process']} on {printable(owner['host'])}; "
                 f"watching for {patience:.0f} s whether that is alive",
                 file=sys.stderr,
             )
@@ -176,20 +221,25 @@ def _remove(claim: Path, owner: dict[str, Any]) -> None:
 
 
 def _beat(
-    file: int, claim: Path, token: str, ended: threading.Event, name: object, lost: Callable[[str], None]
+    token: str,
+    read: Callable[[], dict[str, Any] | None],
+    write: Callable[[int], object],
+    ended: threading.Event,
+    name: object,
+    lost: Callable[[str], None],
 ) -> None:
     count, gone = 0, 0
     while not ended.wait(BEAT):
         count += 1
         try:
-            owner = _read(claim)
+            owner = read()
             gone = gone + 1 if (owner or {}).get("token") != token else 0
             if gone >= LOST:
                 by = f"process {owner['process']} on {owner['host']}" if owner else "somebody who removed its claim"
                 return lost(f"{name} was taken over by {by}; this process ends and writes no more")
             if not gone:
-                _write(file, token, count)
-        except OSError:  # a disk that does not answer now may do so at the next beat
+                write(count)
+        except (OSError, RequestError):  # a disk or a store that does not answer now may do so at the next beat
             continue
 
 

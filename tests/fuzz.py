@@ -199,7 +199,10 @@ def side_doors(folder: Path) -> list[Door]:
         Door("metrics.jsonl", [metrics], lambda path: log._earlier_lines(path, 100), "metrics.jsonl"),
         Door("sha256.json", [digests], manifest, "sha256.json"),
         Door(
-            "claim", [json.dumps(said).encode()], lambda path: claims._is_alive(claims._read(path), path, 0.0), "claim"
+            "claim",
+            [json.dumps(said).encode()],
+            lambda path: claims.is_alive(claims._read(path), lambda: claims._read(path), path, 0.0),
+            "claim",
         ),
         Door("idx images", [images], idx, "t10k-images-idx3-ubyte"),
         Door("idx labels", [labels], idx, "t10k-labels-idx1-ubyte"),

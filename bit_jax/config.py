@@ -14,7 +14,7 @@ import tyro
 
 from bit_jax.model.execution import Remat
 from input_pipeline.errors import RequestError
-from input_pipeline.flags import UserPath, require_positive
+from input_pipeline.flags import Place, UserPath, require_positive
 
 AUTO = "auto"  # the mesh that is chosen by the devices' memory
 EMBEDDED = "embedded"  # --model's name for the small model under bit_jax/assets/
@@ -202,9 +202,9 @@ class ScaleConfig:
 class RunConfig:
     """Results, evaluations and checkpoints."""
 
-    workdir: UserPath
-    """Directory that receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz.
-    A run that is already there is continued."""
+    workdir: Place
+    """Directory that receives config.json, metrics.jsonl, result.json, checkpoints/ and final.npz, or the URL of one in
+    an object store, such as s3://BUCKET/RUN. A run that is already there is continued."""
     seed: int = 0
     """Seed of example order, augmentation, mixup, few-shot choice and random initialization."""
     eval_every: int | Literal["epoch"] | None = None

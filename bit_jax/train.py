@@ -25,6 +25,7 @@ from bit_jax.accounts.timeline import STARTING, Observer, Timeline, nobody
 from bit_jax.compiled import profile
 from bit_jax.published import fetch
 from bit_jax.scale import hosts
+from bit_jax.stores.mirror import local
 from bit_jax.training import figures, finetuning, run
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
@@ -43,7 +44,7 @@ def main() -> None:
             terminal.console(width=120).print(figures.table([figures.flagperf_row(result)], title))
             if cfg.run.profile:
                 with contextlib.suppress(RequestError):  # the log says why there is no table
-                    profile.show(profile.load(cfg.run.workdir), terminal.console(width=120))
+                    profile.show(profile.load(local(cfg.run.workdir)), terminal.console(width=120))
             print(f"{cfg.run.workdir}: final.npz, result.json, metrics.jsonl, tensorboard/, checkpoints/", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, JSON files, and paths as people type them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -194,6 +195,26 @@ def read_json(path: Path, kind: type, remedy: str) -> Any:
 def is_url(text: str) -> bool:
     """Whether the text begins with a scheme, such as `https://` or `gs://`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Url:
+    """The address of something that is not on a disk of this machine, such as `s3://bucket/run`."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def place(text: str | os.PathLike) -> Path | Url:
+    """Returns the path or the URL that a person typed; a slash at the end of a URL does not matter.
+
+    Raises:
+        RequestError: the home directory is not known.
+    """
+    typed = os.fspath(text)
+    return Url(typed.rstrip("/")) if is_url(typed) else user_path(typed)
 
 
 def user_path(text: str | os.PathLike) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from input_pipeline.errors import RequestError
-from input_pipeline.files import is_stream, user_path
+from input_pipeline.files import Url, is_stream, place, user_path
 
 UserPath = Annotated[
     Path,
@@ -21,6 +21,18 @@ UserPath = Annotated[
     ),
 ]
 """A path as a person types it: `~` is the home directory, and a URL is refused; see `files.user_path`."""
+
+Place = Annotated[
+    Path | Url,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda texts: place(texts[0]),
+        is_instance=lambda value: isinstance(value, Path | Url),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A directory as a person types it: a path, or the URL of one in an object store; see `files.place`."""
 
 Switch = Annotated[
     bool,

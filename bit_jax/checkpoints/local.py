@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -12,22 +11,22 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from bit_jax.checkpoints import packed
+from bit_jax.checkpoints.errors import CheckpointError
 from bit_jax.checkpoints.pieces import Copier, Piece, Tile, keyed, pieces_here, tiles_by_host
-from bit_jax.checkpoints.shared import CheckpointError, complete_steps
 from bit_jax.scale import hosts, sharding
 from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json, write_json
 
 MANIFEST = "manifest.json"  # what the other file holds, with digests; it is written last: present means "complete"
 PIECES = "pieces"  # the bytes of all pieces, one after the other
-STEP = "step"  # key of the state's number of steps
 LONG = 1.0  # seconds of waiting for a disk that are worth a sentence
 
 log = logging.getLogger(__name__)
@@ -69,23 +68,15 @@ class Copy:
     def complete(self) -> bool:
         return (self.path / MANIFEST).exists()
 
-    def digest(self, key: str, tile: Tile, data: np.ndarray) -> str:
-        """Returns the SHA-256 of a piece and of all that says where it belongs."""
-        place = json.dumps([self.step, self.attempt, key, tile.start, tile.shape, str(data.dtype)])
-        digest = hashlib.sha256(place.encode())
-        digest.update(octets(data))
-        return digest.hexdigest()
+    @property
+    def origin(self) -> packed.Origin:
+        return packed.Origin(self.step, self.attempt)
 
     def remove(self) -> None:
         """Removes the copy. It is incomplete from the first moment on, and another process may be removing it too."""
         with contextlib.suppress(OSError):
             (self.path / MANIFEST).unlink()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def octets(data: np.ndarray) -> memoryview:
-    """Returns the array's bytes, in the order of its elements."""
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +96,7 @@ class Place:
             data = np.fromfile(path, dtype, count, offset=self.offset)
         except OSError:
             return None
-        return data.reshape(tile.shape) if self.copy.digest(key, tile, data) == self.digest else None
+        return data.reshape(tile.shape) if self.copy.origin.digest(key, tile, data) == self.digest else None
 
 
 Places = dict[str, dict[Tile, Place]]  # by the key of an array, and by its part
@@ -122,13 +113,14 @@ class LocalCopies:
         directory: the directory; of several hosts on one machine, the same one.
         run: text that only this run has.
         attempt: text that only this start of it has, the same on all hosts; hexadecimal.
-        shared: the directory of the shared checkpoints; once one of those is complete, older copies are removed.
+        shared: function that returns the steps of the complete shared checkpoints; copies that are older than the
+            newest of those are removed.
 
     Raises:
         RequestError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, run: str, attempt: str, shared: Path):
+    def __init__(self, directory: Path, run: str, attempt: str, shared: Callable[[], Iterable[int]]):
         self._folder, self._attempt, self._shared = directory.absolute() / run, attempt, shared
         self._host = jax.process_index()
         try:
@@ -198,10 +190,9 @@ class LocalCopies:
         """Enters the undamaged pieces of a copy in `_places`."""
         try:
             manifest = read_json(copy.path / MANIFEST, dict, "it is left out")
-            shapes = {key: (leaf.shape, np.dtype(leaf.dtype).name) for key, leaf in arrays.items()}
-            if {key: (tuple(shape), dtype) for key, (shape, dtype) in manifest["arrays"].items()} != shapes:
+            if packed.shapes_in(manifest) != packed.shapes_of(arrays):
                 return self._say(f"{copy.path} holds the state of another model; it is not used")
-            pieces = [(key, Tile(tuple(a), tuple(b)), Place(copy, at, of)) for key, a, b, at, of in manifest["pieces"]]
+            pieces = [(one.key, one.tile, Place(copy, one.offset, one.digest)) for one in packed.listed(manifest)]
             whole = {}
             for key, tile, place in pieces:
                 if place.read(key, tile, arrays[key].dtype) is not None:
@@ -280,7 +271,7 @@ class LocalCopies:
         try:
             self._make_room()
             copy.path.mkdir(parents=True, exist_ok=True)
-            manifest = self._write_pieces(copy, pieces)
+            manifest = packed.write(copy.path / PIECES, pieces, copy.origin)
             if manifest is None:
                 return copy.remove()
             write_json(copy.path / MANIFEST, manifest)
@@ -294,26 +285,10 @@ class LocalCopies:
                     "run goes on, and tries again when the next one is due"
                 )
 
-    def _write_pieces(self, copy: Copy, pieces: list[Piece]) -> dict[str, Any] | None:
-        """Writes the bytes of the pieces, and returns the manifest; None if they are of another step."""
-        arrays, written = {}, []
-        with open(copy.path / PIECES, "wb") as file:
-            while pieces:
-                piece = pieces.pop()  # its memory is free as soon as it is written
-                data = np.asarray(piece.array)
-                if piece.key == STEP and int(data) != copy.step:
-                    return None
-                written.append(
-                    (piece.key, *dataclasses.astuple(piece.tile), file.tell(), copy.digest(piece.key, piece.tile, data))
-                )
-                arrays.setdefault(piece.key, (piece.whole, data.dtype.name))
-                file.write(octets(data))
-        return {"arrays": arrays, "pieces": written}
-
     def _make_room(self) -> None:
         """Removes copies that are older than a complete shared checkpoint, and of this host's those before the last
         few."""
-        shared = next(iter(complete_steps(self._shared)), 0)
+        shared = max(self._shared(), default=0)
         own = [copy for copy in Copy.all(self._folder) if copy.host == self._host and copy.complete]
         for copy in {*own[: -kept()], *(copy for copy in Copy.all(self._folder) if copy.step < shared)}:
             copy.remove()

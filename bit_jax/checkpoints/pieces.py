@@ -76,6 +76,24 @@ def pieces_here(state: Any, host: int) -> list[Piece]:
     return pieces
 
 
+def pieces_to_write(state: Any, host: int) -> list[Piece]:
+    """Returns the pieces that a host writes where all hosts write to the same place: each piece of the state is
+    written by one of the hosts that hold it, by the one that has least to write so far."""
+    bytes_of: dict[int, int] = {}
+    own: set[tuple[str, Tile]] = set()
+    for key, leaf in keyed(state).items():
+        holders: dict[Tile, list[int]] = {}
+        for holder, tiles in sorted(tiles_by_host(leaf).items()):
+            for tile in sorted(tiles):
+                holders.setdefault(tile, []).append(holder)
+        for tile, hosts in holders.items():
+            writer = min(hosts, key=lambda one: (bytes_of.get(one, 0), one))
+            bytes_of[writer] = bytes_of.get(writer, 0) + tile.size * np.dtype(leaf.dtype).itemsize
+            if writer == host:
+                own.add((key, tile))
+    return [piece for piece in pieces_here(state, host) if (piece.key, piece.tile) in own]
+
+
 def tiles_by_host(leaf: Any) -> dict[int, set[Tile]]:
     """Returns {host: the tiles that its devices hold} of an array, or of a shape with a sharding."""
     tiles: dict[int, set[Tile]] = {}

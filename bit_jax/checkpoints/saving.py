@@ -3,11 +3,11 @@
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from bit_jax.checkpoints.local import LocalCopies
 from bit_jax.checkpoints.shared import Checkpoints
+from bit_jax.checkpoints.stored import StoredCheckpoints
 from bit_jax.config import RunConfig
 from bit_jax.scale import hosts
 from input_pipeline.errors import RunFailed
@@ -38,7 +38,7 @@ class Saving:
 
     def __init__(
         self,
-        shared: Checkpoints,
+        shared: Checkpoints | StoredCheckpoints,
         local: LocalCopies | None = None,
         *,
         every: int,
@@ -54,21 +54,28 @@ class Saving:
         self._from_local: int | None = None
 
     @classmethod
-    def of(cls, flags: RunConfig, checkpoints: Path, run: Callable[[], str], disown: Callable[[], None]) -> "Saving":
+    def of(
+        cls,
+        flags: RunConfig,
+        open_shared: Callable[[str], Checkpoints | StoredCheckpoints],
+        run: Callable[[], str],
+        disown: Callable[[], None],
+    ) -> "Saving":
         """Opens the places that the flags name. All hosts have to make this call.
 
         Args:
-            checkpoints: the directory of the shared checkpoints.
+            open_shared: opens the shared checkpoints; it is given a text that only this start of the run has, the same
+                on all hosts.
             run: returns a text that only this run has, if there are local copies.
             disown: function after which `run` returns another text, for all hosts.
 
         Raises:
             RequestError: a place cannot be used.
         """
-        shared, local = Checkpoints(checkpoints, keep=flags.keep_checkpoints), None
+        attempt = hosts.exchange("attempt", secrets.token_hex(4))[0]
+        shared, local = open_shared(attempt), None
         if flags.local_checkpoints is not None:
-            attempt = hosts.exchange("attempt", secrets.token_hex(4))[0]
-            local = LocalCopies(flags.local_checkpoints, run(), attempt, checkpoints)
+            local = LocalCopies(flags.local_checkpoints, run(), attempt, shared.complete)
         intervals = {"minutes": flags.checkpoint_minutes, "local_every": flags.local_every}
         return cls(shared, local, every=flags.checkpoint_every, disown=disown, **intervals)
 

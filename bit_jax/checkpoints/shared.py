@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
+from bit_jax.checkpoints import stored
+from bit_jax.checkpoints.errors import CheckpointError
 from bit_jax.scale import hosts, sharding
-from input_pipeline.errors import RequestError
 from input_pipeline.files import DamagedFile, is_unfinished, read_json, write_json
 from input_pipeline.terminal import printable
 
@@ -30,10 +31,6 @@ LEAVING = ".removing"  # suffix, after the step, of a checkpoint that is being d
 # sentence, so the log is silenced.
 log = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-class CheckpointError(RequestError):
-    """A checkpoint cannot be written or read, or its files have changed since they were written."""
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -88,6 +85,10 @@ class Checkpoints:
                 newest = self._find()
         self.newest = hosts.agree(newest) or None
 
+    def complete(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, the newest first."""
+        return complete_steps(self._directory)
+
     def save(self, state: Any) -> None:
         """Starts saving `state` under `state.step`, once the save before has ended; raises if that one failed."""
         self.wait()
@@ -138,6 +139,11 @@ class Checkpoints:
             CheckpointError: a foreign entry has a name that a checkpoint will need.
         """
         foreign = []
+        if any(self._directory.glob(f"*.*/{stored.MANIFEST}")):
+            raise CheckpointError(
+                f"{self._directory} was copied from an object store, and checkpoints have another form in a directory; "
+                "give the store's URL as --workdir to continue from them"
+            )
         for path in sorted(self._directory.iterdir()):
             if _is_left_over(path):
                 shutil.rmtree(path)

@@ -6,6 +6,7 @@ work directory. Nothing is computed again, and no device is needed.
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import tyro
 
@@ -16,13 +17,13 @@ from input_pipeline import terminal
 from input_pipeline.errors import RequestError
 from input_pipeline.exits import exit_code
 from input_pipeline.files import writable, write_json
-from input_pipeline.flags import UserPath, require_distinct
+from input_pipeline.flags import Place, UserPath, require_distinct
 from input_pipeline.terminal import printable
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    workdirs: tyro.conf.Positional[tuple[UserPath, ...]]
+    workdirs: tyro.conf.Positional[tuple[Place, ...]]
     """Work directories of the runs: what they were given as --workdir."""
     flagperf: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print FlagPerf's card instead, in Markdown, with the columns of FlagPerf's own pages."""
@@ -38,7 +39,7 @@ def main() -> None:
         raise RequestError("no run to report; name the --workdir of at least one")
     outputs = {"--json": arguments.json, "--html": arguments.html}
     for flag, path in outputs.items():
-        for workdir in arguments.workdirs if path is not None else ():
+        for workdir in (place for place in arguments.workdirs if isinstance(place, Path) and path is not None):
             for name in FILES:  # a report must not take the place of what it is of
                 require_distinct({f"the run in {workdir}": workdir / name, flag: path})
     require_distinct(outputs)
@@ -48,7 +49,7 @@ def main() -> None:
     records = [read(workdir) for workdir in arguments.workdirs]
     for record in records:
         if record.damaged_lines:
-            said = f"{record.workdir / 'metrics.jsonl'}: {record.damaged_lines} damaged line(s) left out"
+            said = f"{record.workdir}/metrics.jsonl: {record.damaged_lines} damaged line(s) left out"
             print(printable(said), file=sys.stderr)
     if arguments.flagperf:
         for line in card.lines(records):

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from bit_jax.accounts import goodput, starts
 from bit_jax.accounts.goodput import Account
+from bit_jax.stores.mirror import local
 from bit_jax.training import metrics
 from bit_jax.watching import numbers, spikes
 from bit_jax.watching.spikes import Spike
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, is_number, read_json
+from input_pipeline.files import DamagedFile, Url, is_number, read_json
 
 FILES = (
     "config.json",
@@ -39,7 +40,7 @@ class Record:
     """The files of one run.
 
     Attributes:
-        workdir: the run's work directory.
+        workdir: the run's work directory, as it was named.
         config: the content of config.json; empty where the directory holds a result alone.
         result: the content of result.json; None before the run's end.
         metrics: the entries of metrics.jsonl.
@@ -48,7 +49,7 @@ class Record:
         spikes: the losses that stood out.
     """
 
-    workdir: Path
+    workdir: Path | Url
     config: dict[str, Any]
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
@@ -103,17 +104,18 @@ class Record:
         }
 
 
-def read(workdir: Path) -> Record:
+def read(workdir: Path | Url) -> Record:
     """Reads what a run left.
 
     Raises:
         RequestError: the directory holds no run, or a file cannot be read.
         DamagedFile: a file holds something else than a run writes.
     """
-    paths = {name: workdir / f"{name}.json" for name in ("config", "result")}
+    folder = local(workdir)
+    paths = {name: folder / f"{name}.json" for name in ("config", "result")}
     there = {name: path for name, path in paths.items() if path.exists()}
     if not there:
-        what = "holds neither config.json nor result.json" if workdir.is_dir() else "is no directory"
+        what = "holds neither config.json nor result.json" if folder.is_dir() else "is no directory"
         raise RequestError(f"{workdir} {what}, so there is no run to report; name the --workdir of one")
     content = {name: read_json(path, dict, REMEDY) for name, path in there.items()}
     result = content.get("result")
@@ -126,9 +128,9 @@ def read(workdir: Path) -> Record:
     objects = _objects(paths["config"], config, "config", "recipe")
     _check(paths["config"], objects["config"], FLAG_TEXTS, _is_text, "text")
     _objects(paths["config"], objects["recipe"], "schedule")
-    entries, damaged = metrics.read(workdir / "metrics.jsonl")
-    account = _of_file(workdir / starts.NAME, lambda path: goodput.read(path) if path.exists() else None)
-    return Record(workdir, config, result, entries, damaged, account, _of_file(workdir / spikes.NAME, spikes.read))
+    entries, damaged = metrics.read(folder / "metrics.jsonl")
+    account = _of_file(folder / starts.NAME, lambda path: goodput.read(path) if path.exists() else None)
+    return Record(workdir, config, result, entries, damaged, account, _of_file(folder / spikes.NAME, spikes.read))
 
 
 def _of_file(path: Path, read: Callable[[Path], T]) -> T:

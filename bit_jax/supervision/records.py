@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bit_jax.stores.store import Store
 from input_pipeline.errors import RequestError
-from input_pipeline.files import user_path
+from input_pipeline.files import Url, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +35,28 @@ class RunFolder:
     """The work directory that a command's --workdir names, to be read; nothing of it has to be there.
 
     Args:
-        path: the flag's value; None, or what is no folder of this machine, for one that cannot be read.
+        text: the flag's value, a path or a URL; None, or what cannot be read from here, for one of which nothing is
+            known.
     """
 
-    def __init__(self, path: str | None):
-        self._path: Path | None = None
+    def __init__(self, text: str | None):
+        self._place: Path | Store | None = None
         with contextlib.suppress(RequestError):
-            self._path = None if path is None else user_path(path)
+            there = None if text is None else place(text)
+            self._place = Store(there) if isinstance(there, Url) else there
+
+    def _content(self, name: str) -> bytes:
+        """Returns the content of a file; empty if there is none, or if it cannot be read."""
+        try:
+            if isinstance(self._place, Store):
+                return self._place.read(name) or b""
+            return b"" if self._place is None else (self._place / name).read_bytes()
+        except (OSError, RequestError):
+            return b""
 
     def length(self) -> int:
-        """Returns the length of starts.jsonl in bytes, for `since`."""
-        try:
-            return 0 if self._path is None else (self._path / "starts.jsonl").stat().st_size
-        except OSError:
-            return 0
+        """Returns the length of starts.jsonl in bytes, for `last_start`."""
+        return len(self._content("starts.jsonl"))
 
     def last_start(self, since: int = 0) -> Record | None:
         """Returns the last start in starts.jsonl; None if there is none.
@@ -71,12 +80,7 @@ class RunFolder:
         return Record(step, str(ended) if ended else None, str(why or ""), devices, hosts, began)
 
     def _lines(self, since: int) -> list[dict[str, Any]]:
-        if self._path is None:
-            return []
-        try:
-            text = (self._path / "starts.jsonl").read_bytes()
-        except OSError:
-            return []
+        text = self._content("starts.jsonl")
         found = []
         for line in text[since if since <= len(text) else 0 :].splitlines():
             with contextlib.suppress(ValueError):  # UnicodeDecodeError and JSONDecodeError
@@ -87,7 +91,7 @@ class RunFolder:
         """Returns the content of config.json; None if no run has begun there, or if it is damaged, which the run itself
         says."""
         try:
-            content = None if self._path is None else json.loads((self._path / "config.json").read_bytes())
-        except (OSError, ValueError):
+            content = json.loads(self._content("config.json"))
+        except ValueError:
             return None
         return content if isinstance(content, dict) else None

@@ -32,6 +32,7 @@ from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.exits import deferring_signals
 from input_pipeline.files import write_json
 
+LAST_WORDS = 5.0  # seconds in which a store is told why the process ends; it may be the network that is cut
 OBSERVED = (BEFORE, "whole")  # activities of the timeline: the evaluation before training, and training
 
 
@@ -57,11 +58,11 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
         known = finished.get("flagperf_compat") or ()
         if missing := [switch for switch in run.config.run.flagperf_compat if switch not in known]:
             raise RequestError(
-                f"{run.workdir.path} holds this run, finished without --flagperf-compat {' '.join(missing)}, whose "
+                f"{run.workdir.name} holds this run, finished without --flagperf-compat {' '.join(missing)}, whose "
                 "figures cannot be had afterwards; choose another --workdir, or leave that out"
             )
         if hosts.is_first():
-            print(f"{run.workdir.path} holds this run, finished; its result:", file=sys.stderr)
+            print(f"{run.workdir.name} holds this run, finished; its result:", file=sys.stderr)
         return finished
     resources.require(run.needs())
     timeline = timeline or Timeline()
@@ -72,9 +73,15 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
             work = SameWork()
             hosts.observe(
                 lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds),
-                lambda sentence: start.end(LOST_HOST, sentence),
+                lambda sentence: _end_abruptly(run.workdir, start, sentence),
             )
             return _trained(run, observer, timeline, start, work)
+
+
+def _end_abruptly(workdir: Workdir, start: Start, sentence: str) -> None:
+    """Writes down why the process is about to end, as far as that is done soon."""
+    start.end(LOST_HOST, sentence)
+    workdir.push_soon(LAST_WORDS)
 
 
 def told_by(reporter: Reporter, observer: Observer) -> Observer:
@@ -94,7 +101,9 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
     timeline.observer = told_by(reporter, observer)
     with contextlib.closing(reporter), deferring_signals():
         steps = run.steps()
-        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run)
+        flags = run.config.run
+        open_shared = functools.partial(workdir.open_checkpoints, flags.keep_checkpoints)
+        saving = Saving.of(flags, open_shared, workdir.run, workdir.forget_run)
         start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:
@@ -122,7 +131,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
         quiet = not hosts.is_first()
         with Log(workdir.path, start=start, stop=total, global_batch=run.global_batch, quiet=quiet) as log:
             if start:
-                log.note(f"continuing {workdir.path} from step {start}{saving.origin}")
+                log.note(f"continuing {workdir.name} from step {start}{saving.origin}")
             for sentence in run.notes:
                 log.note(sentence)
             loop = Loop(run, program, run.loader(run.validation), saving, timeline, log, account)

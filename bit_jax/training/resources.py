@@ -66,6 +66,7 @@ def needs(
     sizes = {key: int(np.prod(shape)) * np.dtype(dtype).itemsize for key, shape in architecture.layout.items()}
     parameters = sum(sizes.values())
     training = sum(size for key, size in sizes.items() if trains(key, additions.train))
+    in_store = workdir.mirror is not None
     state = parameters + training * (1 if additions.ema is None else 2)  # parameters, momentum and their average
     return [
         Need(
@@ -75,10 +76,13 @@ def needs(
             "raise the hard limit (ulimit -Hn), or prepare the dataset in fewer shards",
         ),
         Need(
-            f"space under {workdir.path}, GiB",
-            ((keep + 1) * state + parameters) / GIB,
+            f"space under {workdir.path.parent if in_store else workdir.path}, GiB",
+            # a store gets this host's part of each checkpoint from here
+            ((state / jax.process_count() if in_store else (keep + 1) * state) + parameters) / GIB,
             (_free(workdir.path) + _written(workdir)) / GIB,
-            "free some, choose another --workdir, or lower --keep-checkpoints",
+            "free some, or give another directory for temporary files in the environment variable TMPDIR"
+            if in_store
+            else "free some, choose another --workdir, or lower --keep-checkpoints",
         ),
         Need(
             HOST_MEMORY,

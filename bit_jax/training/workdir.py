@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bit_jax.accounts import starts
+from bit_jax.checkpoints.shared import Checkpoints
+from bit_jax.checkpoints.stored import StoredCheckpoints
 from bit_jax.config import Config, identity
 from bit_jax.scale import hosts
+from bit_jax.stores.mirror import Mirror, local
 from bit_jax.training.hyperrule import Recipe
 from bit_jax.watching import spikes
 from input_pipeline import claims
 from input_pipeline.errors import RequestError
-from input_pipeline.files import is_unfinished, read_json, write_json
+from input_pipeline.files import Url, is_unfinished, read_json, write_json
 
 OTHER = "choose another --workdir"
 OWN = (
@@ -33,12 +36,14 @@ class Workdir:
     """The work directory of one run.
 
     Attributes:
-        path: the directory.
+        path: the directory; of a work directory in an object store, the local copy.
         content: the content of its config.json.
+        mirror: keeps the store and the local copy alike; None where the work directory is a directory.
     """
 
     path: Path
     content: dict[str, Any]
+    mirror: Mirror | None = None
 
     @classmethod
     def of(cls, cfg: Config, **derived: Any) -> "Workdir":
@@ -49,8 +54,14 @@ class Workdir:
             derived: values that follow from it and from the machine or dataset (recipe, global batch, class names);
                 config.json keeps them too, and they are compared as well.
         """
-        content = {"config": identity(cfg), **derived}
-        return cls(cfg.run.workdir, json.loads(json.dumps(content, default=_plain)))
+        content = json.loads(json.dumps({"config": identity(cfg), **derived}, default=_plain))
+        place = cfg.run.workdir
+        return cls(local(place), content, Mirror.of(place) if isinstance(place, Url) else None)
+
+    @property
+    def name(self) -> str:
+        """What the work directory is called, as --workdir names it."""
+        return str(self.path) if self.mirror is None else self.mirror.store.name
 
     @property
     def config(self) -> Path:
@@ -113,6 +124,23 @@ class Workdir:
             text = self.known_run or ""
         return hosts.exchange("run", text)[0]
 
+    def open_checkpoints(self, keep: int, attempt: str) -> Checkpoints | StoredCheckpoints:
+        """Opens the checkpoints. All hosts have to make this call.
+
+        Args:
+            keep: number of checkpoints to keep.
+            attempt: text that only this start of the run has, the same on all hosts; hexadecimal.
+        """
+        if self.mirror is None:
+            return Checkpoints(self.checkpoints, keep=keep)
+        store, before = self.mirror.store, self.mirror.push
+        return StoredCheckpoints(store, self.path, keep=keep, attempt=attempt, before=before)
+
+    def push_soon(self, seconds: float) -> None:
+        """Sends to the store what has changed, if there is one, for a process that is about to end abruptly."""
+        if self.mirror is not None:
+            self.mirror.push_soon(seconds)
+
     def forget_run(self) -> None:
         """Makes `run` return another text from the next start on."""
         if hosts.is_first():
@@ -129,25 +157,50 @@ class Workdir:
         """
         if not hosts.is_first():
             hosts.wait_for_all("work directory")
-            if not self.config.exists():
-                raise RequestError(f"{self.path} is not the first host's; put --workdir on a disk that all hosts share")
-            self.check()
-            yield
+            with self._sending():
+                if not self.config.exists():
+                    raise RequestError(
+                        f"{self.name} is not the first host's; put --workdir on a disk that all hosts share"
+                    )
+                self.check()
+                yield
             return
+        owning = contextlib.ExitStack()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            owning = contextlib.ExitStack()
-            owning.enter_context(claims.claimed(self.path / claims.CLAIM, self.path, OTHER))
+            owning.enter_context(self._claimed())
         except OSError as error:
-            raise RequestError(f"cannot use work directory {self.path}: {error.strerror}; {OTHER}") from None
+            raise RequestError(f"cannot use work directory {self.name}: {error.strerror}; {OTHER}") from None
         with owning:
             try:
                 self.check()
                 self._clear()
                 if not self.config.exists():
                     write_json(self.config, self.content)
+                if self.mirror is not None:
+                    self.mirror.push()
             finally:
                 hosts.wait_for_all("work directory")
+            yield
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Holds the claim while the `with` block runs."""
+        if self.mirror is not None:
+            with self.mirror.owned(OTHER):
+                yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with claims.claimed(self.path / claims.CLAIM, self.path, OTHER):
+            yield
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """On another host than the first: sends what this one writes while the `with` block runs."""
+        if self.mirror is None:
+            yield
+            return
+        self.mirror.pull()
+        with self.mirror.sending():
             yield
 
     def _clear(self) -> None:
@@ -156,6 +209,9 @@ class Workdir:
             if any(is_unfinished(path, name) for name in OWN):
                 path.unlink()
 
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists() if self.mirror is None else self.mirror.holds(name)
+
     def check(self) -> None:
         """Compares config.json, if it exists, with this run.
 
@@ -163,16 +219,16 @@ class Workdir:
             RequestError: config.json belongs to another configuration, or is damaged, or is missing beside results.
         """
         if not self.config.exists():
-            stray = [name for name in ("checkpoints", "final.npz", "result.json") if (self.path / name).exists()]
+            stray = [name for name in ("checkpoints", "final.npz", "result.json") if self._has(name)]
             if stray:
                 raise RequestError(
-                    f"{self.path} holds {stray[0]} but no config.json to say of which run; choose another --workdir"
+                    f"{self.name} holds {stray[0]} but no config.json to say of which run; choose another --workdir"
                 )
             return
         differing = _differences(read_json(self.config, dict, OTHER), self.content)
         if differing:
             raise RequestError(
-                f"{self.path} holds a run of another configuration ({'; '.join(differing)}); "
+                f"{self.name} holds a run of another configuration ({'; '.join(differing)}); "
                 "choose another --workdir, or the same flags to continue that run"
             )
 
@@ -183,18 +239,18 @@ class Workdir:
             RequestError: result.json is damaged, or `check` fails.
         """
         self.check()
-        if self.result.exists() and self.final.exists():
+        if self.result.exists() and self._has(self.final.name):
             return read_json(self.result, dict, "move it away to have it written again")
         return None
 
 
-def begun_in(workdir: Path) -> dict[str, Any] | None:
-    """Returns the content of the directory's config.json, or None if no run has begun there.
+def begun_in(workdir: Path | Url) -> dict[str, Any] | None:
+    """Returns the content of the work directory's config.json, or None if no run has begun there.
 
     Raises:
-        RequestError: config.json is damaged.
+        RequestError: config.json is damaged, or the store cannot be used.
     """
-    path = workdir / "config.json"
+    path = local(workdir) / "config.json"
     return read_json(path, dict, OTHER) if path.exists() else None
 
 

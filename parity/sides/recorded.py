@@ -190,9 +190,9 @@ class RecordedRun:
 
     def checkpoints(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the oldest first."""
-        from bit_jax.checkpoints import shared  # here and below, because Orbax takes long to import
+        from bit_jax.checkpoints import reading  # here and below, because Orbax takes long to import
 
-        return sorted(shared.complete_steps(self.workdir / "checkpoints"))
+        return sorted(reading.steps(self.workdir))
 
     def initial_weights(self) -> Path | None:
         """Returns the weight file that training started from; None if it is not here, or if there was none."""
@@ -212,7 +212,7 @@ class RecordedRun:
             RequestError: the checkpoint or the weight file is damaged or cannot be read, or the checkpoint's
                 optimizer is not SGD with momentum.
         """
-        from bit_jax.checkpoints import shared
+        from bit_jax.checkpoints import reading
 
         if step == 0:
             path = self.initial_weights()
@@ -224,7 +224,7 @@ class RecordedRun:
             own = {key: array for key, array in params.items() if trains(key, self.additions.train)}
             momentum = {key: np.zeros_like(array) for key, array in own.items()}
             return State(0, params, momentum, own if self.additions.ema is not None else {}, scale=scale)
-        tree = shared.read(self.workdir / "checkpoints", step)
+        tree = reading.read(self.workdir, step)
         params = weights.flatten(tree["params"])
         traces = [part["trace"] for part in tree["opt_state"] if isinstance(part, dict) and "trace" in part]
         momentum = weights.flatten(traces[0]) if len(traces) == 1 else {}

@@ -1,0 +1,410 @@
+"""Saves and restores the training state in an object store: each host writes its part, and a manifest comes last.
+
+    checkpoints/500.1a2b3c4d/pieces.0        the bytes of the pieces that host 0 wrote
+    checkpoints/500.1a2b3c4d/index.0.json    where each of them lies, and its digest
+    checkpoints/500.1a2b3c4d/manifest.json   the digests of the indexes; present means "complete"
+
+A store cannot rename a folder, so a name that is used again could mix two starts' objects: the text behind the step is
+another one at every start.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bit_jax.checkpoints import packed
+from bit_jax.checkpoints.errors import CheckpointError
+from bit_jax.checkpoints.packed import Origin, Packed
+from bit_jax.checkpoints.pieces import Copier, Piece, keyed, pieces_to_write, tiles_by_host
+from bit_jax.scale import hosts, sharding
+from bit_jax.stores.store import Store, StoreError
+from input_pipeline.terminal import printable
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+DAMAGED = "damaged.txt"  # beside a manifest: this checkpoint is not used; the text says why
+OF_A_DIRECTORY = re.compile(r"\d+/sha256\.json")  # what a run with a directory as its --workdir writes
+BATCH = 2**26  # bytes that are read at a time
+PATIENCE = 0.5  # seconds between two looks whether the other hosts have written their parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Checkpoint:
+    """The folder of a checkpoint, by its step and the start that wrote it."""
+
+    step: int
+    attempt: str
+
+    @property
+    def folder(self) -> str:
+        return f"{FOLDER}/{self.step}.{self.attempt}"
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.step, self.attempt)
+
+    def pieces(self, host: int) -> str:
+        return f"{self.folder}/pieces.{host}"
+
+    def index(self, host: int) -> str:
+        return f"{self.folder}/index.{host}.json"
+
+    @classmethod
+    def all(cls, keys: Iterator[str] | Sequence[str]) -> dict["Checkpoint", set[str]]:
+        """Returns the checkpoints that objects belong to, whole or not, and the names of their objects."""
+        found: dict[Checkpoint, set[str]] = {}
+        for key in keys:
+            if match := re.fullmatch(rf"{FOLDER}/(\d+)\.([0-9a-f]+)/(.+)", key):
+                found.setdefault(cls(int(match[1]), match[2]), set()).add(match[3])
+        return found
+
+    @classmethod
+    def usable(cls, keys: Iterator[str] | Sequence[str]) -> list["Checkpoint"]:
+        """Returns the checkpoints that are complete and not known to be damaged, the newest first."""
+        names = cls.all(keys)
+        return sorted((one for one, own in names.items() if MANIFEST in own and DAMAGED not in own), reverse=True)
+
+
+class Damage(Exception):
+    """What was read is not what was written; the message says which part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a complete checkpoint holds, by its manifest and indexes.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        shapes: {key of an array: (shape, dtype's name)}.
+        parts: {key: [(host that wrote the piece, the piece)]}.
+    """
+
+    checkpoint: Checkpoint
+    shapes: dict[str, tuple[tuple[int, ...], str]]
+    parts: dict[str, list[tuple[int, Packed]]]
+
+    @classmethod
+    def of(cls, store: Store, checkpoint: Checkpoint, sizes: dict[str, int]) -> "Content":
+        """Reads the manifest and the indexes.
+
+        Args:
+            sizes: {key: bytes} of the objects in the checkpoint's folder.
+
+        Raises:
+            Damage: they are not as written, or an object is missing or too small.
+            StoreError: the store does not answer.
+        """
+        shapes, parts = {}, {}
+        try:
+            digests = json.loads(_read(store, f"{checkpoint.folder}/{MANIFEST}"))["sha256"]
+            for host in range(len(digests)):
+                text = _read(store, checkpoint.index(host))
+                if hashlib.sha256(text).hexdigest() != digests[f"index.{host}.json"]:
+                    raise Damage(f"index.{host}.json is not as written")
+                index = json.loads(text)
+                shapes |= packed.shapes_in(index)
+                for one in packed.listed(index):
+                    parts.setdefault(one.key, []).append((host, one))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Damage(f"its manifest or an index cannot be understood ({type(error).__name__})") from None
+        content = cls(checkpoint, shapes, parts)
+        for key, (shape, _) in shapes.items():
+            if sum(one.tile.size for _, one in parts[key]) != int(np.prod(shape)):
+                raise Damage(f"parts of {key} are missing")
+            for host, one in parts[key]:
+                name = checkpoint.pieces(host)
+                if sizes.get(name, 0) < one.offset + content.bytes_of(one):
+                    raise Damage(f"{name} is missing or too small")
+        return content
+
+    def bytes_of(self, one: Packed) -> int:
+        return one.tile.size * np.dtype(self.shapes[one.key][1]).itemsize
+
+    def read(self, store: Store, wanted: Sequence[tuple[int, Packed]]) -> Iterator[tuple[Packed, np.ndarray]]:
+        """Yields pieces, which are read in batches of about `BATCH` bytes.
+
+        Raises:
+            Damage: a piece is not as written.
+        """
+        batch: list[tuple[int, Packed]] = []
+        for number, part in enumerate(wanted):
+            batch.append(part)
+            if sum(self.bytes_of(one) for _, one in batch) >= BATCH or number == len(wanted) - 1:
+                spans = [
+                    (self.checkpoint.pieces(host), one.offset, one.offset + self.bytes_of(one)) for host, one in batch
+                ]
+                for (host, one), octets in zip(batch, _read_parts(store, spans), strict=True):
+                    if len(octets) != self.bytes_of(one):
+                        raise Damage(f"{self.checkpoint.pieces(host)} is too small")
+                    data = np.frombuffer(octets, np.dtype(self.shapes[one.key][1])).reshape(one.tile.shape)
+                    if self.checkpoint.origin.digest(one.key, one.tile, data) != one.digest:
+                        raise Damage(f"a part of {one.key} in {self.checkpoint.pieces(host)} is not as written")
+                    yield one, data
+                batch = []
+
+
+class StoredCheckpoints:
+    """The newest training states of a run in a store; see `shared.Checkpoints`, whose place it takes.
+
+    All hosts have to make each call. At the start the hosts share the work of reading the newest checkpoint whole; if
+    anything of it is not as written, it is marked, and the one before it is used.
+
+    Args:
+        store: the store.
+        scratch: a local directory, for the part of a checkpoint that this host is about to send.
+        keep: number of checkpoints to keep.
+        attempt: text that only this start of the run has, the same on all hosts; hexadecimal.
+        before: function that is called on host 0 before a checkpoint is complete: what a run that continues from it
+            needs besides has to be in the store by then.
+
+    Raises:
+        CheckpointError: the store does not answer, or holds checkpoints of another form.
+    """
+
+    def __init__(self, store: Store, scratch: Path, *, keep: int, attempt: str, before: Callable[[], None]):
+        self._store, self._scratch, self._keep = store, scratch, keep
+        self._attempt, self._before = attempt, before
+        self._host, self._count = jax.process_index(), jax.process_count()
+        self._copied = Copier()
+        self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        self._content: Content | None = None
+        with self._reading():
+            if hosts.is_first():
+                self._clear()
+            self._content = self._find()
+        self.newest = self._content.checkpoint.step if self._content else None
+
+    def complete(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, the newest first."""
+        return [one.step for one in Checkpoint.usable(list(self._store.sizes(FOLDER)))]
+
+    def save(self, state: Any) -> None:
+        """Starts saving `state` under `state.step`, once the save before has ended; raises if that one failed. The
+        state may be donated afterwards."""
+        self.wait()
+        step = int(state.step)
+        pieces = self._copied(pieces_to_write(state, self._host))
+        self._pending = self._behind.submit(self._write, Checkpoint(step, self._attempt), pieces)
+        self.newest = step
+
+    def wait(self) -> None:
+        """Waits until this host's part is written, on host 0 until the checkpoint is complete; raises CheckpointError
+        if that failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except (OSError, StoreError) as error:
+                cause = error.strerror if isinstance(error, OSError) else str(error).partition("; ")[0]
+                raise CheckpointError(
+                    f"cannot write a checkpoint to {self._store.name}: {cause}; mend that, then start again to "
+                    "continue from the last whole one"
+                ) from None
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """Returns the state of that step, the one that was found at the start, with the shapes, dtypes, shardings and
+        layouts of `abstract_state`.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or cannot be read.
+        """
+        content = self._content
+        assert content is not None
+        assert content.checkpoint.step == step, "what was found at the start is restored"
+        like = keyed(abstract_state)
+        if content.shapes != packed.shapes_of(like):
+            raise CheckpointError(
+                f"checkpoint {self._store.name}/{content.checkpoint.folder} does not fit this run; it is as it was "
+                "written, so give the flags that it was written with, or another --workdir"
+            )
+        arrays: dict[str, np.ndarray] = {}
+        missing: dict[str, int] = {}  # pieces of each array that are still to come
+        restored: dict[str, jax.Array] = {}
+        wanted = []
+        for key, leaf in like.items():
+            here = tiles_by_host(leaf).get(self._host, set())
+            own = [part for part in content.parts[key] if any(part[1].tile.touches(tile) for tile in here)]
+            arrays[key], missing[key] = np.empty(leaf.shape, leaf.dtype), len(own)
+            wanted += own
+        with self._reading():
+            try:
+                for one, data in content.read(self._store, wanted):
+                    arrays[one.key][one.tile.index] = data
+                    missing[one.key] -= 1
+                    if not missing[one.key]:  # its memory is free before the next ones come
+                        restored[one.key] = sharding.place(arrays.pop(one.key), like[one.key])
+            except Damage as damage:
+                raise CheckpointError(
+                    f"checkpoint {self._store.name}/{content.checkpoint.folder} changes while it is read ({damage}); "
+                    "start again"
+                ) from None
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[key] for key in like])
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._behind.shutdown()
+
+    # what the thread does
+
+    def _write(self, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+        with tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".tmp") as file:
+            index = packed.write(Path(file.name), pieces, checkpoint.origin)
+            assert index is not None, "a state is saved after its step is finished"
+            self._store.send(Path(file.name), checkpoint.pieces(self._host))
+        self._store.write(checkpoint.index(self._host), json.dumps(index).encode())
+        if hosts.is_first():
+            self._finish(checkpoint)
+
+    def _finish(self, checkpoint: Checkpoint) -> None:
+        """Writes the manifest once all hosts have written their parts, and removes the oldest checkpoints."""
+        indexes = {checkpoint.index(host) for host in range(self._count)}
+        while not indexes <= set(self._store.sizes(checkpoint.folder)):
+            time.sleep(PATIENCE)  # if another host dies meanwhile, `Watch` ends this one
+        digests = {key.rpartition("/")[2]: hashlib.sha256(_read(self._store, key)).hexdigest() for key in indexes}
+        self._before()
+        self._store.write(f"{checkpoint.folder}/{MANIFEST}", json.dumps({"sha256": digests}).encode())
+        keys = list(self._store.sizes(FOLDER))
+        for old in Checkpoint.usable(keys)[self._keep :]:
+            self._remove(old, keys)
+
+    # the start
+
+    def _clear(self) -> None:
+        """Removes what earlier starts of the run had half written, and names foreign objects in the log.
+
+        Raises:
+            CheckpointError: the checkpoints are those of a directory.
+        """
+        keys = list(self._store.sizes(FOLDER))
+        if any(OF_A_DIRECTORY.fullmatch(key.removeprefix(f"{FOLDER}/")) for key in keys):
+            raise CheckpointError(
+                f"{self._store.name}/{FOLDER} was copied from a directory, and checkpoints have another form in a "
+                "store; copy it back to a directory and give that as --workdir"
+            )
+        found = Checkpoint.all(keys)
+        for one, names in found.items():
+            if not names & {MANIFEST, DAMAGED}:
+                self._remove(one, keys)
+        foreign = sorted({key.split("/")[1] for key in keys} - {one.folder.split("/")[1] for one in found})
+        if foreign:
+            where = f"{self._store.name}/{FOLDER}"
+            log.warning("%s: left alone, as not this run's: %s", where, printable(", ".join(foreign)))
+
+    def _remove(self, checkpoint: Checkpoint, keys: Sequence[str]) -> None:
+        """Removes a checkpoint, which is incomplete from the first moment on."""
+        own = [key for key in keys if key.startswith(f"{checkpoint.folder}/")]
+        self._store.remove(sorted(own, key=lambda key: not key.endswith(f"/{MANIFEST}")))
+
+    def _find(self) -> Content | None:
+        """Returns the newest undamaged checkpoint, or None if there is none; marks newer ones as damaged."""
+        sizes = self._store.sizes(FOLDER)
+        known = [dataclasses.astuple(one) for one in Checkpoint.usable(list(sizes))]
+        for step, attempt in json.loads(hosts.exchange("stored checkpoints", json.dumps(known))[0]):
+            checkpoint, content, damage = Checkpoint(step, attempt), None, ""
+            try:
+                content = Content.of(self._store, checkpoint, sizes)
+                for _ in content.read(self._store, self._share(content)):
+                    pass
+            except Damage as error:
+                damage = str(error)
+            damage = next(filter(None, hosts.exchange(f"stored checkpoint {step}.{attempt}", damage)), "")
+            if not damage:
+                return content
+            if hosts.is_first():
+                self._store.write(f"{checkpoint.folder}/{DAMAGED}", f"{damage}\n".encode())
+                name = f"{self._store.name}/{checkpoint.folder}"
+                log.warning(
+                    "checkpoint %s is damaged: %s; it is marked with %s, and the one before it is used",
+                    name,
+                    damage,
+                    DAMAGED,
+                )
+        return None
+
+    def _share(self, content: Content) -> list[tuple[int, Packed]]:
+        """Returns the pieces that this host verifies, so that all of them together verify all."""
+        return [part for parts in content.parts.values() for part in parts if part[0] % self._count == self._host]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns an error of the store into a CheckpointError: what cannot be read may be undamaged."""
+        try:
+            yield
+        except StoreError as error:
+            cause = str(error).partition("; ")[0]
+            raise CheckpointError(f"{cause}; nothing was removed: mend that and start again") from None
+
+
+def steps(store: Store) -> list[int]:
+    """Returns the steps of the complete checkpoints, the newest first."""
+    return [one.step for one in Checkpoint.usable(list(store.sizes(FOLDER)))]
+
+
+def read(store: Store, step: int) -> dict[str, Any]:
+    """Returns the state of a step as numpy arrays; see `shared.read`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, cannot be read, or is not there.
+    """
+    sizes = store.sizes(FOLDER)
+    checkpoint = next((one for one in Checkpoint.usable(list(sizes)) if one.step == step), None)
+    if checkpoint is None:
+        raise CheckpointError(f"{store.name} holds no checkpoint of step {step}; choose another step")
+    try:
+        content = Content.of(store, checkpoint, sizes)
+        arrays = {key: np.empty(shape, np.dtype(dtype)) for key, (shape, dtype) in content.shapes.items()}
+        for one, data in content.read(store, [part for parts in content.parts.values() for part in parts]):
+            arrays[one.key][one.tile.index] = data
+    except Damage as damage:
+        raise CheckpointError(
+            f"checkpoint {store.name}/{checkpoint.folder} is damaged: {damage}; choose another step"
+        ) from None
+    return _tree(arrays)
+
+
+def _tree(arrays: dict[str, Any]) -> Any:
+    """Returns the tree whose leaves have these paths: dicts, and lists where all of a node's names are numbers."""
+    if "" in arrays:
+        return arrays[""]
+    branches: dict[str, dict[str, Any]] = {}
+    for path, array in arrays.items():
+        name, _, rest = path.partition("/")
+        branches.setdefault(name, {})[rest] = array
+    tree = {name: _tree(branch) for name, branch in branches.items()}
+    return [tree[name] for name in sorted(tree, key=int)] if all(name.isdecimal() for name in tree) else tree
+
+
+def _read(store: Store, key: str) -> bytes:
+    """Returns the content of an object that has to be there.
+
+    Raises:
+        Damage: there is none.
+    """
+    content = store.read(key)
+    if content is None:
+        raise Damage(f"{key} is missing")
+    return content
+
+
+def _read_parts(store: Store, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Returns parts of objects; an array without elements has none, which a store would not read."""
+    some = [part for part in parts if part[1] < part[2]]
+    read = iter(store.read_parts(some))
+    return [next(read) if part[1] < part[2] else b"" for part in parts]

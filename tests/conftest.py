@@ -30,6 +30,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from object_store import bucket, store, url  # noqa: F401 (fixtures)
 
 from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +17,14 @@ import numpy as np
 import pytest
 from conftest import last_step
 from test_hosts import RUN, environment, said_by, started  # noqa: F401 (two are fixtures)
+from two_hosts import DATA, SPLIT, TwoHosts, shape_of, state_on, the_same
 
 from bit_jax import config
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.checkpoints import local, pieces
 from bit_jax.checkpoints.local import MANIFEST, PIECES, LocalCopies
 from bit_jax.checkpoints.saving import Saving
+from bit_jax.checkpoints.shared import complete_steps
 from bit_jax.launch import free_port
 from bit_jax.scale import hosts, sharding
 from bit_jax.training import resources
@@ -34,59 +35,20 @@ from bit_jax.training.workdir import Workdir
 from input_pipeline.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parent.parent
-SPLIT, DATA = 8, 1  # sizes of `fsdp`: all parameters split over both hosts, or each host has all of them
 
 
-def state_on(fsdp: int, step: int = 3) -> TrainState:
-    """A state whose values follow from the step, with a -0.0 and with an array that eight devices do not divide."""
-    rng = np.random.default_rng(step)
-    kernel, momentum, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 16), (6, 16), (3,)))
-    bias[0] = -0.0
-    state = TrainState(np.int32(step), {"kernel": kernel, "bias": bias}, ({"kernel": momentum}, ()))
-    mesh = sharding.make_mesh(fsdp=fsdp)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding.param_sharding(mesh, leaf.shape)), state)
-
-
-def shape_of(state):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format), state)
-
-
-class TwoHosts:
-    """Two threads that are host 0 with the first four devices and host 1 with the others, each with its own disk."""
+class HostsWithDisks(TwoHosts):
+    """Two hosts, each with its own disk."""
 
     def __init__(self, folder: Path):
+        super().__init__()
         self.disks = [folder / "disk0", folder / "disk1"]
-        self.shared = folder / "checkpoints"
-        self._barrier = threading.Barrier(2, timeout=60)
-        self._told: dict[Any, dict[int, Any]] = {}
-        self._thread = threading.local()
-
-    def exchange(self, what: Any, given: Any) -> list:
-        thread = self._thread
-        thread.calls += 1  # the same number on both hosts, which make the same calls
-        self._told.setdefault((what, thread.calls), {})[thread.host] = given
-        self._barrier.wait()
-        told = self._told[what, thread.calls]
-        return [told[0], told[1]]
-
-    def given_by(self, host: int, array: np.ndarray) -> np.ndarray:
-        return self.exchange("array", array.copy())[host]
+        self.shared = lambda: []  # there are no shared checkpoints
 
     def copies(self, host: int, attempt: str, run: str = "run") -> LocalCopies:
         copies = LocalCopies(self.disks[host], run, attempt, self.shared)
         copies._host = host
         return copies
-
-    def both(self, work) -> list:
-        """Does work(host) as both hosts at once."""
-
-        def as_host(host: int) -> Any:
-            self._thread.host, self._thread.calls = host, 0
-            return work(host)
-
-        self._told.clear()
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(as_host, range(2)))
 
     def save(self, *states: TrainState, attempt: str = "a", run: str = "run") -> None:
         def work(host: int) -> None:
@@ -117,23 +79,10 @@ class TwoHosts:
 
 @pytest.fixture
 def two_hosts(tmp_path, monkeypatch):
-    both = TwoHosts(tmp_path)
-    monkeypatch.setattr(hosts, "exchange", both.exchange)
-    monkeypatch.setattr(hosts, "given_by", both.given_by)
-    monkeypatch.setattr(pieces, "host_of", lambda device: device.id // 4)
+    both = HostsWithDisks(tmp_path)
+    both.install(monkeypatch)
     monkeypatch.setattr(local, "kept", lambda: 2)
     return both
-
-
-def the_same(restored: list[Any], wanted: TrainState) -> None:
-    """Each host has every bit that its devices need."""
-    for host, state in enumerate(restored):
-        for key, leaf in pieces.keyed(state).items():
-            expected = pieces.keyed(wanted)[key]
-            assert leaf.sharding == expected.sharding
-            for shard, other in zip(leaf.addressable_shards, expected.addressable_shards, strict=True):
-                if pieces.host_of(shard.device) == host:
-                    assert np.asarray(shard.data).tobytes() == np.asarray(other.data).tobytes(), (host, key)
 
 
 @pytest.mark.parametrize("before", [SPLIT, DATA])
@@ -208,7 +157,7 @@ def copies(tmp_path):
     opened = []
 
     def of(attempt="a", run="run") -> LocalCopies:
-        opened.append(LocalCopies(tmp_path / "disk", run, attempt, tmp_path / "checkpoints"))
+        opened.append(LocalCopies(tmp_path / "disk", run, attempt, lambda: complete_steps(tmp_path / "checkpoints")))
         return opened[-1]
 
     yield of
@@ -360,7 +309,7 @@ def test_a_full_disk_costs_a_copy_and_not_the_run(copies, tmp_path, caplog):
 def test_a_directory_that_cannot_be_written_is_said_at_the_start(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match=r"--local-checkpoints .*file.* cannot be written"):
-        LocalCopies(tmp_path / place, "run", "a", tmp_path / "checkpoints")
+        LocalCopies(tmp_path / place, "run", "a", lambda: [])
 
 
 @pytest.mark.parametrize(

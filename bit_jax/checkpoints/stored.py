@@ -178,13 +178,13 @@ class StoredCheckpoints:
     def __init__(self, store: Store, scratch: Path, *, keep: int, attempt: str, before: Callable[[], None]):
         self._store, self._scratch, self._keep = store, scratch, keep
         self._attempt, self._before = attempt, before
-        self._host, self._count = jax.process_index(), jax.process_count()
+        self._host, self._count = hosts.place()
         self._copied = Copier()
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
         self._content: Content | None = None
         with self._reading():
-            if hosts.is_first():
+            if self._host == 0:
                 self._clear()
             self._content = self._find()
         self.newest = self._content.checkpoint.step if self._content else None
@@ -269,7 +269,7 @@ class StoredCheckpoints:
             assert index is not None, "a state is saved after its step is finished"
             self._store.send(Path(file.name), checkpoint.pieces(self._host))
         self._store.write(checkpoint.index(self._host), json.dumps(index).encode())
-        if hosts.is_first():
+        if self._host == 0:
             self._finish(checkpoint)
 
     def _finish(self, checkpoint: Checkpoint) -> None:
@@ -327,7 +327,7 @@ class StoredCheckpoints:
             damage = next(filter(None, hosts.exchange(f"stored checkpoint {step}.{attempt}", damage)), "")
             if not damage:
                 return content
-            if hosts.is_first():
+            if self._host == 0:
                 self._store.write(f"{checkpoint.folder}/{DAMAGED}", f"{damage}\n".encode())
                 name = f"{self._store.name}/{checkpoint.folder}"
                 log.warning(

@@ -34,6 +34,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def place() -> tuple[int, int]:
+    """Returns the index of this host, and the number of hosts."""
+    return jax.process_index(), jax.process_count()
+
+
 def agree(number: int) -> int:
     """Returns host 0's `number` on every host."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(number))

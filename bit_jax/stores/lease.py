@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bit_jax.stores.store import Store
+from bit_jax.stores.store import Store, StoreError
 from input_pipeline import claims
 
 FOLDER = ".owner"
@@ -44,7 +44,8 @@ def leased(
         ):
             yield
     finally:
-        store.remove(_key(n) for n in _numbers(store) if n <= number)
+        with contextlib.suppress(StoreError):  # a claim that stays is that of a process which has ended
+            store.remove(_key(n) for n in _numbers(store) if n <= number)
 
 
 def _acquire(store: Store, token: str, remedy: str, patience: float) -> int:

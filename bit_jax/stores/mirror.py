@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,8 @@ class Mirror:
 
     def __init__(self, url: Url):
         self.store = Store(url)
-        self._folder = tempfile.TemporaryDirectory(prefix="bit_jax-", ignore_cleanup_errors=True)
-        self.path = Path(self._folder.name)
+        self.path = Path(tempfile.mkdtemp(prefix="bit_jax-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._there: dict[str, int] = {}
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change of the files that the store has
         self._lock = threading.Lock()

@@ -1,0 +1,170 @@
+"""Runs whose work directory is in an object store: killed and continued, alone and as two hosts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT
+from object_store import text
+
+from bit_jax import config
+from bit_jax.checkpoints import stored
+from bit_jax.report import record
+from bit_jax.stores.mirror import Mirror
+from bit_jax.supervision.records import RunFolder
+from bit_jax.training import finetuning
+from bit_jax.training.run import Run
+from input_pipeline.errors import RequestError
+from input_pipeline.files import Url
+
+LIMIT = 1e-10  # largest difference of a parameter between runs on different meshes, in float64
+FLAGS = (
+    "digits --precision fp64 --resize-to 20 --crop 16 --global-batch 8 --mixup 0.3 --warmup-steps 2 --decay-steps 20 40"
+    " --checkpoint-every 4 --log-every 2 --eval-every 1000 --host-timeout 20"
+).split()
+STEPS = 60
+
+
+def arguments(weights, workdir) -> list[str]:
+    return [str(word) for word in (*FLAGS, "--model", weights, "--steps", STEPS, "--workdir", workdir)]
+
+
+def checkpoint_of_another_start(store, known: set[str], process: subprocess.Popen) -> set[str]:
+    """Waits for a complete checkpoint that is not among the known ones, and returns all that there are."""
+    while True:
+        complete = {one.folder for one in stored.Checkpoint.usable(list(store.sizes(stored.FOLDER)))}
+        if complete - known:
+            return complete
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, small_npz, compilation_cache):
+    """The parameters of a run of one host in a directory."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    environment = {**os.environ, **compilation_cache}
+    command = [sys.executable, "train.py", *arguments(small_npz, folder)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_and_continued_elsewhere_it_ends_with_the_same_bytes(
+    undisturbed, small_npz, store, tmp_path, compilation_cache
+):
+    """Each start has an empty directory for temporary files, as on another machine."""
+    known: set[str] = set()
+    for start in range(3):
+        scratch = tmp_path / str(start)
+        scratch.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *arguments(small_npz, store.name)],
+            cwd=ROOT,
+            env={**os.environ, **compilation_cache, "TMPDIR": str(scratch)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if start < 2:
+            known = checkpoint_of_another_start(store, known, process)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        else:
+            assert process.communicate()[1].count("continuing s3://") == 1
+            assert process.returncode == 0
+            assert list(scratch.iterdir()) == []  # the local copy is gone
+    store.fetch("final.npz", tmp_path / "final.npz")
+    assert (tmp_path / "final.npz").read_bytes() == (undisturbed / "final.npz").read_bytes()
+    losses = [
+        [(line["step"], line["loss"]) for line in map(json.loads, lines.splitlines()) if "loss" in line]
+        for lines in (text(store, "metrics.jsonl"), (undisturbed / "metrics.jsonl").read_text())
+    ]
+    assert losses[0] == losses[1]
+    found = record.read(Url(store.name))
+    assert found.finished
+    assert found.account is not None
+    assert len(found.account.starts) == 3
+    assert not store.sizes(".owner")
+
+
+@pytest.mark.slow
+def test_two_hosts_of_which_one_is_killed_go_on_with_the_store_alone(
+    undisturbed, small_npz, store, tmp_path, compilation_cache
+):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bit_jax.launch", "--hosts", "2", "--devices", "2", "--restarts", "2"),
+            *("--back-off", "0.1", "--", "train.py", *arguments(small_npz, store.name), "--mesh", "data=2", "fsdp=2"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **compilation_cache},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint_of_another_start(store, set(), process)
+    hosts = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "train.py" in child.cmdline() and child.cmdline()[child.cmdline().index("--host") + 1 :][:1] == ["1"]
+    ]
+    hosts[-1].kill()
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert "host 1 was killed by SIGKILL" in said
+    assert "continuing s3://" in said
+    sizes = store.sizes(stored.FOLDER)
+    last = stored.Checkpoint.usable(list(sizes))[0]
+    assert last.step == STEPS
+    assert sizes[last.pieces(0)] == pytest.approx(sizes[last.pieces(1)], rel=0.2)  # the hosts share the work
+    store.fetch("final.npz", tmp_path / "final.npz")
+    with np.load(undisturbed / "final.npz") as alone, np.load(tmp_path / "final.npz") as together:
+        assert max(np.abs(alone[key] - together[key]).max() for key in alone) <= LIMIT
+    known = RunFolder(store.name)
+    begun, start = known.config(), known.last_start()
+    assert begun is not None
+    assert begun["global_batch"] == 8
+    assert start is not None
+    assert (start.step, start.ended, start.hosts) == (STEPS, "finished", 2)
+
+
+def digits(weights, workdir, **flags) -> config.Config:
+    return config.Config(
+        config.ModelConfig(str(weights)),
+        config.DataConfig("digits", resize_to=36, crop=32, global_batch=16, flip=False),
+        config.OptimizerConfig(base_lr=0.05, mixup=0.0, warmup_steps=1, decay_steps=(2,), steps=3),
+        config.RunConfig(workdir, log_every=1, checkpoint_every=2, **flags),
+    )
+
+
+def test_a_run_leaves_in_the_store_what_it_leaves_in_a_directory(small_npz, url, store, tmp_path, monkeypatch):
+    compiled, compile_program = [], finetuning.compile_program
+
+    def compile_once(steps, **more):
+        compiled.append(compiled[0] if compiled else compile_program(steps, **more))
+        return compiled[-1]
+
+    monkeypatch.setattr(finetuning, "compile_program", compile_once)
+    result = finetuning.finetune(Run.of(digits(small_npz, url)))
+    beside = finetuning.finetune(Run.of(digits(small_npz, tmp_path / "run")))
+    assert result["final_loss"] == beside["final_loss"]
+    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("*.*")}
+    assert {key for key in store.sizes() if "/" not in key} == names
+    store.fetch("final.npz", tmp_path / "final.npz")
+    assert (tmp_path / "final.npz").read_bytes() == (tmp_path / "run" / "final.npz").read_bytes()
+    assert stored.steps(store) == [3, 2]
+    assert [key for key in store.sizes("tensorboard") if "tfevents" in key]
+
+    Mirror.of.cache_clear()  # another process
+    assert finetuning.finetune(Run.of(digits(small_npz, url))) == json.loads(text(store, "result.json"))
+    with pytest.raises(RequestError, match=r"^s3://.* holds a run of another .*run.seed: 0 there"):
+        finetuning.finetune(Run.of(digits(small_npz, url, seed=1)))
+    store.remove(["result.json", "config.json"])
+    Mirror.of.cache_clear()
+    with pytest.raises(RequestError, match=r"^s3://.* holds checkpoints but no config.json"):
+        finetuning.finetune(Run.of(digits(small_npz, url)))

@@ -336,13 +336,23 @@ def test_the_loop_gives_every_loss_to_be_compared(tmp_path):
     assert spike.examples == tuple(source[index]["id"] for index in loader.examples(39))
 
 
-def test_spikes_that_cannot_be_written_end_nothing(tmp_path):
-    said: list[str] = []
-    watcher = Spikes(tmp_path / "no" / "folder", Window(64), lambda step: [], said.append)
-    for step, loss in enumerate([*ordinary(100), 9.0], 1):
+def test_a_spike_that_cannot_be_written_is_said_at_once_and_ends_nothing(tmp_path):
+    """When there is a disk again, the next one is written."""
+    path, said = tmp_path / "no" / "folder", []
+
+    def note(sentence: str) -> None:
+        said.append(sentence)
+        path.parent.mkdir(exist_ok=True)
+
+    watcher = Spikes(path, Window(64), lambda step: ["a"], note)
+    for step, loss in enumerate([*ordinary(100), 9.0, *ordinary(60), 9.0], 1):
         watcher(step, loss)
     watcher.close()
-    assert "cannot be written" in said[-1]
+    assert [re.findall(r"the loss of step (\d+) is|(cannot be kept)", sentence) for sentence in said] == [
+        [("101", ""), ("", "cannot be kept")],
+        [("162", "")],
+    ]
+    assert [spike.step for spike in spikes.read(path)] == [162]
 
 
 # Copies

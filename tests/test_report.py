@@ -322,6 +322,26 @@ def test_of_watched_numbers_the_page_has_those_of_the_whole_model(tmp_path, repo
     assert re.findall(r"<td>(.*?)</td>", body) == ["1", "not finite", "0.5", "not finite", "", "0"]
 
 
+def test_the_table_says_in_which_part_of_the_model_a_number_is_largest(tmp_path, reported):
+    watched = {"watch/largest_activation": 3.25, "watch/dead_relus": 0.005}
+    parts = {f"{name}/{part}": of_part for name in watched for part, of_part in (("block1/unit01", 0.02), ("head", 0))}
+    folder = written(tmp_path / "run", flagperfs())
+    entry = {"step": 1} | watched | parts | {"watch/largest_activation/group_norm": 3.25}
+    (folder / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    _, out, _ = reported(folder)
+    assert "3.25 in group_norm " in out
+    assert "0.50%; most in block1/unit01: 2.00% " in out
+
+
+def test_a_start_without_an_end_was_killed_unless_it_is_the_last(tmp_path, reported):
+    folder = started(written(tmp_path / "run", flagperfs()))
+    first = (folder / "starts.jsonl").read_text()
+    (folder / "starts.jsonl").write_text(first + first.replace("1000000000.0", "1000000100.0"))
+    assert reported(folder, "--html", tmp_path / "page.html")[0] == 0
+    rows = section((tmp_path / "page.html").read_text(), "starts").split("<tr>")[2:]
+    assert [re.findall("under way or killed|killed", row) for row in rows] == [["killed"], ["under way or killed"]]
+
+
 def test_where_the_time_went_is_in_the_json(tmp_path, reported):
     folder = started(written(tmp_path / "run", flagperfs()))
     assert reported(folder, "--json", tmp_path / "all.json")[0] == 0

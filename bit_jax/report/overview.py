@@ -78,7 +78,7 @@ def watched(records: Sequence[Record]) -> Rows:
 
 
 def _largest(watched: dict[str, Any], name: str, form: str) -> str:
-    """Returns the number of the whole model, and the part where it is largest."""
+    """Returns the number of the whole model, and the part in which it is largest, such as "3.2 in head"."""
     parts = {key.removeprefix(f"{name}/"): value for key, value in watched.items() if key.startswith(f"{name}/")}
     parts = {part: value for part, value in parts.items() if is_number(value)}
     if not parts:
@@ -86,7 +86,10 @@ def _largest(watched: dict[str, Any], name: str, form: str) -> str:
     if not is_number(watched.get(name)):
         return NOT_FINITE
     part, most = max(parts.items(), key=lambda item: item[1])
-    return f"{watched[name]:{form}}; {most:{form}} in {printable(part)}"
+    whole = format(watched[name], form)
+    if most == watched[name]:
+        return f"{whole} in {printable(part)}"
+    return f"{whole}; most in {printable(part)}: {most:{form}}"
 
 
 def _spikes(spikes: Sequence[Spike]) -> str:

@@ -43,7 +43,7 @@ def starts(records: Sequence[Record]) -> overview.Rows:
             "from step": "" if line.start is None else str(line.start),
             "to step": str(line.step),
             "s": f"{line.elapsed:,.0f}",
-            "ended": line.ended or "no word of it",
+            "ended": line.ended or ("under way or killed" if line is record.account.starts[-1] else "killed"),
             "why": printable(line.why),
         }
         for record in records

@@ -159,7 +159,7 @@ def test_an_evaluation_before_training_is_in_no_span_whichever_start_began_it():
     own = {"evaluation before training": 20}
     trains = [
         line(50, 20, start=0, trains=20, seconds=own),
-        line(50, 170, seconds=own | {"evaluation": 50}, start=0, step=100, trains=20, trained=170, ended="finished"),
+        line(50, 180, 0, 100, seconds=own | {"evaluation": 50, "saving": 10}, trains=20, trained=170),
     ]
     figures = goodput.of([killed, trains]).figures
     assert figures["raw_train_time"] == 150

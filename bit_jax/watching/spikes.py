@@ -41,8 +41,8 @@ class Spike:
 
 
 class Window:
-    """The newest losses of a run. A spike enters as the largest loss that would have been none, so that one spike does
-    not hide the next, and losses that stay high are ordinary in the end.
+    """The newest losses of a start. As each is compared with medians, one spike does not hide the next, and losses that
+    stay high are ordinary once they are half of the window.
 
     Args:
         rows: number of rows of a batch.
@@ -66,7 +66,7 @@ class Window:
         limit = median + SPREADS * spread + self._surprises
         if loss > limit:
             limit += self._mixed(step)
-        self._losses.append(min(loss, limit))
+        self._losses.append(loss)
         return Spike(step, loss, median, spread) if loss > limit else None
 
 

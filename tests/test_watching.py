@@ -151,6 +151,34 @@ def test_activations_are_those_of_the_whole_batch(watched):
     assert f"{numbers.DEAD}/root_block" not in found, "it has no ReLU"
 
 
+def test_with_additions_the_numbers_are_of_what_trains_and_of_the_step_that_is_taken(x64):
+    """A part trains, with a clipped gradient, decay and an average: the norm is the one before clipping, the update is
+    what the training step adds, and the parameters that stay are in neither."""
+    additions = config.Additions(
+        train="head", clip_norm=0.01, weight_decay=0.5, weight_decay_kind="decoupled", label_smoothing=0.1, ema=0.9
+    )
+    optimizer, params = sgd(SCHEDULE, 0.9, additions), params_of()
+    state = jax.tree.map(jnp.asarray, steps.init_state(params, optimizer)).replace(step=jnp.int32(3))
+    settings: Any = {"mixup": 0.0, "seed": SEED, "additions": additions}
+    watch, train = (make(small_model(), optimizer, **settings) for make in (make_watch_step, steps.make_train_step))
+
+    @jax.jit
+    def measured(state, batch):
+        images, targets = steps.prepare(batch, CLASSES, jnp.dtype(jnp.float64), None)
+        _, gradient = steps.loss_and_gradients(small_model(), state.params, images, targets, additions=additions)
+        return watch(state, batch), gradient, train(state, batch)
+
+    found, gradient, (after, _) = jax.device_get(measured(state, a_batch()))
+    update = jax.tree.map(np.subtract, after.params, params)
+    assert norm_of(update["block1"]) == 0
+    assert found[numbers.UPDATE] == pytest.approx(norm_of(update) / norm_of(params["head"]), rel=1e-9)
+    assert found[numbers.UPDATE] == found[f"{numbers.UPDATE}/head"]
+    assert found[numbers.GRADIENT] > 10 * additions.clip_norm, "clipping that changes little would prove little"
+    assert found[numbers.GRADIENT] == pytest.approx(norm_of(gradient), rel=1e-9)
+    of_parts = {name for name in found if name.startswith((numbers.GRADIENT, numbers.UPDATE))} - set(numbers.WHOLE)
+    assert of_parts == {f"{numbers.GRADIENT}/head", f"{numbers.UPDATE}/head"}
+
+
 def test_an_ordinary_call_computes_no_more_than_without_watching(monkeypatch):
     model = small_model(jnp.float32)
     images = jax.ShapeDtypeStruct((2, SIDE, SIDE, 3), jnp.float32)

@@ -104,9 +104,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert sum(over_all["seconds"].values()) == over_all["e2e_time"] >= result["e2e_time"]
     for figure in ("p_whole", "p_train", "p_core"):
         assert over_all[figure] == pytest.approx(result[figure], rel=0.01)
-    assert over_all["goodput"] * over_all["e2e_time"] == pytest.approx(
-        result["train_seconds"] - result["input_wait_seconds"] - over_all["seconds"]["saving"], abs=0.5
-    )
+    kept, most = over_all["goodput"] * over_all["e2e_time"], result["train_seconds"] - result["input_wait_seconds"]
+    # saving and other, as the end of the profile, are in the training time as well as before and after it
+    assert most - over_all["seconds"]["saving"] - over_all["seconds"]["other"] < kept < most
     assert result["versions"]["jax"]
     assert set(arrays_of(finished)) == set(np.load(finished / "final.npz").files)
     assert len(list((finished / "tensorboard").iterdir())) == 1

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -97,6 +98,7 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
     shares: dict[str, list[float]] = {"plain": [], "watched": []}
     loader, done = run.loader(run.train), 0
     unused: Any = None
+    never: Any = SimpleNamespace(wished=False, due=lambda *_: None, save=lambda *_: None)  # nothing is saved
     with Log(run.workdir.path, start=0, stop=10**6, global_batch=run.global_batch, quiet=True) as log:
 
         def block(name: str, count: int, state: TrainState, first: int) -> TrainState:
@@ -106,7 +108,7 @@ def watched(run: Run, every: int, rounds: int) -> dict[str, Any]:
             settings = dataclasses.replace(run.config.run, watch_every=number)
             one = dataclasses.replace(run, config=dataclasses.replace(run.config, run=settings))
             account = Start(None, Timeline(), hosts=1, devices=1, global_batch=run.global_batch)
-            loop = Loop(one, program, unused, unused, Timeline(), log, account)
+            loop = Loop(one, program, unused, never, Timeline(), log, account)
             batches = iter(list(loader.train(first, first + count)))
             begun, used = time.perf_counter(), time.process_time()
             state, _ = loop.train_from(state, first, batches, None)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import secrets
@@ -128,9 +129,26 @@ def is_unfinished(path: Path, name: str) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically; values that JSON cannot express, such as paths, become text."""
+    """Writes JSON atomically; see `json_text`."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+        file.write((json_text(content, indent=2) + "\n").encode())
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Returns JSON that every reader takes: NaN and infinities, which JSON does not have, become null, and other values
+    that it cannot express, such as paths, become text."""
+    try:
+        return json.dumps(content, indent=indent, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def end_line(path: Path) -> None:

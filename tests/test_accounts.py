@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import threading
-from types import SimpleNamespace
+import time
 
 import pytest
 
 from bit_jax.accounts import goodput, starts
 from bit_jax.accounts.goodput import DEAD, DOWN, KEPT, LOST
-from bit_jax.accounts.starts import BEAT, Line, Start
+from bit_jax.accounts.starts import Line, Start
 from bit_jax.accounts.timeline import OTHER, STARTING, Timeline
 from bit_jax.process import reporter
 from input_pipeline.errors import RequestError, RunFailed, Stopped
@@ -120,6 +119,84 @@ def test_the_time_that_waits_for_a_dead_host_is_neither_training_nor_lost_traini
     assert seconds == {KEPT: 200, DEAD: 60, DOWN: 10}
 
 
+@pytest.mark.parametrize("continued", [100, 115, 130])
+def test_waiting_for_a_dead_host_takes_nothing_from_the_training_that_is_done_again(continued):
+    """The hosts that are left have local copies of the steps after the last checkpoint; the first host waited for 30 s,
+    and wrote a line meanwhile."""
+    first = [
+        line(0, 100, start=0, step=100),
+        line(0, 140, start=0, step=130, since=10.0),
+        line(0, 160, start=0, step=130, since=30.0, ended="lost host"),
+    ]
+    account = goodput.of([first, [line(170, 10, start=continued, step=continued + 10, ended="finished")]])
+    seconds = {row: taken for row, taken in account.seconds.items() if taken}
+    interpolated = 100 + (continued - 100) / 30 * 40  # between the first two lines, 10 s of which waited
+    assert seconds.pop(LOST, 0) == pytest.approx(130 - min(interpolated, 130))
+    assert seconds == pytest.approx({KEPT: 10 + min(interpolated, 130), DEAD: 30, DOWN: 10})
+    assert account.wall == 180
+
+
+def test_a_newest_start_that_does_not_train_yet_takes_nothing_from_the_figures():
+    """It compiles still, or was refused."""
+    trained = [line(0, 100, start=0, step=100, trains=0), line(0, 130, start=0, step=130, trains=0)]
+    compiles = [line(130, 70, seconds={"compilation": 70}, activity="compilation")]
+    account = goodput.of([trained, compiles])
+    assert account.figures["p_whole"] == 130 * 10 / 200
+    assert account.seconds[KEPT] == 130
+
+
+def test_images_are_counted_from_the_earliest_step_that_training_is_known_to_have_begun_from():
+    """A run that was begun without starts.jsonl, and then fell back behind the first start that has lines."""
+    first = [line(0, 40, start=100, step=140, trains=0)]
+    second = [line(40, 150, start=50, step=200, trains=0, trained=150, ended="finished")]
+    account = goodput.of([first, second])
+    assert account.figures["p_whole"] == 150 * 10 / 190
+    assert (account.seconds[KEPT], account.seconds[LOST]) == (150, 40)
+
+
+def test_an_evaluation_before_training_is_in_no_span_whichever_start_began_it():
+    killed = [line(0, 30, start=0, seconds={"evaluation before training": 30})]
+    own = {"evaluation before training": 20}
+    trains = [
+        line(50, 20, start=0, trains=20, seconds=own),
+        line(50, 180, 0, 100, seconds=own | {"evaluation": 50, "saving": 10}, trains=20, trained=170),
+    ]
+    figures = goodput.of([killed, trains]).figures
+    assert figures["raw_train_time"] == 150
+    assert figures["p_train"] == 1000 / 100
+
+
+def test_the_starts_are_in_the_order_of_the_file_whatever_their_clocks_say(tmp_path):
+    """The second start is on a host whose clock is an hour behind; it began after the first one ended."""
+    first = line(7200, 100, start=0, step=100, trains=0, ended="stopped")
+    second = line(3600, 50, start=100, step=150, trains=0, trained=50, ended="finished")
+    path = tmp_path / starts.NAME
+    path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in (first, second)))
+    account = goodput.read(path)
+    assert account is not None
+    assert [start.step for start in account.starts] == [100, 150]
+    assert account.figures["raw_train_time"] == account.wall == 150
+    assert account.figures["p_whole"] == 1500 / 150
+    assert account.seconds[LOST] == 0
+
+
+def test_a_clock_that_is_set_while_a_start_goes_on_changes_no_duration(clock, monkeypatch):
+    set_by = [0.0]
+    monkeypatch.setattr("bit_jax.accounts.starts.time.time", lambda: clock[0] + set_by[0])
+    timeline = Timeline(before=3.0)
+    start = Start(None, timeline, hosts=1, devices=1, global_batch=10)
+    clock[0] += 10
+    set_by[0] = 3600.0
+    with timeline("whole"):
+        clock[0] += 5
+    made = start.line()
+    assert (made.trains, made.trained, made.elapsed) == (13, 18, 18)
+
+
+def test_an_account_without_any_time_has_no_share():
+    assert goodput.of([[line()]]).described()["goodput"] == 0
+
+
 def test_what_never_trained_has_no_rates():
     account = goodput.of([[line(0, 30, seconds={"compilation": 30}, activity="compilation")]])
     assert account.seconds["compilation"] == 30
@@ -173,6 +250,9 @@ def test_a_line_that_a_kill_cut_off_harms_no_other(tmp_path):
     [
         {"began": "x"},
         {"elapsed": float("nan")},
+        {"elapsed": 50},  # other than the sum of its seconds
+        {"elapsed": -5, "seconds": {"steps": -5}},
+        {"began": 1e300},
         {"seconds": {"steps": "1"}},
         {"seconds": []},
         {"ended": "somehow"},
@@ -198,6 +278,19 @@ def test_a_disk_that_takes_nothing_ends_nothing(tmp_path):
     assert start.earlier is None  # so result.json says nothing of all starts, instead of something wrong
 
 
+def test_a_disk_that_has_room_again_has_the_whole_account(tmp_path):
+    path = tmp_path / starts.NAME
+    path.mkdir()
+    with Start(path, Timeline(), hosts=1, devices=1, global_batch=1) as start:
+        while not start.failure:  # a thread writes
+            time.sleep(0.001)
+        path.rmdir()
+        path.write_text('{"began"')  # what a full disk had room for
+    assert not start.failure
+    ((last,),) = starts.read(path)
+    assert last.ended == "finished"
+
+
 def test_a_disk_that_is_stuck_blocks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(reporter, "PATIENCE", 0.05)
     stuck = threading.Event()
@@ -208,15 +301,17 @@ def test_a_disk_that_is_stuck_blocks_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("age", "lines"), [(1.0, 20), (1e6, 0)])
-def test_lines_become_rarer(tmp_path, monkeypatch, age, lines):
+def test_lines_become_rarer(tmp_path, monkeypatch, clock, age, lines):
     """Within 20 beats: one each of a young start, none of one whose next is due after half an hour."""
     start = Start(tmp_path / starts.NAME, Timeline(before=age), hosts=1, devices=1, global_batch=1)
-    monkeypatch.setattr(
-        start, "_timeline", SimpleNamespace(own=lambda: ({"steps": next(ages)}, "steps", 0.0), began={}, seconds={})
-    )
-    ages, beats = itertools.count(age, BEAT), iter([False] * 20 + [True])
+    beats = iter([False] * 20 + [True])
+
+    def wait(seconds: float) -> bool:
+        clock[0] += seconds
+        return next(beats)
+
     start.mark()
-    monkeypatch.setattr(start._ended, "wait", lambda _: next(beats))
+    monkeypatch.setattr(start._ended, "wait", wait)
     start._beat()
     start.end("finished", "")
     (made,) = starts.read(tmp_path / starts.NAME)

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and what is no file, such as /dev/null, is never replaced by one."""
 
+import json
 import os
 import threading
 
@@ -65,3 +66,12 @@ def test_what_could_be_written_at_the_start_is_written_at_the_end(tmp_path):
 def test_a_directory_is_no_place_for_a_file(tmp_path):
     with pytest.raises(RequestError, match="is a directory, and a file is to be written there"):
         writable(tmp_path)
+
+
+def test_what_json_does_not_have_becomes_null(tmp_path):
+    """Other programs than Python refuse NaN."""
+    content = {"a": [1.5, float("nan"), {"b": (float("-inf"), tmp_path)}]}
+    write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [1.5, None, {"b": [None, str(tmp_path)]}]
+    }

@@ -88,6 +88,19 @@ def test_the_log_imports_no_framework_beside_jax():
     assert subprocess.run([sys.executable, "-c", look], cwd=Path(__file__).parent.parent).returncode == 0
 
 
+def test_a_loss_that_is_not_finite_is_null(tmp_path, terminal):
+    """As of a step that overflowed in float16. Other programs than Python's refuse NaN and Infinity."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": Infinity}\n')  # as older versions wrote it
+    with log_of(tmp_path, start=1) as log:
+        log.write(2, loss=float("nan"), images_per_s=3.0)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "images_per_s": 3.0},
+    ]
+    assert "loss nan" in terminal()
+
+
 def test_metrics_that_cannot_be_written_end_the_run_with_the_cause(tmp_path, terminal):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RequestError, match=r"cannot write .*metrics.jsonl \(No space left"), log_of(tmp_path) as log:

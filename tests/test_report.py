@@ -7,12 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from bit_jax.accounts.starts import Line
 from bit_jax.report import __main__ as report
-from bit_jax.report import card
+from bit_jax.report import card, curves
 from bit_jax.report.record import read
 from input_pipeline.exits import exit_code
 
@@ -146,12 +147,13 @@ def test_a_run_under_way_is_in_the_table_and_has_no_figures_on_the_card(tmp_path
         (tmp_path / "run").mkdir(exist_ok=True)
         shutil.copy(STORED / name, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:6]
-    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(["damaged", *lines, '{"step": 600, "lo']))
+    damaged = ["damaged", f'{{"step": 1{"0" * 400}}}']
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*damaged, *lines, '{"step": 600, "lo']))
     code, out, err = reported(tmp_path / "run", STORED, "--json", tmp_path / "report.json")
     assert code == 0
     assert "500 of 3000" in out
     assert "0.83150" in out  # of its newest evaluation
-    assert "1 damaged line(s) left out" in err
+    assert "2 damaged line(s) left out" in err
     unfinished, finished = json.loads((tmp_path / "report.json").read_text())
     assert (unfinished["finished"], unfinished["result"], unfinished["last"]["step"]) == (False, None, 500)
     assert finished["result"]["final_acc1"] == 0.8936
@@ -237,10 +239,107 @@ def test_the_page_compares_runs(tmp_path, reported):
     assert not re.search(r"(src|href)=\"(?!data:|#)", text), "the page fetches something"
     assert "host 1 &lt;is&gt; gone" in text
     differing = text[text.index('id="what-differs"') : text.index("</section>", text.index('id="what-differs"'))]
-    assert re.findall(r"<td>(.*?)</td>", differing) == ["recipe.mixup", "0.1", "0.2"]
+    assert re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", differing)[3:] == ["recipe.mixup", "0.1", "0.2"]
     assert re.findall(r"<h2>(.*?)</h2>", text)[4:] == ["loss", "watch/new"]
     assert text.count("<svg") == 2
     assert "optimizer.momentum" in text[text.index("<details>") :]
+
+
+def section(page: str, name: str) -> str:
+    return page[page.index(f'id="{name}"') : page.index("</section>", page.index(f'id="{name}"'))]
+
+
+def test_a_directory_of_any_name_is_on_the_page_as_it_is(tmp_path, reported, monkeypatch):
+    """As a formula, a name that a legend leaves out, one that no terminal shows, and a title of a table."""
+    monkeypatch.chdir(tmp_path)
+    names = ("$x^$", "_run", "\u4e2d\x1b\udce9<b>", "watched", "over all starts")
+    for name in names:
+        folder = started(written(Path(name), flagperfs()))
+        watched = {"watch/grad_norm": 1.5, "watch/update_ratio": 0.1, "watch/dead_relus/block1/unit01": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.5} | watched) + "\n")
+    code, out, err = reported(*names, "--html", "page.html")
+    assert (code, err) == (0, "")
+    page = Path("page.html").read_text()
+    for name in ("$x^$", "_run", "\u4e2d\\x1b\\xe9&lt;b&gt;", "watched"):
+        for where in ("results", "where-the-time-went-over-all-starts", "watched", "starts"):
+            assert f">{name}</th>" in section(page, where)
+        assert re.search(rf"<text[^>]*>{re.escape(name)}</text>", page), name
+    assert ">gradient norm</th>" in section(page, "watched")
+    assert ">training that counts</th>" in section(page, "where-the-time-went-over-all-starts")
+    assert "gradient norm" in out
+    assert "training that counts" in out
+
+
+def test_a_page_is_read_aloud_by_its_titles(tmp_path, reported):
+    """Every table's rows and columns have headers, and a plot is an image with a name."""
+    folder = started(written(tmp_path / "run", flagperfs()))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert reported(folder, "--html", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"<th(?! scope=\"(row|col)\")[ >]|<th [^>]*></th>", page)
+    assert all(re.search(r"<th scope=\"row\">", row) for row in re.findall(r"<tr>.*?</tr>", page) if "<td>" in row[8:])
+    assert re.findall(r"<svg[^>]*", page) == re.findall(r'<svg role="img" aria-label="loss\. Loss of [^>]*', page)
+
+
+def test_values_that_differ_far_from_their_beginning_differ(tmp_path, reported):
+    """As the names of a thousand classes; what is shown begins a little before the difference."""
+    names = [f"class{number}" for number in range(1000)]
+    for run, last in (("first", "a"), ("second", "b")):
+        files = flagperfs()
+        files["config"]["class_names"] = [*names[:-1], last]
+        written(tmp_path / run, files)
+    assert reported(tmp_path / "first", tmp_path / "second", "--html", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r"<td>\.\.\.[^<]*class998&#34;, &#34;(.)&#34;\] \([\d,]+ characters\)</td>", page) == ["a", "b"]
+    assert "class_names" not in page[page.index("<details>") :]
+
+
+def test_a_long_run_is_a_small_page_on_which_one_high_loss_is_seen():
+    losses = [{"step": step, "loss": 2.0 + step % 7 / 100} for step in range(1, 50_001)]
+    losses[31_234]["loss"] = 90.0
+    steps, values = curves.curves_of(losses)["loss"]
+    assert len(steps) <= 2 * curves.STRETCHES
+    assert (np.diff(steps) > 0).all()
+    assert (steps[values.argmax()], values.max(), values.min()) == (31_235, 90.0, 2.0)
+    steps, values = curves.curves_of(losses[:2000])["loss"]
+    assert list(steps) == [entry["step"] for entry in losses[:2000]]
+
+
+def test_of_watched_numbers_the_page_has_those_of_the_whole_model(tmp_path, reported):
+    """A deep model has more than a hundred others. One that is not finite, and so is not there, is said."""
+    watched = {
+        "watch/update_ratio": 0.5,
+        "watch/largest_activation/block1/unit01": 2.0,
+        "watch/update_ratio/head": 0.25,
+    }
+    folder = written(tmp_path / "run", flagperfs())
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1} | watched) + "\n")
+    assert reported(folder, "--html", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r"aria-label=\"([^. ]*)", page) == ["watch/update_ratio"]
+    assert "TensorBoard shows it for each part" in page
+    body = section(page, "watched").partition("<tbody>")[2]
+    assert re.findall(r"<td>(.*?)</td>", body) == ["1", "not finite", "0.5", "not finite", "", "0"]
+
+
+def test_the_table_says_in_which_part_of_the_model_a_number_is_largest(tmp_path, reported):
+    watched = {"watch/largest_activation": 3.25, "watch/dead_relus": 0.005}
+    parts = {f"{name}/{part}": of_part for name in watched for part, of_part in (("block1/unit01", 0.02), ("head", 0))}
+    folder = written(tmp_path / "run", flagperfs())
+    entry = {"step": 1} | watched | parts | {"watch/largest_activation/group_norm": 3.25}
+    (folder / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    _, out, _ = reported(folder)
+    assert "3.25 in group_norm " in out
+    assert "0.50%; most in block1/unit01: 2.00% " in out
+
+
+def test_a_start_without_an_end_was_killed_unless_it_is_the_last(tmp_path, reported):
+    folder = started(written(tmp_path / "run", flagperfs()))
+    first = (folder / "starts.jsonl").read_text()
+    (folder / "starts.jsonl").write_text(first + first.replace("1000000000.0", "1000000100.0"))
+    assert reported(folder, "--html", tmp_path / "page.html")[0] == 0
+    rows = section((tmp_path / "page.html").read_text(), "starts").split("<tr>")[2:]
+    assert [re.findall("under way or killed|killed", row) for row in rows] == [["killed"], ["under way or killed"]]
 
 
 def test_where_the_time_went_is_in_the_json(tmp_path, reported):

@@ -151,6 +151,34 @@ def test_activations_are_those_of_the_whole_batch(watched):
     assert f"{numbers.DEAD}/root_block" not in found, "it has no ReLU"
 
 
+def test_with_additions_the_numbers_are_of_what_trains_and_of_the_step_that_is_taken(x64):
+    """A part trains, with a clipped gradient, decay and an average: the norm is the one before clipping, the update is
+    what the training step adds, and the parameters that stay are in neither."""
+    additions = config.Additions(
+        train="head", clip_norm=0.01, weight_decay=0.5, weight_decay_kind="decoupled", label_smoothing=0.1, ema=0.9
+    )
+    optimizer, params = sgd(SCHEDULE, 0.9, additions), params_of()
+    state = jax.tree.map(jnp.asarray, steps.init_state(params, optimizer)).replace(step=jnp.int32(3))
+    settings: Any = {"mixup": 0.0, "seed": SEED, "additions": additions}
+    watch, train = (make(small_model(), optimizer, **settings) for make in (make_watch_step, steps.make_train_step))
+
+    @jax.jit
+    def measured(state, batch):
+        images, targets = steps.prepare(batch, CLASSES, jnp.dtype(jnp.float64), None)
+        _, gradient = steps.loss_and_gradients(small_model(), state.params, images, targets, additions=additions)
+        return watch(state, batch), gradient, train(state, batch)
+
+    found, gradient, (after, _) = jax.device_get(measured(state, a_batch()))
+    update = jax.tree.map(np.subtract, after.params, params)
+    assert norm_of(update["block1"]) == 0
+    assert found[numbers.UPDATE] == pytest.approx(norm_of(update) / norm_of(params["head"]), rel=1e-9)
+    assert found[numbers.UPDATE] == found[f"{numbers.UPDATE}/head"]
+    assert found[numbers.GRADIENT] > 10 * additions.clip_norm, "clipping that changes little would prove little"
+    assert found[numbers.GRADIENT] == pytest.approx(norm_of(gradient), rel=1e-9)
+    of_parts = {name for name in found if name.startswith((numbers.GRADIENT, numbers.UPDATE))} - set(numbers.WHOLE)
+    assert of_parts == {f"{numbers.GRADIENT}/head", f"{numbers.UPDATE}/head"}
+
+
 def test_an_ordinary_call_computes_no_more_than_without_watching(monkeypatch):
     model = small_model(jnp.float32)
     images = jax.ShapeDtypeStruct((2, SIDE, SIDE, 3), jnp.float32)
@@ -257,9 +285,11 @@ def test_one_spike_does_not_hide_the_next():
 def test_losses_that_stay_high_are_ordinary_in_the_end():
     losses = ordinary(1000)
     losses[600:] += 5.0
-    steps_of = [spike.step for spike in found_in(losses)]
-    assert steps_of[0] == 601
-    assert max(steps_of) < 601 + spikes.WINDOW
+    found = found_in(losses)
+    assert found[0].step == 601
+    assert found[-1].step <= 601 + spikes.WINDOW // 2
+    for spike in found:  # with those that stand out themselves
+        assert spike.median == pytest.approx(np.median(losses[spike.step - 101 : spike.step - 1]))
 
 
 def test_the_first_losses_and_those_that_are_not_finite_are_none():
@@ -336,13 +366,23 @@ def test_the_loop_gives_every_loss_to_be_compared(tmp_path):
     assert spike.examples == tuple(source[index]["id"] for index in loader.examples(39))
 
 
-def test_spikes_that_cannot_be_written_end_nothing(tmp_path):
-    said: list[str] = []
-    watcher = Spikes(tmp_path / "no" / "folder", Window(64), lambda step: [], said.append)
-    for step, loss in enumerate([*ordinary(100), 9.0], 1):
+def test_a_spike_that_cannot_be_written_is_said_at_once_and_ends_nothing(tmp_path):
+    """When there is a disk again, the next one is written."""
+    path, said = tmp_path / "no" / "folder", []
+
+    def note(sentence: str) -> None:
+        said.append(sentence)
+        path.parent.mkdir(exist_ok=True)
+
+    watcher = Spikes(path, Window(64), lambda step: ["a"], note)
+    for step, loss in enumerate([*ordinary(100), 9.0, *ordinary(60), 9.0], 1):
         watcher(step, loss)
     watcher.close()
-    assert "cannot be written" in said[-1]
+    assert [re.findall(r"the loss of step (\d+) is|(cannot be kept)", sentence) for sentence in said] == [
+        [("101", ""), ("", "cannot be kept")],
+        [("162", "")],
+    ]
+    assert [spike.step for spike in spikes.read(path)] == [162]
 
 
 # Copies

@@ -44,7 +44,7 @@ class Account:
 
     Attributes:
         starts: the last line of each start.
-        seconds: {row of `ROWS`: seconds}; their sum is the wall clock from the first start's beginning.
+        seconds: {row of `ROWS`: seconds}; their sum is the time from the first start's beginning to the last line.
         figures: FlagPerf's figures over all starts; see `_figures`.
     """
 
@@ -59,7 +59,7 @@ class Account:
     @property
     def goodput(self) -> float:
         """The share of the time in which training made progress that was kept."""
-        return self.seconds[KEPT] / self.wall
+        return self.seconds[KEPT] / self.wall if self.wall else 0.0
 
     def described(self) -> dict[str, Any]:
         """Returns what result.json says of it."""
@@ -82,7 +82,12 @@ def read(path: Path) -> Account | None:
 
 
 def of(lines: Sequence[Sequence[Line]]) -> Account:
-    """Returns the account of starts, of which there is at least one, given the lines of each."""
+    """Returns the account of starts, of which there is at least one, given the lines of each, in order."""
+    seconds = _seconds(lines)
+    return Account(tuple(start[-1] for start in lines), seconds, _figures(lines, seconds))
+
+
+def _seconds(lines: Sequence[Sequence[Line]]) -> dict[str, float]:
     seconds = dict.fromkeys(ROWS, 0.0)
     for index, start in enumerate(lines):
         last = start[-1]
@@ -91,38 +96,35 @@ def of(lines: Sequence[Sequence[Line]]) -> Account:
         if last.ended == LOST_HOST:
             seconds[NAMES.get(last.activity, OTHER)] -= last.since
             seconds[DEAD] += last.since
-        lost = _trained(start) - _kept(start, lines[index + 1 :])
+        lost = _training(last) - _kept(start, lines[index + 1 :])
         seconds[KEPT] -= lost
         seconds[LOST] += lost
     for start, following in itertools.pairwise(lines):
+        # less than 0 where the time of day was set back between them, or differs between their hosts
         seconds[DOWN] += max(following[0].began - start[-1].began - start[-1].elapsed, 0.0)
-    return Account(tuple(start[-1] for start in lines), seconds, _figures(lines, seconds))
+    return seconds
 
 
 def _training(line: Line) -> float:
-    """Returns the seconds of training up to a line, those that are lost included."""
-    return sum(taken for activity, taken in line.seconds.items() if NAMES.get(activity) == KEPT)
-
-
-def _trained(start: Sequence[Line]) -> float:
-    """Returns the seconds of a start's training, without those that waited for a dead host."""
-    last = start[-1]
-    waited = last.since if last.ended == LOST_HOST and NAMES.get(last.activity) == KEPT else 0.0
-    return _training(last) - waited
+    """Returns the seconds of training up to a line, with those that are lost, and without those that wait for a dead
+    host."""
+    waited = line.since if line.ended == LOST_HOST and NAMES.get(line.activity) == KEPT else 0.0
+    return sum(taken for activity, taken in line.seconds.items() if NAMES.get(activity) == KEPT) - waited
 
 
 def _kept(start: Sequence[Line], later: Sequence[Sequence[Line]]) -> float:
     """Returns the seconds of a start's training up to the step that every later start continued from or after."""
     continued = [line.start for following in later for line in following if line.start is not None]
     points = [(line.step, _training(line)) for line in start if line.start is not None]
-    kept = min(continued, default=math.inf)
+    kept, whole = min(continued, default=math.inf), _training(start[-1])
     if not points or kept > points[-1][0]:  # it is the last, or the next found a step that is in none of its lines
-        return _trained(start)
+        return whole
     before, trained_before = start[-1].start or 0, 0.0
     for step, trained in points:
         if step >= kept:
             share = (kept - before) / (step - before) if step > before else 1.0
-            return max(trained_before + (trained - trained_before) * share, 0.0)
+            # lines that were written while a dead host was awaited count that as training
+            return min(max(trained_before + (trained - trained_before) * share, 0.0), whole)
         before, trained_before = step, trained
     raise AssertionError("a step at or after the kept one is in the last line")
 
@@ -134,18 +136,21 @@ def _figures(lines: Sequence[Sequence[Line]], seconds: dict[str, float]) -> dict
     starting again, compiling again and the time between two starts are in it. p_train leaves out evaluations; p_core
     also leaves out waiting for input.
     """
-    last = lines[-1][-1]
-    began = next((line for start in lines for line in start if line.trains is not None), None)
-    first = next((line for start in lines for line in start if line.start is not None), None)
     wall = sum(seconds.values())
-    if began is None or began.trains is None or first is None or first.start is None:
+    first = next((index for index, start in enumerate(lines) if start[-1].trains is not None), None)
+    if first is None:
         return {"e2e_time": wall, "raw_train_time": None, "p_whole": None, "p_train": None, "p_core": None}
-    images = (last.step - first.start) * last.global_batch
-    raw = wall - (began.began + began.trains - lines[0][0].began)
-    if last.trained is not None:
+    # what was before the clock starts: earlier starts, which never came to train, and the beginning of this one
+    began = next(line for line in lines[first] if line.trains is not None)
+    earlier, up_to = _seconds(lines[:first]), _seconds(lines[: first + 1])
+    raw = wall - (sum(up_to.values()) - sum(lines[first][-1].seconds.values()) + (began.trains or 0.0))
+    evaluation = seconds["evaluation"] - earlier["evaluation"] - began.seconds.get("evaluation before training", 0.0)
+    if (last := lines[-1][-1]).trained is not None:
         raw -= last.elapsed - last.trained
-    training = raw - (seconds["evaluation"] - began.seconds.get("evaluation before training", 0.0))
-    spans = {"p_whole": raw, "p_train": training, "p_core": training - seconds["waiting for input"]}
+    spans = {"p_whole": raw, "p_train": raw - evaluation, "p_core": raw - evaluation - seconds["waiting for input"]}
+    # a newest start that does not know yet, or never learned, from where it continues has changed nothing
+    known = [line for start in lines for line in start if line.start is not None]
+    images = (known[-1].step - min(line.start or 0 for line in known)) * known[-1].global_batch if known else 0
     return {"e2e_time": wall, "raw_train_time": raw} | {
         name: images / span if images > 0 and span > 0 else None for name, span in spans.items()
     }

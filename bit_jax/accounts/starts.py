@@ -10,6 +10,7 @@ read.
 import dataclasses
 import functools
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from input_pipeline.files import DamagedFile, end_line, is_number, parse_json
 NAME = "starts.jsonl"
 BEAT = 10.0  # seconds between two lines
 LINES = 500  # later, lines are written every 500th part of the time: a month has about three thousand
+LATEST = 253402300799  # the last second of the year 9999; what is later cannot be shown as a date
 LOST_HOST = "lost host"
 ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, "defect")
 
@@ -62,7 +64,8 @@ class Line:
 
 
 class Start:
-    """Writes the lines of this start. A disk that is full or stuck neither ends nor blocks the run.
+    """Writes the lines of this start. A disk that is full or stuck neither ends nor blocks the run; as each line is the
+    whole account, nothing is missing once the disk takes lines again.
 
     Args:
         path: the file, to which lines are appended; None: nothing is written, as on all hosts but the first.
@@ -72,6 +75,7 @@ class Start:
     Attributes:
         earlier: the lines of the starts before, as `read` returns them; None if they cannot be read.
         step: the last finished step.
+        failure: why the newest line could not be written; empty if it was.
     """
 
     def __init__(self, path: Path | None, timeline: Timeline, *, hosts: int, devices: int, global_batch: int):
@@ -79,20 +83,15 @@ class Start:
         self._continued: int | None = None
         self._path, self._timeline = path, timeline
         self._constant = {"hosts": hosts, "devices": devices, "global_batch": global_batch}
-        self._began = time.time() - sum(timeline.own()[0].values())
+        self._began = time.time() - timeline.elapsed
         self.earlier = _earlier(path)
+        self.failure = ""
         self._written = 0.0  # seconds from the beginning to the last line
         self._ended, self._lock = threading.Event(), threading.RLock()
         self._reporter = Reporter("starts")
 
-    @property
-    def failure(self) -> str:
-        """Why the lines cannot be written; empty if they can."""
-        return self._reporter.failure
-
     def __enter__(self) -> "Start":
         if self._path is not None:
-            self._reporter(functools.partial(end_line, self._path))
             self.mark()
             threading.Thread(target=self._beat, name="starts", daemon=True).start()
         return self
@@ -108,7 +107,7 @@ class Start:
             line = self.line(**more)
             self._written = line.elapsed
             text = json.dumps(dataclasses.asdict(line)) + "\n"
-            self._reporter(lambda: self._append(text))
+            self._reporter(functools.partial(self._append, text))
 
     def continues_from(self, step: int) -> None:
         """Enters the step that the run continues from."""
@@ -126,8 +125,7 @@ class Start:
     def line(self, **more: Any) -> Line:
         """Returns the account so far."""
         seconds, activity, since = self._timeline.own()
-        whole, took = self._timeline.began.get("whole"), self._timeline.seconds.get("whole")
-        trains = None if whole is None else whole - self._began
+        trains, took = self._timeline.began.get("whole"), self._timeline.seconds.get("whole")
         return Line(
             began=self._began,
             elapsed=sum(seconds.values()),
@@ -144,14 +142,19 @@ class Start:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            elapsed = sum(self._timeline.own()[0].values())
+            elapsed = self._timeline.elapsed
             if elapsed - self._written >= elapsed / LINES:
                 self.mark()
 
     def _append(self, text: str) -> None:
         assert self._path is not None
-        with open(self._path, "a") as file:
-            file.write(text)
+        try:
+            end_line(self._path)  # which a start before, or a disk that was full, may have left without an end
+            with open(self._path, "a") as file:
+                file.write(text)
+            self.failure = ""
+        except OSError as error:
+            self.failure = error.strerror or type(error).__name__
 
 
 def _end_of(error: BaseException | None) -> str:
@@ -170,7 +173,8 @@ def _earlier(path: Path | None) -> list[list[Line]] | None:
 
 
 def read(path: Path) -> list[list[Line]]:
-    """Returns the lines of each start, in the order in which the starts began, without those that are damaged.
+    """Returns the lines of each start, without those that are damaged. The starts are in the order of their first
+    lines, which is that in which they began even where the time of day was set back, or differs between hosts.
 
     Raises:
         OSError: the file cannot be read.
@@ -179,7 +183,7 @@ def read(path: Path) -> list[list[Line]]:
     for text in path.read_bytes().splitlines():
         if (line := _parsed(text, path)) is not None:
             starts.setdefault(line.began, []).append(line)
-    return [starts[began] for began in sorted(starts)]
+    return list(starts.values())
 
 
 def _parsed(text: bytes, path: Path) -> Line | None:
@@ -192,5 +196,7 @@ def _parsed(text: bytes, path: Path) -> Line | None:
     if not isinstance(line.seconds, dict) or not isinstance(line.activity, str) or not isinstance(line.why, str):
         return None
     numbers = (line.began, line.elapsed, line.since, line.hosts, line.devices, line.global_batch, line.step, *optional)
-    whole = all(is_number(value) for value in (*numbers, *line.seconds.values()))
-    return line if whole and line.ended in (None, *ENDS) else None
+    if not all(is_number(value) for value in (*numbers, *line.seconds.values())) or line.ended not in (None, *ENDS):
+        return None
+    adds_up = math.isclose(sum(line.seconds.values()), line.elapsed, rel_tol=1e-6, abs_tol=1e-3)
+    return line if adds_up and abs(line.began) <= LATEST and line.elapsed >= 0 else None

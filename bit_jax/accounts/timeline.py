@@ -27,7 +27,7 @@ class Timeline:
     Attributes:
         observer: that function, which may be replaced.
         seconds: {activity: seconds that it took in total}.
-        began: {activity: time when it first began, in seconds since 1970}.
+        began: {activity: seconds from the beginning, `before` included, to when it first began}.
     """
 
     def __init__(self, observer: Observer = nobody, *, before: float = 0.0):
@@ -37,12 +37,13 @@ class Timeline:
         self._own = {STARTING: before} if before else {}
         self._open = [OTHER]
         self._turned = time.perf_counter()  # when the innermost activity began, or went on
+        self._zero = self._turned - before
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
         start = self._turn(lambda: self._open.append(activity))
-        self.began.setdefault(activity, time.time())
+        self.began.setdefault(activity, start - self._zero)
         self.observer(activity, None)
         try:
             yield
@@ -51,7 +52,13 @@ class Timeline:
             self.add(activity, seconds)
         self.observer(activity, seconds)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning, `before` included. The clock is one that nobody sets, unlike the time of day."""
+        return time.perf_counter() - self._zero
+
     def add(self, activity: str, seconds: float) -> None:
+        """Adds to `seconds`; `own` does not know of it."""
         self.seconds[activity] = self[activity] + seconds
 
     def part(self, activity: str, seconds: float, of: str) -> None:

@@ -57,9 +57,8 @@ def main() -> None:
     else:
         console = terminal.console(width=140)
         console.print(overview.table(records))
-        for rows in (overview.times(records), overview.watched(records)):
-            if rows:
-                console.print(figures.table(rows, ""))
+        for title, rows in overview.tables(records).items():
+            console.print(figures.table(rows, title))
     if arguments.html is not None:
         from bit_jax.report import page  # importing matplotlib takes a second
 

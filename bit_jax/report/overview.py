@@ -13,7 +13,10 @@ from bit_jax.watching.spikes import Spike
 from input_pipeline.files import is_number
 from input_pipeline.terminal import printable
 
-Rows = list[dict[str, str]]  # {column: cell} for each row; all rows have the same columns
+NOT_FINITE = "not finite"  # `--watch-every` leaves such a number out
+# {column: cell} for each row; all rows have the same columns. Where these are work directories, the column that names
+# the rows is "", because no path is empty.
+Rows = list[dict[str, str]]
 
 
 def table(records: Sequence[Record]) -> Table:
@@ -37,20 +40,23 @@ def runs(records: Sequence[Record]) -> tuple[str, Rows]:
     return whats[0] if same else "", rows
 
 
+def tables(records: Sequence[Record]) -> dict[str, Rows]:
+    """Returns {title: rows} of what there is to say beside `runs`."""
+    found = {"Where the time went, over all starts": times(records), "Watched": watched(records)}
+    return {title: rows for title, rows in found.items() if rows}
+
+
 def times(records: Sequence[Record]) -> Rows:
     """Returns where the time of each run went, over all starts, a column for each run; no rows where no run says so."""
     known = [(printable(record.workdir), record.account) for record in records if record.account is not None]
     if not known:
         return []
     said = [row for row in ROWS if any(account.seconds[row] for _, account in known)]
-    rows = [
-        {"over all starts": row} | {name: _of(account.wall, account.seconds[row]) for name, account in known}
-        for row in said
-    ]
-    rows.append({"over all starts": "in all"} | {name: _of(account.wall, account.wall) for name, account in known})
-    rows.append({"over all starts": "starts"} | {name: str(len(account.starts)) for name, account in known})
+    rows = [{"": row} | {name: _of(account.wall, account.seconds[row]) for name, account in known} for row in said]
+    rows.append({"": "in all"} | {name: _of(account.wall, account.wall) for name, account in known})
+    rows.append({"": "starts"} | {name: str(len(account.starts)) for name, account in known})
     for figure in ("p_whole", "p_train", "p_core"):
-        rows.append({"over all starts": figure} | {name: _shown(account.figures[figure]) for name, account in known})
+        rows.append({"": figure} | {name: _shown(account.figures[figure]) for name, account in known})
     return rows
 
 
@@ -62,23 +68,28 @@ def watched(records: Sequence[Record]) -> Rows:
         return []
     rows: dict[str, Callable[[Record], str]] = {
         "at step": lambda record: str(record.watched.get("step", "")),
-        "gradient norm": lambda record: _number(record.watched.get(numbers.GRADIENT)),
-        "update to weights": lambda record: _number(record.watched.get(numbers.UPDATE)),
+        "gradient norm": lambda record: _number(record.watched, numbers.GRADIENT),
+        "update to weights": lambda record: _number(record.watched, numbers.UPDATE),
         "largest activation": lambda record: _largest(record.watched, numbers.LARGEST, ".4g"),
         "dead ReLUs": lambda record: _largest(record.watched, numbers.DEAD, ".2%"),
         "loss spikes": lambda record: _spikes(record.spikes),
     }
-    return [{"watched": row} | {name: cell(record) for name, record in known} for row, cell in rows.items()]
+    return [{"": row} | {name: cell(record) for name, record in known} for row, cell in rows.items()]
 
 
 def _largest(watched: dict[str, Any], name: str, form: str) -> str:
-    """Returns the number of the whole model, and the part where it is largest."""
+    """Returns the number of the whole model, and the part in which it is largest, such as "3.2 in head"."""
     parts = {key.removeprefix(f"{name}/"): value for key, value in watched.items() if key.startswith(f"{name}/")}
     parts = {part: value for part, value in parts.items() if is_number(value)}
-    if not is_number(watched.get(name)) or not parts:
+    if not parts:
         return ""
+    if not is_number(watched.get(name)):
+        return NOT_FINITE
     part, most = max(parts.items(), key=lambda item: item[1])
-    return f"{watched[name]:{form}}; {most:{form}} in {printable(part)}"
+    whole = format(watched[name], form)
+    if most == watched[name]:
+        return f"{whole} in {printable(part)}"
+    return f"{whole}; most in {printable(part)}: {most:{form}}"
 
 
 def _spikes(spikes: Sequence[Spike]) -> str:
@@ -88,12 +99,14 @@ def _spikes(spikes: Sequence[Spike]) -> str:
     return f"{len(spikes)}; the last at step {last.step}, {last.loss:.3g} after a median of {last.median:.3g}"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if is_number(value) else ""
+def _number(watched: dict[str, Any], name: str) -> str:
+    if not watched:
+        return ""
+    return f"{watched[name]:.4g}" if is_number(watched.get(name)) else NOT_FINITE
 
 
 def _of(wall: float, seconds: float) -> str:
-    return f"{seconds:,.1f} s  {seconds / wall:6.1%}"
+    return f"{seconds:,.1f} s  {seconds / wall if wall else 0:6.1%}"
 
 
 def _shown(figure: float | None) -> str:

@@ -1,86 +1,50 @@
 """Runs side by side on one self-contained HTML page: curves, results, where the time went, and what differs."""
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from bit_jax.pages import page
-from bit_jax.pages.plot import plot
-from bit_jax.report import overview
+from bit_jax.report import curves, overview
 from bit_jax.report.record import Record
-from input_pipeline.files import is_number
+from input_pipeline.terminal import printable
 
-TEXTS = {
-    "loss": "Loss of each logged step's batch.",
-    "images_per_s": "Images a second since the start that logged them began to train, over steps and input.",
-    "input_wait": "Share of the training time in which the devices waited for input, since that start.",
-    "val_acc1": "Top-1 accuracy on the evaluation split.",
-    "val_acc5": "Top-5 accuracy on the evaluation split.",
-    "val_loss": "Loss on the evaluation split.",
-    "loss_scale": "Factor of the loss in fp16.",
-}
-MARKED = 100  # a curve of fewer points shows each of them
+LONGEST = 200  # characters of a value that are shown
 
 
 def write(records: Sequence[Record], path: Path) -> None:
     """Writes the page, atomically."""
     title, rows = overview.runs(records)
-    tables = [
-        {"title": "Results", "rows": rows},
-        {"title": "Where the time went", "rows": overview.times(records)},
-        {"title": "Watched", "rows": overview.watched(records)},
-        {"title": "Starts", "rows": starts(records)},
-        {"title": "What differs", "rows": differences(records)},
-    ]
+    figures = {"Results": rows} | overview.tables(records)
+    texts = {"Starts": starts(records), "What differs": differences(records)}
+    tables = [{"title": title, "rows": rows, "kind": "figures"} for title, rows in figures.items()]
+    tables += [{"title": title, "rows": rows, "kind": "texts"} for title, rows in texts.items() if rows]
     page.render(
         "bit_jax.report",
         "runs.html.j2",
         path,
         title=title or f"{len(records)} runs",
-        tables=[table for table in tables if table["rows"]],
+        tables=tables,
         same=same(records),
-        plots=plots(records),
+        plots=curves.plots(records),
     )
-
-
-def plots(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Returns a plot, see `plot`, of each scalar that any run has logged, with a curve for each run that has."""
-    names = dict.fromkeys(name for record in records for entry in record.metrics for name in entry if name != "step")
-    first = [name for name in TEXTS if name in names]
-    return [
-        plot(name, TEXTS.get(name, ""), _curves, name, records)
-        for name in (*first, *(name for name in names if name not in TEXTS))
-    ]
-
-
-def _curves(figure: Figure, name: str, records: Sequence[Record]) -> None:
-    axes = figure.subplots()
-    for number, record in enumerate(records):
-        points = [(e["step"], e[name]) for e in record.metrics if is_number(e.get(name))]
-        if points:
-            marker = "." if len(points) < MARKED else None
-            axes.plot(*zip(*points, strict=True), label=str(record.workdir), color=f"C{number}", marker=marker)
-    axes.set_xlabel("step")
-    axes.set_ylabel(name)
-    axes.legend()
 
 
 def starts(records: Sequence[Record]) -> overview.Rows:
     """Returns a row for each start of each run."""
     return [
         {
-            "run": str(record.workdir),
+            "run": printable(record.workdir),
             "began, UTC": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line.began)),
             "hosts x devices": f"{line.hosts} x {line.devices // max(line.hosts, 1)}",
             "from step": "" if line.start is None else str(line.start),
             "to step": str(line.step),
             "s": f"{line.elapsed:,.0f}",
-            "ended": line.ended or "no word of it",
-            "why": line.why,
+            "ended": line.ended or ("under way or killed" if line is record.account.starts[-1] else "killed"),
+            "why": printable(line.why),
         }
         for record in records
         if record.account is not None
@@ -91,43 +55,52 @@ def starts(records: Sequence[Record]) -> overview.Rows:
 def differences(records: Sequence[Record]) -> overview.Rows:
     """Returns a row for each flag, part of the recipe, or fact of the machine in which the runs differ."""
     known = [_flat(record) for record in records]
+    rows = {name: [cells.get(name, "") for cells in known] for name in _names(known)}
     return [
-        {"": name} | {str(record.workdir): cells[name] for record, cells in zip(records, known, strict=True)}
-        for name in _names(known)
-        if len({cells[name] for cells in known}) > 1
+        {"": printable(name)}
+        | {printable(record.workdir): cell for record, cell in zip(records, _shown(cells), strict=True)}
+        for name, cells in rows.items()
+        if len(set(cells)) > 1
     ]
 
 
 def same(records: Sequence[Record]) -> dict[str, str]:
     """Returns {name: value} of what all runs have in common, of the same things."""
     known = [_flat(record) for record in records]
-    return {name: known[0][name] for name in _names(known) if len({cells[name] for cells in known}) == 1}
+    common = {name: {cells.get(name, "") for cells in known} for name in _names(known)}
+    return {printable(name): _shown(list(cells))[0] for name, cells in common.items() if len(cells) == 1}
 
 
-class _Cells(dict[str, str]):
-    """Texts by name; what a run does not say is empty."""
-
-    def __missing__(self, name: str) -> str:
-        return ""
-
-
-def _names(known: Sequence[_Cells]) -> list[str]:
+def _names(known: Sequence[dict[str, str]]) -> list[str]:
     return list(dict.fromkeys(name for cells in known for name in cells))
 
 
-def _flat(record: Record) -> _Cells:
+def _shown(texts: Sequence[str]) -> list[str]:
+    """Returns what is shown of the values: of long ones, the part where they begin to differ."""
+    if all(len(text) <= LONGEST for text in texts):
+        return [printable(text) for text in texts]
+    columns = enumerate(itertools.zip_longest(*texts))
+    differ = next((place for place, characters in columns if len(set(characters)) > 1), 0)
+    begin = max(differ - LONGEST // 4, 0)
+    return [
+        printable("..." * bool(begin) + text[begin : begin + LONGEST] + "..." * (len(text) > begin + LONGEST))
+        + f" ({len(text):,} characters)"
+        for text in texts
+    ]
+
+
+def _flat(record: Record) -> dict[str, str]:
     """Returns what config.json says of the run, and result.json of its machine and versions, as text by dotted name."""
     machine = ("device_kind", "hosts", "devices", "mesh", "remat", "microbatches", "versions")
     result = {name: value for name, value in (record.result or {}).items() if name in machine}
-    cells = _Cells()
+    cells: dict[str, str] = {}
 
     def enter(value: Any, name: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 enter(inner, f"{name}.{key}" if name else key)
         else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            cells[name] = text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
+            cells[name] = value if isinstance(value, str) else json.dumps(value)
 
     enter(record.flags, "")
     enter({name: value for name, value in record.config.items() if name != "config"}, "")

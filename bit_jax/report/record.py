@@ -1,6 +1,7 @@
 """What a run left in its work directory, read whether the run is finished or under way."""
 
 import dataclasses
+import functools
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Record:
     def finished(self) -> bool:
         return self.result is not None
 
-    @property
+    @functools.cached_property
     def last(self) -> dict[str, Any]:
         """The newest value of each name in metrics.jsonl, and the step of the newest entry."""
         return {name: value for entry in self.metrics for name, value in entry.items()}

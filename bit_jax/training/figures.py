@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 import resource
 import subprocess
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def figures(timeline: Timeline, *, trained: int, evaluation_before: float) -> di
     began = timeline.began.get("whole")
     return {
         "e2e_time": age(),
-        "init_time": None if began is None else age() - (time.time() - began),
+        "init_time": None if began is None else age() - (timeline.elapsed - began),
         "raw_train_time": timeline["whole"],
         **rates(timeline, trained),
         "compile_time": timeline["compilation"],

@@ -135,13 +135,15 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
             for sentence in run.notes:
                 log.note(sentence)
             loop = Loop(run, program, run.loader(run.validation), saving, timeline, log, account)
-            with spikes_of(run, log.note) as loop.spikes:
-                state, accuracy = loop.train(state, start, batches)
-            reporter.close()
-            if reporter.failure:
-                log.note(f"what observes the run failed ({reporter.failure}); the run goes on without it")
-            if account.failure:
-                log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
+            try:
+                with spikes_of(run, log.note) as loop.spikes:
+                    state, accuracy = loop.train(state, start, batches)
+            finally:  # a run that a signal ends says it, too
+                reporter.close()
+                if reporter.failure:
+                    log.note(f"what observes the run failed ({reporter.failure}); the run went on without it")
+                if account.failure:
+                    log.note(f"{workdir.starts} cannot be written ({account.failure}); the time after is not in it")
         with timeline("saving"):
             saving.finish(int(state.step), state)
             save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)

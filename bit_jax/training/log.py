@@ -6,7 +6,6 @@ training.
 """
 
 import io
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from bit_jax.process.reporter import Reporter
 from bit_jax.training import metrics
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
-from input_pipeline.files import replacing
+from input_pipeline.files import json_text, replacing
 from input_pipeline.terminal import printable
 
 
@@ -64,7 +63,7 @@ class Log:
         try:
             if self._path.is_file() and not quiet:
                 with replacing(self._path) as file:
-                    file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+                    file.write("".join(json_text(entry) + "\n" for entry in kept).encode())
             self._file = open(os.devnull if quiet else self._path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -100,7 +99,8 @@ class Log:
         self._terminal(lambda: self._progress.update(self._task, completed=step, rate=f"{rate:,.0f} images/s"))
 
     def write(self, step: int, shown: Collection[str] | None = None, /, **scalars: float) -> None:
-        """Writes a line of metrics.jsonl, and the same scalars to TensorBoard and the terminal.
+        """Writes a line of metrics.jsonl, and the same scalars to TensorBoard and the terminal. In metrics.jsonl, null
+        stands for one that is not finite, as for the loss of a step that overflowed in float16.
 
         Args:
             shown: names of the scalars that the terminal shows; None: it shows all.
@@ -109,7 +109,7 @@ class Log:
             RequestError: metrics.jsonl cannot be written.
         """
         try:
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.write(json_text({"step": step, **scalars}) + "\n")
         except OSError as error:
             raise self._unwritable(error) from None
         if self._board is not None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # waiting for input is worth a sentence where it takes more than this share of the training time and so many seconds
 INPUT_KEEPS_UP, HARDLY_WAITED = 0.01, 1.0
 BEFORE = "evaluation before training"  # an activity of the timeline
+TRAINING = ("steps", "dispatch", "reading", "input")  # the activities that are the training time of its rates
 
 
 class Batches(Protocol):
@@ -310,8 +311,9 @@ class Loop:
 
     @property
     def training(self) -> float:
-        """Seconds that steps and reading for them took."""
-        return self.timeline["steps"] + self.timeline["reading"]
+        """Seconds that steps and reading for them took, with the step that is awaited just now."""
+        own, _, _ = self.timeline.own()
+        return sum(own.get(activity, 0.0) for activity in TRAINING)
 
     def say_who_waits(self) -> None:
         """Logs a sentence once the devices begin to wait for the input pipeline, and one once they no longer do."""

@@ -1,11 +1,12 @@
 """Reading metrics.jsonl, the file of a run with a JSON object a line; see `log.Log.write`."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from input_pipeline.errors import RequestError
-from input_pipeline.files import DamagedFile, parse_json
+from input_pipeline.files import DamagedFile, is_number, parse_json
 
 
 def read(path: Path, last: float = math.inf) -> tuple[list[dict[str, Any]], int]:
@@ -29,8 +30,8 @@ def read(path: Path, last: float = math.inf) -> tuple[list[dict[str, Any]], int]
             entry = parse_json(line, dict, path, "")
         except DamagedFile:
             entry = {}
-        if isinstance(entry.get("step"), int):
-            entries.append(entry)
+        if isinstance(step := entry.get("step"), int) and is_number(step):
+            entries.append({sys.intern(name): value for name, value in entry.items()})  # the names are kept once
         else:
             bad += 1
     return [entry for entry in entries if entry["step"] <= last], bad

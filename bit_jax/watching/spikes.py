@@ -41,8 +41,8 @@ class Spike:
 
 
 class Window:
-    """The newest losses of a run. A spike enters as the largest loss that would have been none, so that one spike does
-    not hide the next, and losses that stay high are ordinary in the end.
+    """The newest losses of a start. As each is compared with medians, one spike does not hide the next, and losses that
+    stay high are ordinary once they are half of the window.
 
     Args:
         rows: number of rows of a batch.
@@ -66,7 +66,7 @@ class Window:
         limit = median + SPREADS * spread + self._surprises
         if loss > limit:
             limit += self._mixed(step)
-        self._losses.append(min(loss, limit))
+        self._losses.append(loss)
         return Spike(step, loss, median, spread) if loss > limit else None
 
 
@@ -109,25 +109,28 @@ class Spikes:
         self._reporter(lambda: self._compare(step, loss))
 
     def close(self) -> None:
-        """Waits until all that was taken is written, and says if it could not be."""
+        """Waits until all that was taken is compared and written."""
         self._reporter.close()
-        if self._reporter.failure:
-            self._note(f"{self._path} cannot be written ({self._reporter.failure}); losses are not compared any more")
 
     def _compare(self, step: int, loss: float) -> None:
         spike = self._window.spike(step, loss)
         if spike is None:
             return
+        try:
+            self._write(dataclasses.replace(spike, examples=tuple(map(str, self._examples(step)))))
+            where = f"{self._path} has the names of its batch's examples"
+        except Exception as error:  # a full disk, or an example that cannot be read; the next may be kept again
+            where = f"the names of its batch's examples cannot be kept in {self._path} ({error})"
         if step >= self._said + QUIET:
             self._said = step
             self._note(
-                f"the loss of step {step} is {loss:.3g}, and the median of those before it {spike.median:.3g}; "
-                f"{self._path} has the names of its batch's examples"
+                f"the loss of step {step} is {loss:.3g}, and the median of those before it {spike.median:.3g}; {where}"
             )
-        written = dataclasses.replace(spike, examples=tuple(map(str, self._examples(step))))
+
+    def _write(self, spike: Spike) -> None:
         end_line(self._path)
         with open(self._path, "a") as file:
-            file.write(json.dumps(dataclasses.asdict(written)) + "\n")
+            file.write(json.dumps(dataclasses.asdict(spike)) + "\n")
 
 
 def read(path: Path) -> list[Spike]:

@@ -41,7 +41,7 @@ def checkpoint_of_another_start(store, known: set[str], process: subprocess.Pope
         complete = {one.folder for one in stored.Checkpoint.usable(list(store.sizes(stored.FOLDER)))}
         if complete - known:
             return complete
-        assert process.poll() is None, "the run has ended"
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
 
 
@@ -100,7 +100,7 @@ def test_two_hosts_of_which_one_is_killed_go_on_with_the_store_alone(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "bit_jax.launch", "--hosts", "2", "--devices", "2", "--restarts", "2"),
-            *("--back-off", "0.1", "--", "train.py", *arguments(small_npz, store.name), "--mesh", "data=2", "fsdp=2"),
+            *("--back-off", "0.1", "--", "train.py", *arguments(small_npz, store.name), "--mesh", "data=2,fsdp=2"),
         ],
         cwd=ROOT,
         env={**os.environ, **compilation_cache},

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from input_pipeline.errors import RequestError, RunFailed, Stopped
 from input_pipeline.terminal import printable
@@ -166,10 +166,15 @@ def _watch(reading: int) -> None:
                 continue
             count += 1
             if count > 1:
-                _tell(b"error: ended at once, because it was asked a second time\n")
-                os._exit(128 + byte[0])
+                end_at_once("ended at once, because it was asked a second time", 128 + byte[0])
             if _signals.deferred:
                 _tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
+
+
+def end_at_once(sentence: str, code: int) -> NoReturn:
+    """Ends the process with the sentence and the exit code, from any thread, whatever the others are doing."""
+    _tell(f"error: {printable(sentence)}\n".encode())
+    os._exit(code)
 
 
 def _tell(line: bytes) -> None:

@@ -1,10 +1,13 @@
 """Hosts that are slow or freeze are named, rightly, also by one that thaws when the others have ended."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +15,7 @@ from conftest import ROOT
 
 from bit_jax.launch import free_port
 from bit_jax.scale import same_work
-from bit_jax.scale.watch import Comparison, Sign
+from bit_jax.scale.watch import TO_READ, Comparison, Sign, Watch
 
 
 def compared(*whiles: list[Sign], seconds: float = 30.0) -> list[list[str]]:
@@ -94,7 +97,8 @@ def test_the_work_is_measured_on_a_device():
 
 
 def test_a_host_that_has_taken_no_step_is_known_by_what_it_does():
-    assert [Sign(*said).place for said in ((), (0, "compilation"), (4, "steps"), (4, ""))] == [
+    signs = Sign(), Sign(0, "compilation"), Sign(4, "steps"), Sign(4)
+    assert [sign.place for sign in signs] == [
         "",
         " (compilation)",
         ", since step 4 (steps)",
@@ -104,6 +108,101 @@ def test_a_host_that_has_taken_no_step_is_known_by_what_it_does():
 
 def test_a_sign_of_life_of_another_version_is_understood():
     assert Sign.parsed('{"beat": 7, "step": 3, "colour": "red"}') == (7, Sign(step=3))
+
+
+class Store:
+    """The coordinator's store, in this process."""
+
+    def __init__(self):
+        self.kept, self.answers = {}, True
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert self.answers, "it does not answer"
+        self.kept[key] = value
+
+    def key_value_dir_get(self, prefix):
+        assert self.answers, "it does not answer"
+        return [(key, value) for key, value in self.kept.items() if key.startswith(prefix)]
+
+
+BEAT = 0.05  # seconds; a test waits for some of them
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    """(index of this host, of two; seconds of silence) -> its watch, the store, and a queue of what it ends with."""
+    watches = []
+
+    def watch(host: int, timeout: Any = 600):
+        store, ends = Store(), queue.SimpleQueue()
+
+        def end(sentence, code):
+            ends.put((sentence, code))
+            watches[-1].stop()
+
+        monkeypatch.setattr("bit_jax.scale.watch.BEAT", BEAT)
+        monkeypatch.setattr("bit_jax.scale.jax_internals.store", lambda: store)
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr("input_pipeline.exits.end_at_once", end)
+        watches.append(Watch(timeout))
+        return watches[-1], store, ends
+
+    yield watch
+    for watch in watches:
+        watch.stop()
+
+
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [
+        (0, "the coordinator, a process beside host 0's, is not heard any more: nothing for 0.5 s; it froze"),
+        (1, "host 0 is not heard any more: nothing for 0.5 s; it died or froze, or one of the two hosts is cut off"),
+    ],
+)
+def test_where_the_store_does_not_answer_no_host_blames_itself_or_only_the_other(watching, host, named):
+    _, store, ends = watching(host, timeout=0.5)
+    store.answers = False
+    sentence, code = ends.get(timeout=60)
+    assert (sentence, code) == (
+        f"host {host} of 2: {named}; start all hosts again to continue from the last checkpoint",
+        1,
+    )
+
+
+def test_a_host_that_hears_of_a_failure_ends_after_the_host_that_failed(watching):
+    """A scheduler takes the exit code of the first process that ends for that of the job: 2 is a wrong request."""
+    watch, store, ends = watching(1)
+    told = queue.SimpleQueue()
+    watch.told_of_loss.append(lambda sentence: told.put(time.monotonic()))
+    store.kept["bit_jax/failed/0"] = "--steps 0 must be positive"
+    heard = told.get(timeout=60)
+    assert ends.get(timeout=60)[0].startswith("host 1 of 2: host 0 ended: --steps 0 must be positive; ")
+    assert time.monotonic() - heard > TO_READ * BEAT  # after which host 0 ends
+
+
+def test_a_host_that_fails_by_itself_meanwhile_says_so(watching):
+    watch, store, ends = watching(1)
+    heard = threading.Event()
+    watch.told_of_loss.append(lambda sentence: heard.set())
+    store.kept["bit_jax/failed/0"] = "--steps 0 must be positive"
+    assert heard.wait(60)
+    watch.stop()  # as at the end of `leave`
+    with pytest.raises(queue.Empty):
+        ends.get(timeout=10 * BEAT)
+
+
+def test_the_last_sentence_is_said_though_nobody_reads():
+    """A full pipe must not keep a process from ending."""
+    code = "import os; from input_pipeline.exits import end_at_once; os.write(2, b'x' * 65536); end_at_once('no', 7)"
+    reading, writing = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=writing)
+    try:
+        assert process.wait(timeout=60) == 7
+    finally:
+        process.kill()
+        os.close(reading)
+        os.close(writing)
 
 
 WAITS = """

@@ -6,7 +6,6 @@ Every host runs the same command and computes the same steps; only the first, ho
 import contextlib
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -97,8 +96,9 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     flags say which these are; without any of them, the run has one host.
 
     If a host dies or is cut off, the others end with exit code 1 and a sentence that names it, after `--host-timeout`
-    seconds; if a host fails with an error, they end at once. After the block, or an exception that `on_all_hosts` has
-    marked, each waits until all have come so far: the first may still write what another says is written.
+    seconds; if a host fails with an error, they end with that error's sentence, a second or two after it. After the
+    block, or an exception that `on_all_hosts` has marked, each waits until all have come so far: the first may still
+    write what another says is written.
 
     Raises:
         RequestError: the flags do not say which hosts these are, or the coordinator cannot listen. Hosts that do not
@@ -152,12 +152,7 @@ def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
     """Ends the process with the sentence and the exit code if the `with` block takes longer than so many seconds. JAX
     would wait on, or end with a stack trace."""
 
-    def end() -> None:
-        sys.stderr.write(f"error: {sentence}\n")
-        sys.stderr.flush()
-        os._exit(code)
-
-    patience = threading.Timer(seconds, end)
+    patience = threading.Timer(seconds, exits.end_at_once, (sentence, code))
     patience.daemon = True
     patience.start()
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# of square matrices: two products take 2 ms on two cores, and should take less than that on any GPU of the last ten years
+# of square matrices; two products take 2 ms on two cores, and less by the rate of any GPU that `plan` knows
 SIDE = {"gpu": 4096, "cpu": 384}
 TRIES = 10  # the best of so many counts, because now and then something else has the processor for a moment
 
@@ -14,8 +14,9 @@ TRIES = 10  # the best of so many counts, because now and then something else ha
 class SameWork:
     """Measures the work.
 
-    One measurement may fall into a moment in which a device is slow for once: its clock is still low, or another program
-    has the processor. So a device's time is the shorter one of the last two measurements, which are a checkpoint apart.
+    One measurement may fall into a moment in which a device is slow for once: its clock is still low, or another
+    program has the processor. So a device's time is the shorter one of the last two measurements, which are a
+    checkpoint apart.
 
     Attributes:
         seconds: seconds that the slowest device of this host took; 0 before there are two measurements.

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +13,17 @@ from typing import Any
 import jax
 
 from bit_jax.scale import jax_internals
+from input_pipeline import exits
 
 BEAT = 1.0  # seconds between two signs of life
+TO_READ = 3  # beats that a host waits before it ends, so that the others read from the store why it does
+ITS_END_FIRST = 4  # beats that those wait: a scheduler has to see first with which exit code the host ended that failed
 AGAIN = "start all hosts again to continue from the last checkpoint"
 # Hosts are compared after this many seconds, and not before they have taken this many steps: what two hosts say may be
 # apart by one step at either end, which counts as 11 : 9 in ten steps, and as 3 : 1 in two.
 LOOK, STEPS = 30.0, 10
-# A host is slow where mending it would make every step shorter by a tenth, if that is due to its input, and where it takes
-# half as much time again as the median host: on one busy machine, measurements of the same work differed by 1.4 times.
+# A host's input makes it slow where mending that would make every step a tenth shorter. In both comparisons it takes
+# half as much time again as the median host: measurements of the same work on a busy machine differed by 1.4 times.
 LATE, OFTEN = 0.1, 1.5
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Watch:
         with contextlib.suppress(Exception):  # the store itself may be gone
             self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
             self._stopping.set()
-            time.sleep(3 * BEAT)
+            time.sleep(TO_READ * BEAT)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -127,35 +128,45 @@ class Watch:
         while not self._stopping.wait(BEAT):
             now = time.monotonic()
             still, looked = now - looked - BEAT, now
-            if still > self._timeout:  # the others took this host for dead
-                self._end(f"this host stood still for {still:.0f} s, and the others have ended without it")
-            if still > BEAT:  # in that time it could hear of nobody
-                self._heard += still
-                self._seen = {host: (beat, when + still, sign) for host, (beat, when, sign) in self._seen.items()}
+            if still > self._timeout:  # the others took this host for dead, unless they stood still as well
+                self._end(f"this host stood still for {still:.0f} s; after {self._timeout} s the others end without it")
+            if still > BEAT:  # in that time it could hear of nobody; `_beat` may have heard of somebody just now
+                self._heard = min(self._heard + still, now)
+                for host, (beat, when, sign) in self._seen.items():
+                    self._seen[host] = beat, min(when + still, now), sign
             for host, why in self._failed.items():
                 if host != self._host:
-                    self._end(f"host {host} ended: {why}")
+                    self._end(f"host {host} ended: {why}", after=ITS_END_FIRST)
             if now - self._heard > self._timeout:
-                self._end(self._silent(0, ""))
+                self._end(self._unanswered())
             for host, (_, when, sign) in self._seen.items():
                 if self._heard - when > self._timeout:
-                    self._end(self._silent(host, sign.place))
+                    silence = f"nothing for {self._timeout} s{sign.place}"
+                    self._end(f"host {host} is not heard any more: {silence}; it died, froze, or is cut off")
 
-    def _silent(self, host: int, place: str) -> str:
-        silence = f"nothing for {self._timeout} s{place}"
-        return f"host {host} is not heard any more: {silence}; it died, froze, or is cut off"
+    def _unanswered(self) -> str:
+        """The sentence where the store, whose process is a child of host 0's, has been silent for too long."""
+        silence = f"not heard any more: nothing for {self._timeout} s"
+        if self._host == 0:
+            return f"the coordinator, a process beside host 0's, is {silence}; it froze"
+        return f"host 0 is {silence}; it died or froze, or one of the two hosts is cut off"
 
-    def _end(self, sentence: str) -> None:
+    def _end(self, sentence: str, after: float = 0.0) -> None:
+        """Ends this process, unless it is ending by itself.
+
+        Args:
+            after: number of beats to wait before.
+        """
         if self._stopping.is_set():
             return
         for tell in self.told_of_loss:
             with contextlib.suppress(Exception):  # nothing may keep this process from ending
                 tell(sentence)
-        sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
-        if self._host == 0:
-            time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it
-        sys.stderr.flush()
-        os._exit(1)
+        if self._host == 0:  # the store lives with this host, and the others still have to read it
+            after = max(after, TO_READ)
+        if self._stopping.wait(after * BEAT):
+            return  # it fails by itself, and says why
+        exits.end_at_once(f"host {self._host} of {self._hosts}: {sentence}; {AGAIN}", 1)
 
 
 class Comparison:

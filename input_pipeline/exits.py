@@ -96,6 +96,7 @@ def _show_and_end(kind: type[BaseException], error: BaseException, traceback: An
 class _Signals:
     asked: int = 0  # the signal that asked this process to end
     deferred: bool = False
+    decisive: str = ""  # the sentence with which the first signal ends this process
     repeated: int = 0  # signals that this process sent to itself and that have not arrived yet
 
 
@@ -111,6 +112,17 @@ def deferring_signals() -> Iterator[None]:
         yield
     finally:
         _signals.deferred = False
+
+
+@contextlib.contextmanager
+def ended_by_first_signal(sentence: str) -> Iterator[None]:
+    """Makes the first signal end the process at once, with the sentence, while the `with` block runs: for a call of a
+    library that does not come back for minutes, in which Python cannot run the signal's handler."""
+    _signals.decisive = sentence
+    try:
+        yield
+    finally:
+        _signals.decisive = ""
 
 
 def signal_asked() -> int:
@@ -165,6 +177,8 @@ def _watch(reading: int) -> None:
                 _signals.repeated -= 1
                 continue
             count += 1
+            if _signals.decisive:
+                end_at_once(_signals.decisive, 128 + byte[0])
             if count > 1:
                 end_at_once("ended at once, because it was asked a second time", 128 + byte[0])
             if _signals.deferred:

@@ -323,6 +323,24 @@ def test_a_port_in_use_is_said_at_once():
             coordinator.start(f"[::]:{port}", 2, heartbeat_timeout=1, shutdown_timeout=1)
 
 
+def test_the_coordinator_lives_until_the_last_host_is_gone_whatever_signals_come():
+    """The next start of the run then finds its port free."""
+    port = free_port()
+    running = coordinator.start(f"127.0.0.1:{port}", 2, heartbeat_timeout=600, shutdown_timeout=600)
+    process, signals = running._process, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    try:
+        with socket.create_connection(("127.0.0.1", port)):
+            for number in signals:
+                process.send_signal(number)
+            process.stdin.close()  # as where host 0 dies
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5 * coordinator.GONE)
+        assert process.wait(timeout=60) == 0
+        assert coordinator.refusal(port) == ""
+    finally:
+        process.kill()
+
+
 @pytest.fixture
 def namespaces():
     """Two network namespaces, each with an address of its own, and a cable between them: (run in one, cut or mend)."""
@@ -401,6 +419,22 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, start
 def test_flags_that_name_no_host_are_refused(flags, said):
     with pytest.raises(RequestError, match=said), hosts.joined(ScaleConfig(**flags)):
         pass
+
+
+def test_the_first_signal_ends_a_host_that_waits_for_the_others(started, environment):
+    """Python cannot run a signal's handler there."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    process = started([sys.executable, "-c", ENDS_TOGETHER, address, 0], environment)
+    listens, end = None, time.monotonic() + 60
+    while listens is None:  # the coordinator, to which the host then connects
+        assert time.monotonic() < end
+        with contextlib.suppress(OSError):
+            listens = socket.create_connection(address.split(":"))
+        time.sleep(0.05)
+    listens.close()
+    process.send_signal(signal.SIGTERM)
+    assert said_by(process) == (143, ["error: ended by a signal before the run began"])
 
 
 def test_hosts_that_do_not_find_each_other_say_so(started, environment, tmp_path):

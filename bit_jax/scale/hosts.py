@@ -113,7 +113,8 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
         "and --hosts, and see that its port is reachable from each"
     )
-    with within(scale.start_timeout, missing, 1):  # a host that died or froze, more often than a wrong flag
+    # exit code 1, because a host has died or froze more often than a flag is wrong
+    with within(scale.start_timeout, missing, 1), exits.ended_by_first_signal("ended by a signal before the run began"):
         try:
             _initialize(
                 **arguments,

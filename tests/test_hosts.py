@@ -215,6 +215,41 @@ def test_no_host_ends_before_the_first_has_written_what_all_say_is_saved(started
     assert (sentence, other) == (["error: ended by a signal"], 143)
 
 
+UNEVEN = """
+import dataclasses, sys
+from pathlib import Path
+from bit_jax import config
+from bit_jax.scale import hosts
+from bit_jax.scale.spread import Spread
+from input_pipeline.exits import exit_code
+
+address, host = sys.argv[1:]
+cfg = dataclasses.replace(config.DIGITS, run=config.RunConfig(Path("here")))
+
+def main():
+    with hosts.joined(config.ScaleConfig(coordinator=address, hosts=2, host=int(host))):
+        for number in range(2):  # the same words may be exchanged again
+            assert hosts.exchange("words", f"{host}{number}") == [f"0{number}", f"1{number}"]
+        Spread.of(cfg, None)
+
+sys.exit(exit_code(main))
+"""
+
+
+def test_hosts_with_different_numbers_of_devices_say_so_together(started, environment):
+    """JAX's own collectives between hosts need as many devices on each."""
+    address = f"127.0.0.1:{free_port()}"
+    devices = [{}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}]
+    both = [
+        started([sys.executable, "-c", UNEVEN, address, host], environment | devices[host] | {"JAX_PLATFORMS": "cpu"})
+        for host in range(2)
+    ]
+    for host in both:
+        code, said = said_by(host)
+        assert code == 2, said
+        assert said[-1].startswith("error: host 1 has 2 device(s) and host 0 has 1, but every host needs as many"), said
+
+
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_NODELIST": "localhost",

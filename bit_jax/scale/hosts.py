@@ -4,9 +4,11 @@ Every host runs the same command and computes the same steps; only the first, ho
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
 MOST_WORDS = 2**22  # uint32 numbers that are sent at a time, 16 MiB
 _watch: list[Watch] = []  # of the hosts that this process has joined
+_exchanges: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # numbers of the exchanges, by their names
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
 
@@ -39,20 +42,20 @@ def agree(number: int) -> int:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every host has made this call."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Returns once every host has made this call; no devices are needed for it, which may be what is wrong."""
+    exchange(f"wait: {what}", "")
 
 
 def exchange(what: str, text: str) -> list[str]:
     """Returns the texts of all hosts, in the order of their indices. They go through the coordinator, so the hosts may
-    have different versions."""
+    have different versions. All hosts have to make this call, equally often with the same `what`."""
     if jax.process_count() == 1:
         return [text]
-    client = jax_internals.store()
-    client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
+    client, count = jax_internals.store(), next(_exchanges[what])
+    client.key_value_set(f"bit_jax/{what}/{count}/{jax.process_index()}", text)
     forever = 10**9  # ms; if another host dies meanwhile, `Watch` ends this one
-    return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
+    every = range(jax.process_count())
+    return [client.blocking_key_value_get(f"bit_jax/{what}/{count}/{host}", forever) for host in every]
 
 
 def given_by(host: int, array: np.ndarray) -> np.ndarray:

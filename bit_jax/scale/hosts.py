@@ -114,7 +114,7 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM in place of `exits`
     missing = (
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
-        "and --hosts, and see that its port is reachable from each"
+        "and --hosts and each with its own --host, and see that the coordinator's port is reachable from each"
     )
     # exit code 1, because a host has died or froze more often than a flag is wrong
     with within(scale.start_timeout, missing, 1), exits.ended_by_first_signal("ended by a signal before the run began"):

@@ -44,7 +44,8 @@ class Options:
     of: Literal["local"] = "local"
     """Part of a run whose cost is measured. local: --local-checkpoints in /dev/shm, every --every steps."""
     how: Literal["turns", "runs"] = "turns"
-    """How it is measured. turns: in one run, which has the part in every other interval; runs: whole runs take turns."""
+    """How it is measured. turns: in one run, which has the part in every other interval;
+    runs: whole runs take turns."""
     every: int = 5
     """Number of steps in an interval."""
     rounds: int = 20

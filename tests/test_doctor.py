@@ -117,10 +117,11 @@ def test_hosts_that_differ_are_told(tmp_path, flags):
         )
         for host in range(2)
     ]
-    for process in processes:
-        said = process.communicate()[1]
-        assert process.returncode == 2
-        assert "the hosts differ: --seed is 3 on host 1, 0 on host 0; " in said
+    ends = [(process.communicate()[1], process.returncode) for process in processes]
+    for said, code in ends:
+        assert code == 2
+        assert "error: the hosts differ: " in said
+        assert "--seed is 3 on host 1, 0 on host 0; " in said
         assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 

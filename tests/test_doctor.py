@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -92,6 +93,9 @@ def test_hosts_compare_their_flags_before_anything_else(monkeypatch, doctor):
         return [text, text.replace('"--eval-every": null', '"--eval-every": 3')]
 
     monkeypatch.setattr(hosts, "exchange", exchange)
+    with train._joined(cfg, Timeline()):
+        assert asked == []  # one host has nothing to compare
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with contextlib.nullcontext() if doctor else pytest.raises(RequestError) as refused, train._joined(cfg, Timeline()):
         pass
     assert asked == ["alike: command"] + ["alike: flags"] * (not doctor)

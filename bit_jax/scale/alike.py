@@ -19,12 +19,14 @@ MISSING = "missing"
 
 
 def require_same_run(cfg: Config) -> None:
-    """Compares the flags and the program of all hosts; with --doctor, which compares more and shows it, only whether
-    all have that flag. All hosts have to make this call.
+    """Compares the flags and the program of all hosts, if there are several; with --doctor, which compares more and shows
+    it, only whether all have that flag. All hosts have to make this call.
 
     Raises:
         RequestError: they differ.
     """
+    if not jax.distributed.is_initialized():
+        return
     require("command", {"--doctor": cfg.scale.doctor})
     if not cfg.scale.doctor:
         require("flags", of_all_hosts(cfg) | {"jax": jax.__version__, "program": program()})

@@ -19,8 +19,8 @@ MISSING = "missing"
 
 
 def require_same_run(cfg: Config) -> None:
-    """Compares the flags and the program of all hosts, if there are several; with --doctor, which compares more and shows
-    it, only whether all have that flag. All hosts have to make this call.
+    """Compares the flags and the program of all hosts, if there are several; with --doctor, which compares more and
+    shows it, only whether all have that flag. All hosts have to make this call.
 
     Raises:
         RequestError: they differ.

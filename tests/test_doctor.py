@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from bit_jax.config import DIGITS, RunConfig, ScaleConfig, of_all_hosts
 from bit_jax.launch import free_port
 from bit_jax.scale import alike, hosts
 from bit_jax.scale.sharding import make_mesh
+from bit_jax.training import finetuning
 from input_pipeline import fingerprint
 from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.examples import ArraySource
@@ -105,6 +108,15 @@ def test_hosts_compare_their_flags_before_anything_else(monkeypatch, doctor):
             "again"
         )
         assert refused.value.on_all_hosts
+
+
+def test_hosts_that_see_different_work_directories_are_told(monkeypatch):
+    """One would return the finished run's result, and the other would wait for it to begin."""
+    monkeypatch.setattr(hosts, "exchange", lambda _, text: ['{"the result in run": "there"}', text])
+    run: Any = SimpleNamespace(workdir=SimpleNamespace(path=Path("some/run"), finished=lambda: None))
+    with pytest.raises(RequestError, match="the result in run is missing on host 1, there on host 0") as refused:
+        finetuning.finetune(run)
+    assert refused.value.on_all_hosts
 
 
 @pytest.mark.slow

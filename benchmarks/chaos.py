@@ -155,6 +155,7 @@ class Disturbing:
         self._chance, self._places = chance, places
         self._said: list[str] = []
         self._done: Counter[str] = Counter()
+        self._mending: list[threading.Timer] = []
         kinds: dict[str, Callable[[psutil.Process], None]] = {"kill": _kill, "disk": self._fill_disk}
         if len(places) > 1:
             kinds |= {"freeze": _freeze, "flip": self._flip}
@@ -182,6 +183,8 @@ class Disturbing:
             listener.start()
             try:
                 self._disturb(launcher, time.monotonic() + seconds)
+                for timer in self._mending:  # one that came later would find no namespaces
+                    timer.cancel()
                 for place in self._places:
                     if not place.up:
                         place.cable(True)
@@ -247,7 +250,8 @@ class Disturbing:
         """Cuts a host's cable, and mends it a while later."""
         place = self._chance.choice([place for place in self._places if place.up])
         place.cable(False)
-        threading.Timer(CUT, place.cable, (True,)).start()
+        self._mending.append(threading.Timer(CUT, place.cable, (True,)))
+        self._mending[-1].start()
 
     def _flip(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGUSR2)

@@ -1,8 +1,8 @@
-"""Measures what something that a run may do besides training costs: `python benchmarks/overhead.py --of local`.
+"""Measures what an optional part of a run costs, such as local copies: `python benchmarks/overhead.py --of local`.
 
-By default one run trains and does it at every other time that it is due, so that whatever else the machine does falls
-on both kinds of intervals alike. With --how runs, whole runs without it and with it take turns, each in a process of
-its own; that needs a quiet machine.
+By default a single run has that part in every other interval, so that other load on the machine falls on both kinds of
+intervals alike. With --how runs, whole runs without the part and with it take turns, each in a process of its own; that
+needs a quiet machine.
 """
 
 import contextlib
@@ -39,16 +39,17 @@ SETTLING = 2  # intervals at the start of a run that are left out: something is 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured, and how."""
+    """Which part of a run is measured, and how."""
 
     of: Literal["local"] = "local"
-    """What is measured. local: --local-checkpoints in /dev/shm, every --every steps."""
+    """Part of a run whose cost is measured. local: --local-checkpoints in /dev/shm, every --every steps."""
     how: Literal["turns", "runs"] = "turns"
-    """turns: one run does it at every other time; runs: whole runs take turns."""
+    """How it is measured. turns: in one run, which has the part in every other interval;
+    runs: whole runs take turns."""
     every: int = 5
-    """Steps from one time to the next."""
+    """Number of steps in an interval."""
     rounds: int = 20
-    """Number of intervals without it, or runs, and as many with it."""
+    """Number of intervals, or of runs, without the part; there are as many with it."""
     model: str = "R26x1"
     """Architecture, with random parameters."""
     size: int = 64
@@ -61,7 +62,7 @@ class Options:
     """JSON file that receives the figures; what it holds of other measurements is kept."""
 
     def command(self, workdir: Path, steps: int) -> list[str]:
-        """Returns the arguments of train.py for a run of so many steps without what is measured."""
+        """Returns the arguments of train.py for a run of so many steps without the part that is measured."""
         return (
             f"digits --dataset synthetic --eval-split test[:{self.batch}] --model {self.model} --init random "
             f"--global-batch {self.batch} --resize-to {self.size} --crop {self.size} --steps {steps} --warmup-steps 1 "
@@ -72,12 +73,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """Something that costs time.
+    """A part of a run that costs time.
 
     Attributes:
         flags: (options, an empty folder in memory) -> the flags that turn it on.
-        every_other: context in which it is only done at every other time, first at the first; `now()` is appended to
-            the list at each time that it is due.
+        every_other: context in which it happens only every other time that it is due, beginning with the first;
+            `now()` is appended to the list whenever it is due.
     """
 
     flags: Callable[[Options, Path], list[str]]
@@ -124,8 +125,8 @@ def folders() -> Iterator[tuple[Path, Path]]:
 
 
 def in_turns(options: Options) -> dict[str, dict[str, list[float]]]:
-    """Returns the images/s, and the processors' seconds a step, of each interval after it was done, and of each after
-    it was not, in one run here."""
+    """Returns the images/s, and the processors' seconds a step, of each interval with the part and of each without it,
+    in one run in this process."""
     from bit_jax import train
 
     times: list[tuple[float, float]] = []

@@ -340,20 +340,50 @@ _FREE_TO_CHANGE = {
 }
 
 
+# A host has these for itself; all others decide what it computes, or when it exchanges what with the other hosts.
+_OF_A_HOST = {
+    "data.data_dir",
+    "data.input_threads",
+    "run.workdir",
+    "run.local_checkpoints",
+    "scale.coordinator",
+    "scale.hosts",
+    "scale.host",
+    "scale.start_timeout",
+    "scale.host_timeout",
+}
+
+
 def identity(cfg: Config) -> dict[str, object]:
     """Returns {"section.field": value} for every field that decides what the run computes, as JSON types.
 
     Additions that are off are left out, so that a run from before there was one is continued.
     """
-    flat = {
+    kept = {key: value for key, value in _fields(cfg).items() if not key.startswith(("scale.", "additions."))}
+    kept |= {f"additions.{name}": value for name, value in cfg.additions.changed().items()}
+    return {key: _listed(value) for key, value in kept.items() if key not in _FREE_TO_CHANGE}
+
+
+def of_all_hosts(cfg: Config) -> dict[str, object]:
+    """Returns {flag: value} for every flag that has to be the same on all hosts of a run, as JSON types."""
+    return {
+        "--" + key.partition(".")[2].replace("_", "-"): _listed(value)
+        for key, value in _fields(cfg).items()
+        if key not in _OF_A_HOST
+    }
+
+
+def _fields(cfg: Config) -> dict[str, object]:
+    """Returns {"section.field": value} of all fields."""
+    return {
         f"{section.name}.{name}": value
         for section in dataclasses.fields(cfg)
         for name, value in dataclasses.asdict(getattr(cfg, section.name)).items()
-        if section.name not in ("scale", "additions")
     }
-    flat |= {f"additions.{name}": value for name, value in cfg.additions.changed().items()}
-    kept = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 _UNSET: Path = tyro.MISSING  # the command line requires a workdir

@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,19 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 import input_pipeline
-from bit_jax.config import Config, identity
+from bit_jax.config import Config, of_all_hosts
 from bit_jax.model.precision import PRECISIONS, choose, products
-from bit_jax.scale import hosts
+from bit_jax.scale import alike, hosts
 from bit_jax.training import figures, resources
 from bit_jax.training.run import Run
 from input_pipeline import terminal
-from input_pipeline.errors import RequestError, RunFailed
+from input_pipeline.errors import RunFailed
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = ("bit_jax/**/*.py", "input_pipeline/**/*.py")  # the program's files, relative to ROOT
 ELEMENTS = 2**24  # float32 numbers in a collective's result on every device, 64 MiB: enough for NVLink's full rate
 REPETITIONS = 5
-MISSING = "missing"
 
 
 def examine(cfg: Config) -> None:
@@ -73,25 +70,23 @@ def _compare(title: str, facts: dict, console: Console) -> list[dict]:
     """
     everyone = [json.loads(text) for text in hosts.exchange(f"doctor, {title}", json.dumps(facts))]
     console.print(_comparison(title, everyone))
-    if differing := _differences([host["alike"] | host.get("flags", {}) for host in everyone]):
-        sentence = f"the hosts differ: {'; '.join(differing)}; make them alike before the run is started"
-        raise hosts.on_all_hosts(RequestError(sentence))
+    alike.refuse(alike.differences([host["alike"] | host.get("flags", {}) for host in everyone]))
     return everyone
 
 
 def _facts(cfg: Config) -> dict:
     """Returns this host's facts: those that have to be the same on all hosts (`alike`, `flags`), and others."""
-    local, flags = jax.local_devices(), identity(cfg)
+    local, flags = jax.local_devices(), of_all_hosts(cfg)
     used = dict(zip(("matrix", "convolution"), products(PRECISIONS[cfg.model.precision]), strict=True))
-    alike = {
+    same = {
         **figures.versions(),
-        "program": _digest(path.read_bytes() for pattern in PROGRAM for path in sorted(ROOT.glob(pattern))),
-        "configuration": _digest([json.dumps(flags, sort_keys=True).encode()]),
+        "program": alike.program(),
+        "configuration": alike.digest([json.dumps(flags, sort_keys=True).encode()]),
         "devices": f"{len(local)} x {local[0].device_kind}",
         "products": ", ".join(f"{kind} {width}" for kind, width in used.items()),
     }
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": alike, "flags": flags}
+    return {"machine": platform.node(), "gpus": gpus, "devices": len(local), "alike": same, "flags": flags}
 
 
 def _resources(facts: list[dict]) -> Table:
@@ -102,24 +97,6 @@ def _resources(facts: list[dict]) -> Table:
         have = [resources.amount(need.available) + ("" if need.enough else " (too little)") for need in needs]
         table.add_row(needs[0].name, resources.amount(max(need.needed for need in needs)), *have)
     return table
-
-
-def _differences(facts: list[dict]) -> list[str]:
-    names = dict.fromkeys(name for host in facts for name in host)  # a host may have read another dataset
-    return [
-        f"{name} is {host.get(name, MISSING)} on host {number}, {facts[0].get(name, MISSING)} on host 0"
-        for number, host in enumerate(facts)
-        for name in names
-        if host.get(name, MISSING) != facts[0].get(name, MISSING)
-    ]
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    """Returns the first 64 bits of SHA-256, which tell files apart that nobody forges."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def file_fingerprint(path: Path) -> str:
@@ -144,7 +121,7 @@ def _unused_gpus(facts: list[dict]) -> list[str]:
 def _comparison(title: str, facts: list[dict]) -> Table:
     table = Table("", "host 0", "the others", title=f"What has to be the same on every host: {title}")
     for name, value in facts[0]["alike"].items():
-        values = {number: host["alike"].get(name, MISSING) for number, host in enumerate(facts)}
+        values = {number: host["alike"].get(name, alike.MISSING) for number, host in enumerate(facts)}
         others = [f"host {number}: {other}" for number, other in values.items() if other != value]
         table.add_row(name, value, "\n".join(others) or ("the same" if len(facts) > 1 else "there are none"))
     return table

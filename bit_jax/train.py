@@ -24,7 +24,7 @@ from bit_jax import config, doctor
 from bit_jax.accounts.timeline import STARTING, Observer, Timeline, nobody
 from bit_jax.compiled import profile
 from bit_jax.published import fetch
-from bit_jax.scale import hosts
+from bit_jax.scale import alike, hosts
 from bit_jax.stores.mirror import local
 from bit_jax.training import figures, finetuning, run
 from input_pipeline import terminal
@@ -85,6 +85,7 @@ def _joined(cfg: config.Config, timeline: Timeline) -> Iterator[None]:
     with contextlib.ExitStack() as hosts_of_the_run:
         with timeline("joining"):
             hosts_of_the_run.enter_context(hosts.joined(cfg.scale))
+            alike.require_same_run(cfg)
         yield
 
 

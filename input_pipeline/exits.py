@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from input_pipeline.errors import RequestError, RunFailed, Stopped
 from input_pipeline.terminal import printable
@@ -96,6 +96,7 @@ def _show_and_end(kind: type[BaseException], error: BaseException, traceback: An
 class _Signals:
     asked: int = 0  # the signal that asked this process to end
     deferred: bool = False
+    decisive: str = ""  # the sentence with which the first signal ends this process
     repeated: int = 0  # signals that this process sent to itself and that have not arrived yet
 
 
@@ -111,6 +112,17 @@ def deferring_signals() -> Iterator[None]:
         yield
     finally:
         _signals.deferred = False
+
+
+@contextlib.contextmanager
+def ended_by_first_signal(sentence: str) -> Iterator[None]:
+    """Makes the first signal end the process at once, with the sentence, while the `with` block runs: for a call of a
+    library that does not come back for minutes, in which Python cannot run the signal's handler."""
+    _signals.decisive = sentence
+    try:
+        yield
+    finally:
+        _signals.decisive = ""
 
 
 def signal_asked() -> int:
@@ -165,11 +177,18 @@ def _watch(reading: int) -> None:
                 _signals.repeated -= 1
                 continue
             count += 1
+            if _signals.decisive:
+                end_at_once(_signals.decisive, 128 + byte[0])
             if count > 1:
-                _tell(b"error: ended at once, because it was asked a second time\n")
-                os._exit(128 + byte[0])
+                end_at_once("ended at once, because it was asked a second time", 128 + byte[0])
             if _signals.deferred:
                 _tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
+
+
+def end_at_once(sentence: str, code: int) -> NoReturn:
+    """Ends the process with the sentence and the exit code, from any thread, whatever the others are doing."""
+    _tell(f"error: {printable(sentence)}\n".encode())
+    os._exit(code)
 
 
 def _tell(line: bytes) -> None:

@@ -1,17 +1,27 @@
 """`train.py --doctor`: hosts that differ are told apart, and a collective that is wrong or late is no success."""
 
+import contextlib
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from bit_jax import doctor
+from bit_jax import doctor, train
+from bit_jax.accounts.timeline import Timeline
+from bit_jax.config import DIGITS, RunConfig, ScaleConfig, of_all_hosts
 from bit_jax.launch import free_port
+from bit_jax.scale import alike, hosts
 from bit_jax.scale.sharding import make_mesh
+from bit_jax.training import finetuning
 from input_pipeline import fingerprint
-from input_pipeline.errors import RunFailed
+from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.examples import ArraySource
 
 ROOT = Path(__file__).parent.parent
@@ -54,15 +64,65 @@ def test_a_wrong_number_of_one_device_is_noticed(small, monkeypatch, collective)
 
 def test_what_only_one_host_has_is_a_difference():
     found = [{"jax": "1", "digits/train": "a"}, {"jax": "1", "synthetic/train": "b"}]
-    assert doctor._differences(found) == [
+    assert alike.differences(found) == [
         "digits/train is missing on host 1, a on host 0",
         "synthetic/train is b on host 1, missing on host 0",
     ]
 
 
+def test_flags_that_hosts_have_in_common():
+    """Where hosts differed in one of them, they would make other collectives, and wait for each other forever."""
+    scale = ScaleConfig(coordinator="a:1", hosts=2, host=1, microbatches=2, host_timeout=9)
+    cfg = dataclasses.replace(DIGITS, scale=scale, run=RunConfig(Path("here"), eval_every=3, seed=4))
+    flags = of_all_hosts(cfg)
+    assert json.loads(json.dumps(flags)) == flags
+    assert {name: flags[name] for name in ("--microbatches", "--eval-every", "--seed", "--mixup")} == {
+        "--microbatches": 2,
+        "--eval-every": 3,
+        "--seed": 4,
+        "--mixup": 0.0,
+    }
+    assert not flags.keys() & {"--coordinator", "--host", "--workdir", "--data-dir", "--host-timeout"}
+
+
+@pytest.mark.parametrize("doctor", [False, True])
+def test_hosts_compare_their_flags_before_anything_else(monkeypatch, doctor):
+    """With --doctor they compare more, and show it."""
+    cfg = dataclasses.replace(DIGITS, scale=ScaleConfig(doctor=doctor), run=RunConfig(Path("here")))
+    asked = []
+
+    def exchange(what, text):
+        asked.append(what)
+        return [text, text.replace('"--eval-every": null', '"--eval-every": 3')]
+
+    monkeypatch.setattr(hosts, "exchange", exchange)
+    with train._joined(cfg, Timeline()):
+        assert asked == []  # one host has nothing to compare
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with contextlib.nullcontext() if doctor else pytest.raises(RequestError) as refused, train._joined(cfg, Timeline()):
+        pass
+    assert asked == ["alike: command"] + ["alike: flags"] * (not doctor)
+    if refused is not None:
+        assert str(refused.value) == (
+            "the hosts differ: --eval-every is 3 on host 1, None on host 0; make them alike, and start all of them "
+            "again"
+        )
+        assert refused.value.on_all_hosts
+
+
+def test_hosts_that_see_different_work_directories_are_told(monkeypatch):
+    """One would return the finished run's result, and the other would wait for it to begin."""
+    monkeypatch.setattr(hosts, "exchange", lambda _, text: ['{"the result in run": "there"}', text])
+    run: Any = SimpleNamespace(workdir=SimpleNamespace(path=Path("some/run"), finished=lambda: None))
+    with pytest.raises(RequestError, match="the result in run is missing on host 1, there on host 0") as refused:
+        finetuning.finetune(run)
+    assert refused.value.on_all_hosts
+
+
 @pytest.mark.slow
-def test_hosts_that_differ_are_told(tmp_path):
-    where = f"--coordinator 127.0.0.1:{free_port()} --hosts 2 --doctor --workdir {tmp_path / 'run'}"
+@pytest.mark.parametrize("flags", ["--doctor", ""], ids=["doctor", "run"])
+def test_hosts_that_differ_are_told(tmp_path, flags):
+    where = f"--coordinator 127.0.0.1:{free_port()} --hosts 2 {flags} --workdir {tmp_path / 'run'}"
     processes = [
         subprocess.Popen(
             [sys.executable, "train.py", "digits", *where.split(), "--host", str(host), "--seed", str(3 * host)],
@@ -73,10 +133,11 @@ def test_hosts_that_differ_are_told(tmp_path):
         )
         for host in range(2)
     ]
-    for process in processes:
-        said = process.communicate()[1]
-        assert process.returncode == 2
-        assert "run.seed is 3 on host 1, 0 on host 0" in said
+    ends = [(process.communicate()[1], process.returncode) for process in processes]
+    for said, code in ends:
+        assert code == 2
+        assert "error: the hosts differ: " in said
+        assert "--seed is 3 on host 1, 0 on host 0; " in said
         assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 

@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from bit_jax import config
@@ -79,6 +80,33 @@ def test_instructions_that_the_compiler_repeats_are_noticed():
             lower_train_step=lambda lowered=lowered: lowered, target=SimpleNamespace(compiler_options={})
         )
         assert fitting.need(steps) == wanted
+
+
+def test_a_compiler_without_memory_means_that_the_step_does_not_fit():
+    def steps(sentence) -> Any:
+        def compile_step(**_):
+            raise jax.errors.JaxRuntimeError(sentence)
+
+        lowered = SimpleNamespace(compile=compile_step)
+        return SimpleNamespace(lower_train_step=lambda: lowered, target=SimpleNamespace(compiler_options={}))
+
+    assert fitting.need(steps("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")) is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fitting.need(steps("INTERNAL: no such algorithm"))
+
+
+def test_a_step_fits_if_it_does_on_every_host(auto, monkeypatch):
+    """A host whose compiler chooses other algorithms may need more."""
+
+    def exchange(what, text):
+        return [text, {"memory": text, "a step with fsdp=1": "null"}.get(what, str(39 * GIB))]
+
+    monkeypatch.setattr(fitting.hosts, "exchange", exchange)
+    run = auto(39 * GIB, {1: 20 * GIB, 2: 10 * GIB})
+    assert run.notes[0] == (
+        "--mesh auto: data=4,fsdp=2, because a step takes 39 GiB of the 39 GiB that XLA has of each device; with "
+        "fsdp=1 it would take more than that"
+    )
 
 
 @pytest.mark.slow

@@ -215,6 +215,41 @@ def test_no_host_ends_before_the_first_has_written_what_all_say_is_saved(started
     assert (sentence, other) == (["error: ended by a signal"], 143)
 
 
+UNEVEN = """
+import dataclasses, sys
+from pathlib import Path
+from bit_jax import config
+from bit_jax.scale import hosts
+from bit_jax.scale.spread import Spread
+from input_pipeline.exits import exit_code
+
+address, host = sys.argv[1:]
+cfg = dataclasses.replace(config.DIGITS, run=config.RunConfig(Path("here")))
+
+def main():
+    with hosts.joined(config.ScaleConfig(coordinator=address, hosts=2, host=int(host))):
+        for number in range(2):  # the same words may be exchanged again
+            assert hosts.exchange("words", f"{host}{number}") == [f"0{number}", f"1{number}"]
+        Spread.of(cfg, None)
+
+sys.exit(exit_code(main))
+"""
+
+
+def test_hosts_with_different_numbers_of_devices_say_so_together(started, environment):
+    """JAX's own collectives between hosts need as many devices on each."""
+    address = f"127.0.0.1:{free_port()}"
+    devices = [{}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}]
+    both = [
+        started([sys.executable, "-c", UNEVEN, address, host], environment | devices[host] | {"JAX_PLATFORMS": "cpu"})
+        for host in range(2)
+    ]
+    for host in both:
+        code, said = said_by(host)
+        assert code == 2, said
+        assert said[-1].startswith("error: host 1 has 2 device(s) and host 0 has 1, but every host needs as many"), said
+
+
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_NODELIST": "localhost",
@@ -323,6 +358,24 @@ def test_a_port_in_use_is_said_at_once():
             coordinator.start(f"[::]:{port}", 2, heartbeat_timeout=1, shutdown_timeout=1)
 
 
+def test_the_coordinator_lives_until_the_last_host_is_gone_whatever_signals_come():
+    """The next start of the run then finds its port free."""
+    port = free_port()
+    running = coordinator.start(f"127.0.0.1:{port}", 2, heartbeat_timeout=600, shutdown_timeout=600)
+    process, signals = running._process, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    try:
+        with socket.create_connection(("127.0.0.1", port)):
+            for number in signals:
+                process.send_signal(number)
+            process.stdin.close()  # as where host 0 dies
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5 * coordinator.GONE)
+        assert process.wait(timeout=60) == 0
+        assert coordinator.refusal(port) == ""
+    finally:
+        process.kill()
+
+
 @pytest.fixture
 def namespaces():
     """Two network namespaces, each with an address of its own, and a cable between them: (run in one, cut or mend)."""
@@ -401,6 +454,22 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on(namespaces, start
 def test_flags_that_name_no_host_are_refused(flags, said):
     with pytest.raises(RequestError, match=said), hosts.joined(ScaleConfig(**flags)):
         pass
+
+
+def test_the_first_signal_ends_a_host_that_waits_for_the_others(started, environment):
+    """Python cannot run a signal's handler there."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    process = started([sys.executable, "-c", ENDS_TOGETHER, address, 0], environment)
+    listens, end = None, time.monotonic() + 60
+    while listens is None:  # the coordinator, to which the host then connects
+        assert time.monotonic() < end
+        with contextlib.suppress(OSError):
+            listens = socket.create_connection(address.split(":"))
+        time.sleep(0.05)
+    listens.close()
+    process.send_signal(signal.SIGTERM)
+    assert said_by(process) == (143, ["error: ended by a signal before the run began"])
 
 
 def test_hosts_that_do_not_find_each_other_say_so(started, environment, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -70,9 +71,22 @@ def test_a_run_that_begins_computes_its_batch_as_the_flags_say(tmp_path):
 
 
 def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path):
-    cfg = configured(tmp_path, batch_per_device=4)
-    with pytest.raises(RequestError, match="global batch 36 is not divisible by 8 devices"):
-        Spread.of(cfg, begun(cfg, 36))
+    """A run that has begun keeps its batch, so another batch is no remedy there."""
+    cfg, whole = configured(tmp_path, batch_per_device=4), configured(tmp_path, global_batch=36)
+    for going_on in (cfg, whole):
+        with pytest.raises(RequestError, match=r"global batch of 36 is not divisible by 8 devices; .*such as 6$"):
+            Spread.of(going_on, begun(going_on, 36))
+    with pytest.raises(RequestError, match="global batch 36 is not divisible by 8 devices; use 32 or 40"):
+        Spread.of(whole, None)
+
+
+def test_hosts_with_different_numbers_of_devices_are_refused(tmp_path, monkeypatch):
+    """Each host reads as many rows as the others."""
+    devices = [SimpleNamespace(process_index=host) for host in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(RequestError, match=r"host 1 has 1 device\(s\) and host 0 has 2") as refused:
+        Spread.of(configured(tmp_path, global_batch=12), None)
+    assert refused.value.on_all_hosts
 
 
 @pytest.mark.parametrize(

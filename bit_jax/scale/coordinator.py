@@ -1,14 +1,19 @@
 """JAX's coordination service in a process of its own, which lives a while longer than the host that started it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
+
+from input_pipeline import exits
 from input_pipeline.errors import RequestError
 
 LINGER = 2.0  # multiple of the shutdown timeout: the other hosts need the service to notice which host died
+GONE = 2.0  # seconds without a connected host after which none is left; gRPC may just be connecting one anew
 LISTENING = "listening"
 
 
@@ -70,10 +75,31 @@ def refusal(port: int) -> str:
     return ""
 
 
+def linger(port: int, seconds: float) -> None:
+    """Returns once no host has been connected for a while, so that the next start can have the port; at the latest
+    after so many seconds, because the connection of a machine that is cut off stays."""
+    now = connected = time.monotonic()
+    until = now + seconds
+    while now < until and now - connected < GONE:
+        time.sleep(GONE / 10)
+        now = time.monotonic()
+        if any_connected(port):
+            connected = now
+
+
+def any_connected(port: int) -> bool:
+    """Whether anybody is connected to this process's port."""
+    connections = psutil.Process().net_connections("tcp")
+    return any(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port for each in connections)
+
+
 def main() -> None:
     """Runs the service until the host that started it ends it or dies."""
+    for number in exits.ASKING:  # a signal to all processes of a job is for the hosts, which save and need the service
+        signal.signal(number, signal.SIG_IGN)
     address, hosts, heartbeat_timeout, shutdown_timeout = sys.argv[1:]
-    why = refusal(int(address.rsplit(":", 1)[1]))
+    port = int(address.rsplit(":", 1)[1])
+    why = refusal(port)
     if why:
         print(why, flush=True)
         sys.exit(2)
@@ -85,7 +111,7 @@ def main() -> None:
     print(LISTENING, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a reader of the first host's output must not wait for this process
     if not sys.stdin.readline():  # its host died
-        time.sleep(LINGER * int(shutdown_timeout))
+        linger(port, LINGER * int(shutdown_timeout))
     service.shutdown()
 
 

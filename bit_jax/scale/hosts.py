@@ -4,10 +4,11 @@ Every host runs the same command and computes the same steps; only the first, ho
 """
 
 import contextlib
+import itertools
 import os
 import socket
-import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ Ending = TypeVar("Ending", RequestError, RunFailed, Stopped)
 
 MOST_WORDS = 2**22  # uint32 numbers that are sent at a time, 16 MiB
 _watch: list[Watch] = []  # of the hosts that this process has joined
+_exchanges: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # numbers of the exchanges, by their names
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables that gRPC reads
 
 
@@ -45,20 +47,20 @@ def agree(number: int) -> int:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every host has made this call."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Returns once every host has made this call; no devices are needed for it, which may be what is wrong."""
+    exchange(f"wait: {what}", "")
 
 
 def exchange(what: str, text: str) -> list[str]:
     """Returns the texts of all hosts, in the order of their indices. They go through the coordinator, so the hosts may
-    have different versions."""
+    have different versions. All hosts have to make this call, equally often with the same `what`."""
     if jax.process_count() == 1:
         return [text]
-    client = jax_internals.store()
-    client.key_value_set(f"bit_jax/{what}/{jax.process_index()}", text)
+    client, count = jax_internals.store(), next(_exchanges[what])
+    client.key_value_set(f"bit_jax/{what}/{count}/{jax.process_index()}", text)
     forever = 10**9  # ms; if another host dies meanwhile, `Watch` ends this one
-    return [client.blocking_key_value_get(f"bit_jax/{what}/{host}", forever) for host in range(jax.process_count())]
+    every = range(jax.process_count())
+    return [client.blocking_key_value_get(f"bit_jax/{what}/{count}/{host}", forever) for host in every]
 
 
 def given_by(host: int, array: np.ndarray) -> np.ndarray:
@@ -102,8 +104,9 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     flags say which these are; without any of them, the run has one host.
 
     If a host dies or is cut off, the others end with exit code 1 and a sentence that names it, after `--host-timeout`
-    seconds; if a host fails with an error, they end at once. After the block, or an exception that `on_all_hosts` has
-    marked, each waits until all have come so far: the first may still write what another says is written.
+    seconds; if a host fails with an error, they end with that error's sentence, a second or two after it. After the
+    block, or an exception that `on_all_hosts` has marked, each waits until all have come so far: the first may still
+    write what another says is written.
 
     Raises:
         RequestError: the flags do not say which hosts these are, or the coordinator cannot listen. Hosts that do not
@@ -116,9 +119,10 @@ def joined(scale: ScaleConfig) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM in place of `exits`
     missing = (
         f"the hosts did not find each other in {scale.start_timeout} s; start all of them with the same --coordinator "
-        "and --hosts, and see that its port is reachable from each"
+        "and --hosts and each with its own --host, and see that the coordinator's port is reachable from each"
     )
-    with within(scale.start_timeout, missing, 1):  # a host that died or froze, more often than a wrong flag
+    # exit code 1, because a host has died or froze more often than a flag is wrong
+    with within(scale.start_timeout, missing, 1), exits.ended_by_first_signal("ended by a signal before the run began"):
         try:
             _initialize(
                 **arguments,
@@ -157,12 +161,7 @@ def within(seconds: float, sentence: str, code: int) -> Iterator[None]:
     """Ends the process with the sentence and the exit code if the `with` block takes longer than so many seconds. JAX
     would wait on, or end with a stack trace."""
 
-    def end() -> None:
-        sys.stderr.write(f"error: {sentence}\n")
-        sys.stderr.flush()
-        os._exit(code)
-
-    patience = threading.Timer(seconds, end)
+    patience = threading.Timer(seconds, exits.end_at_once, (sentence, code))
     patience.daemon = True
     patience.start()
     try:

@@ -1,13 +1,14 @@
 """How a batch is spread over the devices: as the flags say, or as a run needs that goes on with other devices."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from bit_jax.config import Config
-from bit_jax.scale import sharding
+from bit_jax.scale import hosts, sharding
 from input_pipeline.errors import RequestError
 
 
@@ -40,12 +41,20 @@ class Spread:
             kept: the content of the work directory's config.json; None if no run has begun there.
 
         Raises:
-            RequestError: the devices do not divide the batch, or the mesh does not fit them.
+            RequestError: the devices do not divide the batch, the mesh does not fit them, or the hosts have different
+                numbers of devices.
         """
         data, scale, devices = cfg.data, cfg.scale, jax.device_count()
+        _require_as_many_devices_each(Counter(device.process_index for device in jax.devices()))
         fsdp, notes = _fsdp(scale.mesh, devices, goes_on=kept is not None)
         mesh = sharding.make_mesh(fsdp=fsdp)
         begun = _begun(kept, data.batch_per_device)
+        whole = data.global_batch if data.batch_per_device is None else begun
+        if kept is not None and whole is not None and whole % devices:
+            raise RequestError(
+                f"the run's global batch of {whole} is not divisible by {devices} devices; go on with a number of "
+                f"devices that divides it, such as {_divisor_below(whole, devices)}"
+            )
         if data.batch_per_device is None or begun in (None, data.batch_per_device * devices):
             global_batch = sharding.global_batch_size(
                 mesh,
@@ -62,6 +71,27 @@ class Spread:
             f"began with; that is {rows} rows a device (devices: {devices}), in passes of {rows // passes}",
         )
         return cls(mesh, begun, passes, notes)
+
+
+def _require_as_many_devices_each(of_host: dict[int, int]) -> None:
+    """Raises RequestError unless all hosts have the same number of devices: each reads as many rows as the others.
+
+    Args:
+        of_host: {index of a host: number of its devices}.
+    """
+    for host, count in sorted(of_host.items()):
+        if count != of_host[0]:
+            raise hosts.on_all_hosts(
+                RequestError(
+                    f"host {host} has {count} device(s) and host 0 has {of_host[0]}, but every host needs as many; "
+                    "hide some by CUDA_VISIBLE_DEVICES, or leave that host out"
+                )
+            )
+
+
+def _divisor_below(number: int, limit: int) -> int:
+    """Returns the largest divisor of the number that is at most the limit."""
+    return next(divisor for divisor in range(min(limit, number), 0, -1) if number % divisor == 0)
 
 
 def enough_passes(rows: int, wanted: int, *, at_most: float) -> int:

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +13,18 @@ from typing import Any
 import jax
 
 from bit_jax.scale import jax_internals
+from input_pipeline import exits
 
 BEAT = 1.0  # seconds between two signs of life
+TO_READ = 3  # beats that a host waits before it ends, so that the others read from the store why it does
+ITS_END_FIRST = 4  # beats that those wait: a scheduler has to see first with which exit code the host ended that failed
 AGAIN = "start all hosts again to continue from the last checkpoint"
-LOOK = 30.0  # seconds of steps over which hosts are compared
-LATE, OFTEN = 0.1, 1.5  # a slow host keeps the others waiting for this share of a step, and is so many times the median
+# Hosts are compared after this many seconds, and not before they have taken this many steps: what two hosts say may be
+# apart by one step at either end, which counts as 11 : 9 in ten steps, and as 3 : 1 in two.
+LOOK, STEPS = 30.0, 10
+# A host's input makes it slow where mending that would make every step a tenth shorter. In both comparisons it takes
+# half as much time again as the median host: measurements of the same work on a busy machine differed by 1.4 times.
+LATE, OFTEN = 0.1, 1.5
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ class Sign:
     """What a host says of itself.
 
     Attributes:
-        step: the last step that it finished.
+        step: the last step that it finished, perhaps in an earlier start; 0 before any.
         activity: what it does.
         waited: seconds in which its devices have waited for its input, in all.
         worked: seconds that its slowest device took for `same_work`, or 0.
@@ -49,7 +54,9 @@ class Sign:
 
     @property
     def place(self) -> str:
-        return f", since step {self.step}" + (f" ({self.activity})" if self.activity else "") if self.step else ""
+        """What it last said of itself, to stand behind a clause; empty if it said nothing."""
+        step = f", since step {self.step}" if self.step else ""
+        return step + (f" ({self.activity})" if self.activity else "")
 
 
 class Watch:
@@ -91,13 +98,13 @@ class Watch:
         with contextlib.suppress(Exception):  # the store itself may be gone
             self._client.key_value_set(f"bit_jax/failed/{self._host}", sentence)
             self._stopping.set()
-            time.sleep(3 * BEAT)
+            time.sleep(TO_READ * BEAT)
 
     def stop(self) -> None:
         self._stopping.set()
 
     def _beat(self) -> None:
-        count, comparison = 0, Comparison(time.monotonic())
+        count, comparison = 0, Comparison()
         while not self._stopping.wait(BEAT):
             count += 1
             try:
@@ -121,35 +128,45 @@ class Watch:
         while not self._stopping.wait(BEAT):
             now = time.monotonic()
             still, looked = now - looked - BEAT, now
-            if still > self._timeout:  # the others took this host for dead
-                self._end(f"this host stood still for {still:.0f} s, and the others have ended without it")
-            if still > BEAT:  # in that time it could hear of nobody
-                self._heard += still
-                self._seen = {host: (beat, when + still, sign) for host, (beat, when, sign) in self._seen.items()}
+            if still > self._timeout:  # the others took this host for dead, unless they stood still as well
+                self._end(f"this host stood still for {still:.0f} s; after {self._timeout} s the others end without it")
+            if still > BEAT:  # in that time it could hear of nobody; `_beat` may have heard of somebody just now
+                self._heard = min(self._heard + still, now)
+                for host, (beat, when, sign) in self._seen.items():
+                    self._seen[host] = beat, min(when + still, now), sign
             for host, why in self._failed.items():
                 if host != self._host:
-                    self._end(f"host {host} ended: {why}")
+                    self._end(f"host {host} ended: {why}", after=ITS_END_FIRST)
             if now - self._heard > self._timeout:
-                self._end(self._silent(0, ""))
+                self._end(self._unanswered())
             for host, (_, when, sign) in self._seen.items():
                 if self._heard - when > self._timeout:
-                    self._end(self._silent(host, sign.place))
+                    silence = f"nothing for {self._timeout} s{sign.place}"
+                    self._end(f"host {host} is not heard any more: {silence}; it died, froze, or is cut off")
 
-    def _silent(self, host: int, place: str) -> str:
-        silence = f"nothing for {self._timeout} s{place}"
-        return f"host {host} is not heard any more: {silence}; it died, froze, or is cut off"
+    def _unanswered(self) -> str:
+        """The sentence where the store, whose process is a child of host 0's, has been silent for too long."""
+        silence = f"not heard any more: nothing for {self._timeout} s"
+        if self._host == 0:
+            return f"the coordinator, a process beside host 0's, is {silence}; it froze"
+        return f"host 0 is {silence}; it died or froze, or one of the two hosts is cut off"
 
-    def _end(self, sentence: str) -> None:
+    def _end(self, sentence: str, after: float = 0.0) -> None:
+        """Ends this process, unless it is ending by itself.
+
+        Args:
+            after: number of beats to wait before.
+        """
         if self._stopping.is_set():
             return
         for tell in self.told_of_loss:
             with contextlib.suppress(Exception):  # nothing may keep this process from ending
                 tell(sentence)
-        sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
-        if self._host == 0:
-            time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it
-        sys.stderr.flush()
-        os._exit(1)
+        if self._host == 0:  # the store lives with this host, and the others still have to read it
+            after = max(after, TO_READ)
+        if self._stopping.wait(after * BEAT):
+            return  # it fails by itself, and says why
+        exits.end_at_once(f"host {self._host} of {self._hosts}: {sentence}; {AGAIN}", 1)
 
 
 class Comparison:
@@ -159,49 +176,64 @@ class Comparison:
     time in which its own devices waited for its input, and in the time of a piece of work that its devices do alone.
     """
 
-    def __init__(self, began: float):
-        self._began, self._before = began, {}
+    def __init__(self):
+        self._first = 0  # the step that host 0 first spoke of, perhaps the one that the run continues from
+        self._began, self._before = 0.0, None
         self._slow: set[int] = set()
 
     def of(self, signs: Sequence[Sign], now: float) -> list[str]:
-        """Returns a sentence for each host that has become slow, or has ceased to be, once every `LOOK` seconds.
+        """Returns a sentence for each host that has become slow, or has ceased to be; nothing before `LOOK` seconds and
+        `STEPS` steps have passed since it last compared them.
+
+        The first while begins once every host has taken a step: before, hosts compile and wait for their first batches.
 
         Args:
             signs: what each host said last, in the order of the hosts.
             now: the time, in seconds.
         """
-        if now - self._began < LOOK:
+        if self._before is None:
+            self._first = self._first or signs[0].step
+            if self._first and all(sign.step > self._first for sign in signs):
+                self._began, self._before = now, tuple(signs)
             return []
-        before, self._before = self._before, dict(enumerate(signs))
-        seconds, self._began = now - self._began, now
-        steps = signs[0].step - before[0].step if before else 0
-        if steps < 1:
+        seconds, before = now - self._began, self._before
+        steps = signs[0].step - before[0].step
+        if seconds < LOOK or steps < STEPS:
             return []
-        step = seconds / steps
-        waited = [(sign.waited - before[host].waited) / steps for host, sign in enumerate(signs)]
-        worked = [sign.worked for sign in signs]
-        late = {
-            host: _sentence(host, step, waited, worked)
-            for host in range(len(signs))
-            if waited[host] > max(LATE * step, OFTEN * statistics.median_low(waited))
-            or worked[host] > OFTEN * statistics.median_low(worked) > 0
-        }
-        said = [sentence for host, sentence in late.items() if host not in self._slow]
+        self._began, self._before = now, tuple(signs)
+        waited = [(sign.waited - earlier.waited) / steps for sign, earlier in zip(signs, before, strict=True)]
+        late = _reasons(seconds / steps, waited, [sign.worked for sign in signs])
+        said = [
+            f"host {host} of {len(signs)} is slow: {'; '.join(reasons)}"
+            for host, reasons in late.items()
+            if host not in self._slow
+        ]
         said += [f"host {host} of {len(signs)} keeps up with the others again" for host in self._slow - set(late)]
         self._slow = set(late)
         return said
 
 
-def _sentence(host: int, step: float, waited: Sequence[float], worked: Sequence[float]) -> str:
-    input_, median = f"{waited[host]:.2g} s", f"{statistics.median_low(waited):.2g} s"
-    sentence = (
-        f"host {host} of {len(waited)} is slow: in a step, of {step:.3g} s, its devices wait {input_} for its input, "
-        f"those of the median host {median}"
-    )
-    if all(worked):
-        own, median = (f"{1e3 * seconds:.3g} ms" for seconds in (worked[host], statistics.median_low(worked)))
-        sentence += f"; its slowest device takes {own} for what the median host's does in {median}"
-    return sentence
+def _reasons(step: float, waited: Sequence[float], worked: Sequence[float]) -> dict[int, list[str]]:
+    """Returns {slow host: clauses that say why it is one}.
+
+    Args:
+        step: seconds from one step to the next.
+        waited: seconds of these in which each host's devices wait for its input.
+        worked: see `Sign`.
+    """
+    reasons: dict[int, list[str]] = {}
+    usual, work = statistics.median_low(waited), statistics.median_low(worked)
+    for host, (wait, own) in enumerate(zip(waited, worked, strict=True)):
+        if wait > max(LATE * step, OFTEN * usual):
+            reasons.setdefault(host, []).append(
+                f"of the {step:.3g} s from one step to the next, its devices wait {wait:.2g} s for its input, those of "
+                f"the median host {usual:.2g} s"
+            )
+        if own > OFTEN * work > 0:
+            reasons.setdefault(host, []).append(
+                f"its slowest device takes {1e3 * own:.3g} ms for what the median host's does in {1e3 * work:.3g} ms"
+            )
+    return reasons
 
 
 def _number(key: str) -> Any:

@@ -16,7 +16,7 @@ from bit_jax.formats import weights
 from bit_jax.formats.weights import Params
 from bit_jax.model.architecture import STANDARDIZE_EPS
 from bit_jax.process.reporter import Reporter
-from bit_jax.scale import hosts, sharding
+from bit_jax.scale import alike, hosts, sharding
 from bit_jax.scale.same_work import SameWork
 from bit_jax.scale.watch import Sign
 from bit_jax.training import resources, result
@@ -51,10 +51,13 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
     Raises:
         Stopped: a signal ended the run; the last finished step is saved.
         RunFailed: the loss is not finite.
-        RequestError: a checkpoint or the work directory cannot be used, the machine lacks something, or the run is
-            finished without a figure that `--flagperf-compat` asks for.
+        RequestError: a checkpoint or the work directory cannot be used, the hosts do not see the same one, the machine
+            lacks something, or the run is finished without a figure that `--flagperf-compat` asks for.
     """
-    if finished := run.workdir.finished():
+    finished = run.workdir.finished()
+    # a host that takes another way than the others would wait for them forever
+    alike.require("work directory", {f"the result in {run.workdir.path.name}": "there" if finished else alike.MISSING})
+    if finished:
         known = finished.get("flagperf_compat") or ()
         if missing := [switch for switch in run.config.run.flagperf_compat if switch not in known]:
             raise RequestError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bit_jax.training.run import Run
 
 GIB = 2**30
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # begins XLA's message where a device's memory is too small
 
 
 def fitted(cfg: Config, settle: Callable[[Config], Run]) -> Run:
@@ -40,8 +42,8 @@ def fitted(cfg: Config, settle: Callable[[Config], Run]) -> Run:
     tried: list[str] = []
     for fsdp in (size for size in range(1, devices + 1) if devices % size == 0):
         run = _on(cfg, settle, fsdp)
-        needed = need(run.steps())
-        if hosts.agree(int(needed is not None and needed <= limit)):
+        needed = largest(hosts.exchange(f"a step with fsdp={fsdp}", json.dumps(need(run.steps()))))
+        if needed is not None and needed <= limit:
             why = f"a step takes {_gib(needed)} of the {_gib(limit)} that XLA has of each device"
             return _explained(run, "; ".join([why, *tried]))
         tried.append(f"with fsdp={fsdp} it would take {_gib(needed)}")
@@ -57,10 +59,22 @@ def least_memory() -> int:
     return min(limits)
 
 
+def largest(needs: Sequence[str]) -> int | None:
+    """Returns the largest of what `need` returned on each host, as JSON; None if it did so on one of them."""
+    sizes = [json.loads(text) for text in needs]
+    return None if None in sizes else max(sizes)
+
+
 def need(steps: Steps) -> int | None:
     """Returns the bytes of a device that the training step takes at its peak, cuDNN's workspaces included; None if
-    XLA's compiler had to repeat instructions to stay within the device's memory."""
-    executable = steps.lower_train_step().compile(compiler_options=steps.target.compiler_options)
+    XLA's compiler had to repeat instructions to stay within the device's memory, or had too little of it to try out
+    cuDNN's algorithms."""
+    try:
+        executable = steps.lower_train_step().compile(compiler_options=steps.target.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        return None
     analysis: Any = executable.memory_analysis()
     module = hlo.Module(executable.as_text() or "")
     return None if module.rematerialized() else analysis.peak_memory_in_bytes + memory.workspace(module)

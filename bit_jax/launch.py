@@ -63,6 +63,10 @@ class Launch:
     grace: float = 90.0
     """Seconds after the first failure in which the other hosts end by themselves; what is left is killed then,
     because it is frozen. The command's --host-timeout has to be shorter."""
+    silence: float = 120.0
+    """Seconds without a sign of life after which a training process is killed, because it is stopped,
+    or hangs in a call that holds Python's lock. Training gives a sign each second; commands that give none,
+    and those of --command-starts-hosts, are not killed. 0: none is."""
     command_starts_hosts: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run the command once, as it is, because it starts all hosts itself, like srun or mpirun."""
 
@@ -77,6 +81,8 @@ class Launch:
         require_positive(numbers | {"--back-off": self.back_off, "--grace": self.grace})
         if self.restarts < 0:
             raise RequestError(f"--restarts {self.restarts} must not be negative")
+        if not self.silence >= 0:
+            raise RequestError(f"--silence {self.silence} must not be negative; 0 kills no process for it")
         if self.back_off_limit < self.back_off:
             raise RequestError(f"--back-off-limit {self.back_off_limit} is below --back-off {self.back_off}")
         if self.on and self.number > len(self.on):
@@ -129,6 +135,7 @@ def main() -> int:
             back_off=flags.back_off,
             back_off_limit=flags.back_off_limit,
             grace=flags.grace,
+            silence=flags.silence,
             as_it_is=flags.command_starts_hosts,
         )
     )

@@ -17,13 +17,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from input_pipeline.errors import RequestError, RunFailed, Stopped
 from input_pipeline.terminal import printable
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 RETRY = 0.05  # seconds until an exception that Python had to drop is raised again
+LEAVING = 60.0  # seconds for threads to end in, which finish what they read or write
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it, and a process that ends at once cannot clean up
 
 
@@ -61,6 +62,20 @@ def exit_code(main: Callable[[], object]) -> int:
             signal.signal(number, signal.SIG_DFL)
         return _say(str(stopped), 128 + stopped.number)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, within `LEAVING` seconds even if one of its threads never returns, as from a file system that
+    does not answer: Python's end would wait for it."""
+
+    def end() -> None:
+        tell(f"error: a thread has not ended in {LEAVING:g} s, and this process ends without it\n".encode())
+        os._exit(code)
+
+    timer = threading.Timer(LEAVING, end)
+    timer.daemon = True
+    timer.start()
+    sys.exit(code)
 
 
 def _closed_pipe() -> int:
@@ -166,14 +181,14 @@ def _watch(reading: int) -> None:
                 continue
             count += 1
             if count > 1:
-                _tell(b"error: ended at once, because it was asked a second time\n")
+                tell(b"error: ended at once, because it was asked a second time\n")
                 os._exit(128 + byte[0])
             if _signals.deferred:
-                _tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
+                tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
 
 
-def _tell(line: bytes) -> None:
-    """Writes to standard error without Python's buffers, whose locks another thread may hold."""
+def tell(line: bytes) -> None:
+    """Writes to standard error without Python's buffers, whose locks another thread may hold, and without waiting."""
     with contextlib.suppress(OSError):
         blocking = os.get_blocking(2)
         os.set_blocking(2, False)  # a terminal that nobody reads must not keep the process from ending

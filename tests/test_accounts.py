@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bit_jax.accounts import goodput, starts
-from bit_jax.accounts.goodput import DEAD, DOWN, KEPT, LOST
+from bit_jax.accounts.goodput import DOWN, KEPT, LOST, STILL
 from bit_jax.accounts.starts import BEAT, Line, Start
 from bit_jax.accounts.timeline import OTHER, STARTING, Timeline
 from bit_jax.process import reporter
@@ -117,7 +117,7 @@ def test_the_time_that_waits_for_a_dead_host_is_neither_training_nor_lost_traini
     second = [line(170, 100, start=100, step=200, ended="finished")]
     account = goodput.of([first, second])
     seconds = {row: taken for row, taken in account.seconds.items() if taken}
-    assert seconds == {KEPT: 200, DEAD: 60, DOWN: 10}
+    assert seconds == {KEPT: 200, STILL: 60, DOWN: 10}
 
 
 def test_what_never_trained_has_no_rates():

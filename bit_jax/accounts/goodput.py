@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bit_jax.accounts import starts
-from bit_jax.accounts.starts import LOST_HOST, Line
+from bit_jax.accounts.starts import LOST_HOST, STALLED, Line
 from bit_jax.accounts.timeline import OTHER, STARTING
 
 KEPT, LOST = "training that counts", "training done again"
-DOWN, DEAD = "not running", "waiting for a dead host"
+DOWN, STILL = "not running", "standing still"
 # {activity of `Timeline`: what the account calls it}; an activity that is not here is `OTHER`
 NAMES = {
     STARTING: "starting",
@@ -35,7 +35,7 @@ NAMES = {
     "saving": "saving",
     "watching": "watching",
 }
-ROWS = (*dict.fromkeys(NAMES.values()), LOST, DEAD, DOWN, OTHER)
+ROWS = (*dict.fromkeys(NAMES.values()), LOST, STILL, DOWN, OTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,9 @@ def of(lines: Sequence[Sequence[Line]]) -> Account:
         last = start[-1]
         for activity, taken in last.seconds.items():
             seconds[NAMES.get(activity, OTHER)] += taken
-        if last.ended == LOST_HOST:
+        if _stood_still(last):
             seconds[NAMES.get(last.activity, OTHER)] -= last.since
-            seconds[DEAD] += last.since
+            seconds[STILL] += last.since
         lost = _trained(start) - _kept(start, lines[index + 1 :])
         seconds[KEPT] -= lost
         seconds[LOST] += lost
@@ -105,10 +105,15 @@ def _training(line: Line) -> float:
 
 
 def _trained(start: Sequence[Line]) -> float:
-    """Returns the seconds of a start's training, without those that waited for a dead host."""
+    """Returns the seconds of a start's training, without those in which it stood still before its end."""
     last = start[-1]
-    waited = last.since if last.ended == LOST_HOST and NAMES.get(last.activity) == KEPT else 0.0
-    return _training(last) - waited
+    still = last.since if _stood_still(last) and NAMES.get(last.activity) == KEPT else 0.0
+    return _training(last) - still
+
+
+def _stood_still(last: Line) -> bool:
+    """Whether a start ended because nothing went on: a host was lost, or it hung. Then the last activity was in vain."""
+    return last.ended in (LOST_HOST, STALLED)
 
 
 def _kept(start: Sequence[Line], later: Sequence[Sequence[Line]]) -> float:

@@ -25,7 +25,8 @@ NAME = "starts.jsonl"
 BEAT = 10.0  # seconds between two lines
 LINES = 500  # later, lines are written every 500th part of the time: a month has about three thousand
 LOST_HOST = "lost host"
-ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, "defect")
+STALLED = "stalled"  # nothing went on for too long
+ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, STALLED, "defect")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Line:
         began: when its process began, in seconds since 1970; it tells one start from another.
         elapsed: seconds since then; the sum of `seconds`.
         seconds: {activity: seconds in which it was the innermost one}.
-        activity, since: the innermost activity, and the seconds since it began or went on.
+        activity, since: the innermost activity, and the seconds since it began or last went on.
         hosts, devices, global_batch: numbers of hosts and devices, and of examples in a step.
         start: the step that it continues from, or None as long as that is not known.
         step: the last finished step.
@@ -84,6 +85,11 @@ class Start:
         self._written = 0.0  # seconds from the beginning to the last line
         self._ended, self._lock = threading.Event(), threading.RLock()
         self._reporter = Reporter("starts")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that this start has finished."""
+        return 0 if self._continued is None else self.step - self._continued
 
     @property
     def failure(self) -> str:

@@ -28,12 +28,14 @@ class Timeline:
         observer: that function, which may be replaced.
         seconds: {activity: seconds that it took in total}.
         began: {activity: time when it first began, in seconds since 1970}.
+        turns: how often an activity began, ended or went on so far; what hangs adds none.
     """
 
     def __init__(self, observer: Observer = nobody, *, before: float = 0.0):
         self.observer = observer
         self.seconds: dict[str, float] = {}
         self.began: dict[str, float] = {}
+        self.turns = 0
         self._own = {STARTING: before} if before else {}
         self._open = [OTHER]
         self._turned = time.perf_counter()  # when the innermost activity began, or went on
@@ -50,6 +52,10 @@ class Timeline:
             seconds = self._turn(self._open.pop) - start
             self.add(activity, seconds)
         self.observer(activity, seconds)
+
+    def goes_on(self) -> None:
+        """Notes that the innermost activity makes progress, as where a part of its work is done. Any thread may."""
+        self._turn(lambda: None)
 
     def add(self, activity: str, seconds: float) -> None:
         self.seconds[activity] = self[activity] + seconds
@@ -88,6 +94,7 @@ class Timeline:
             now, activity = time.perf_counter(), self._open[-1]
             self._own[activity] = self._own.get(activity, 0.0) + now - self._turned
             self._turned = now
+            self.turns += 1
             change()
             return now
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,17 @@ class LocalCopies:
         run: text that only this run has.
         attempt: text that only this start of it has, the same on all hosts; hexadecimal.
         shared: the directory of the shared checkpoints; once one of those is complete, older copies are removed.
+        progress: function that a thread calls after each piece that it writes.
 
     Raises:
         RequestError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, run: str, attempt: str, shared: Path):
+    def __init__(
+        self, directory: Path, run: str, attempt: str, shared: Path, progress: Callable[[], object] = lambda: None
+    ):
         self._folder, self._attempt, self._shared = directory.absolute() / run, attempt, shared
+        self._progress = progress
         self._host = jax.process_index()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -308,6 +312,7 @@ class LocalCopies:
                 )
                 arrays.setdefault(piece.key, (piece.whole, data.dtype.name))
                 file.write(octets(data))
+                self._progress()
         return {"arrays": arrays, "pieces": written}
 
     def _make_room(self) -> None:

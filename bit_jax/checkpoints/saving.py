@@ -54,21 +54,29 @@ class Saving:
         self._from_local: int | None = None
 
     @classmethod
-    def of(cls, flags: RunConfig, checkpoints: Path, run: Callable[[], str], disown: Callable[[], None]) -> "Saving":
+    def of(
+        cls,
+        flags: RunConfig,
+        checkpoints: Path,
+        run: Callable[[], str],
+        disown: Callable[[], None],
+        progress: Callable[[], object] = nothing,
+    ) -> "Saving":
         """Opens the places that the flags name. All hosts have to make this call.
 
         Args:
             checkpoints: the directory of the shared checkpoints.
             run: returns a text that only this run has, if there are local copies.
             disown: function after which `run` returns another text, for all hosts.
+            progress: function that is called, in any thread, whenever a part of the state is written.
 
         Raises:
             RequestError: a place cannot be used.
         """
-        shared, local = Checkpoints(checkpoints, keep=flags.keep_checkpoints), None
+        shared, local = Checkpoints(checkpoints, keep=flags.keep_checkpoints, progress=progress), None
         if flags.local_checkpoints is not None:
             attempt = hosts.exchange("attempt", secrets.token_hex(4))[0]
-            local = LocalCopies(flags.local_checkpoints, run(), attempt, checkpoints)
+            local = LocalCopies(flags.local_checkpoints, run(), attempt, checkpoints, progress)
         intervals = {"minutes": flags.checkpoint_minutes, "local_every": flags.local_every}
         return cls(shared, local, every=flags.checkpoint_every, disown=disown, **intervals)
 

@@ -91,6 +91,17 @@ def observe(sign: Callable[[], Sign], lost: Callable[[str], object]) -> None:
         watch.told_of_loss.append(lost)
 
 
+def progress() -> tuple[int, ...]:
+    """Returns numbers of which at least one changes whenever something goes on at another host, as far as is known
+    here. It asks nobody, so that it returns whatever hangs."""
+    return _watch[0].progress if _watch else ()
+
+
+def place() -> str:
+    """Returns `host I of N: `, to begin a message with; empty for one host. It asks nobody either."""
+    return f"{_watch[0].place}: " if _watch else ""
+
+
 @contextlib.contextmanager
 def joined(scale: ScaleConfig) -> Iterator[None]:
     """Joins all hosts of the run in one JAX program while the `with` block runs. SLURM, Open MPI, Kubernetes or the

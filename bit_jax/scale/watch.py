@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 from bit_jax.scale import jax_internals
+from input_pipeline import exits
 
 BEAT = 1.0  # seconds between two signs of life
 AGAIN = "start all hosts again to continue from the last checkpoint"
@@ -33,12 +33,14 @@ class Sign:
         activity: what it does.
         waited: seconds in which its devices have waited for its input, in all.
         worked: seconds that its slowest device took for `same_work`, or 0.
+        progress: a number that changes whenever something in it goes on.
     """
 
     step: int = 0
     activity: str = ""
     waited: float = 0.0
     worked: float = 0.0
+    progress: int = 0
 
     @classmethod
     def parsed(cls, text: str) -> tuple[int, "Sign"]:
@@ -96,6 +98,15 @@ class Watch:
     def stop(self) -> None:
         self._stopping.set()
 
+    @property
+    def place(self) -> str:
+        return f"host {self._host} of {self._hosts}"
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """The `Sign.progress` of each other host, as last heard."""
+        return tuple(sign.progress for host, (_, _, sign) in self._seen.items() if host != self._host)
+
     def _beat(self) -> None:
         count, comparison = 0, Comparison(time.monotonic())
         while not self._stopping.wait(BEAT):
@@ -145,10 +156,9 @@ class Watch:
         for tell in self.told_of_loss:
             with contextlib.suppress(Exception):  # nothing may keep this process from ending
                 tell(sentence)
-        sys.stderr.write(f"error: host {self._host} of {self._hosts}: {sentence}; {AGAIN}\n")
+        exits.tell(f"error: {self.place}: {sentence}; {AGAIN}\n".encode())
         if self._host == 0:
             time.sleep(3 * BEAT)  # the store lives with this host, and the others still have to read it
-        sys.stderr.flush()
         os._exit(1)
 
 

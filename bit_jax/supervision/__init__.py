@@ -1,4 +1,4 @@
 """When is a run started again, on which hosts, and when is it given up?
 
-It may import: input_pipeline.
+It may import: input_pipeline, bit_jax.process.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from bit_jax.training.log import Log
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import compile_program, keep_programs
 from bit_jax.training.run import Run
+from bit_jax.training.stall import Watchdog
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.watched import spikes_of
 from bit_jax.training.workdir import Workdir
@@ -35,7 +37,9 @@ from input_pipeline.files import write_json
 OBSERVED = (BEFORE, "whole")  # activities of the timeline: the evaluation before training, and training
 
 
-def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = None) -> dict[str, Any]:
+def finetune(
+    run: Run, observer: Observer = nobody, timeline: Timeline | None = None, watchdog: Watchdog | None = None
+) -> dict[str, Any]:
     """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
     that is finished there is left alone.
 
@@ -43,6 +47,8 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
         observer: function that is told when the activities in `OBSERVED` begin and end, as by a `Timeline`. It is
             called in a thread, and neither an exception in it nor its waiting stops the run.
         timeline: this process's time since it began. None: it is counted from now on.
+        watchdog: ends this process if nothing goes on in that timeline; it is given the account to say so. None: nobody
+            does.
 
     Returns:
         The content of result.json.
@@ -69,9 +75,11 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
         path = run.workdir.starts if hosts.is_first() else None
         machines = {"hosts": jax.process_count(), "devices": run.mesh.size}
         with Start(path, timeline, **machines, global_batch=run.global_batch) as start:
+            if watchdog is not None:
+                watchdog.account = start
             work = SameWork()
             hosts.observe(
-                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds),
+                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds, timeline.turns),
                 lambda sentence: start.end(LOST_HOST, sentence),
             )
             return _trained(run, observer, timeline, start, work)
@@ -94,7 +102,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
     timeline.observer = told_by(reporter, observer)
     with contextlib.closing(reporter), deferring_signals():
         steps = run.steps()
-        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run)
+        saving = Saving.of(run.config.run, workdir.checkpoints, workdir.run, workdir.forget_run, timeline.goes_on)
         start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:
@@ -135,7 +143,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
                 log.note(f"{workdir.starts} cannot be written ({account.failure}); its account of the time has a gap")
         with timeline("saving"):
             saving.finish(int(state.step), state)
-            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
+            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps, timeline.goes_on)
     outcome = result.of(run, loop, state, accuracy, start)
     if hosts.is_first():
         outcome |= result.over_all_starts(account)
@@ -143,15 +151,28 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
     return outcome
 
 
-def save_final(workdir: Workdir, params: Params, standardize_eps: float = STANDARDIZE_EPS) -> None:
+def save_final(
+    workdir: Workdir,
+    params: Params,
+    standardize_eps: float = STANDARDIZE_EPS,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
     """Writes final.npz on the first host; the others help to bring split arrays there, one at a time.
+
+    Args:
+        progress: function that the first host calls after each array that it has written.
 
     Raises:
         RunFailed: a parameter is not finite.
     """
+
+    def fetch(array: Any) -> Any:
+        progress()  # the array before is written
+        return sharding.fetch(array)
+
     if hosts.is_first():
         try:
-            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=sharding.fetch)
+            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=fetch)
         except weights.WeightsError as error:
             raise RunFailed(f"training ended with parameters that cannot be used: {error}") from None
     else:

@@ -112,7 +112,7 @@ def _trained(start: Sequence[Line]) -> float:
 
 
 def _stood_still(last: Line) -> bool:
-    """Whether a start ended because nothing went on: a host was lost, or it hung. Then the last activity was in vain."""
+    """Whether a start ended because it hung or a host was lost, so that its last activity was in vain."""
     return last.ended in (LOST_HOST, STALLED)
 
 

@@ -188,7 +188,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _growing(self, step: int) -> Iterator[None]:
-        """Calls `progress` whenever files of the checkpoint have grown, on any host: Orbax does not say how far it is."""
+        """Calls `progress` whenever a file of the checkpoint has grown, whichever host writes it: Orbax does not tell."""
         done = threading.Event()
 
         def look() -> None:

@@ -1,9 +1,9 @@
 """Signs that this process runs, for the process that started it.
 
-That one makes a file and names it in the variable `VARIABLE`. While `giving` runs, the file holds this process's number,
-and a thread touches it every second. The thread stands still where the whole process is stopped, as by SIGSTOP, and
-where a call that does not return holds Python's lock, as a driver may. It goes on where the main thread waits in vain:
-`training/stall.py` notices that.
+That one makes a file and names it in the variable `VARIABLE`. While `giving` runs, the file holds this process's
+number, and a thread touches it every second. The thread stands still where the whole process is stopped, as by SIGSTOP,
+and where a call that does not return holds Python's lock, as one of a driver may. It goes on where the main thread
+waits in vain: `training/stall.py` notices that.
 """
 
 import contextlib

@@ -51,7 +51,8 @@ class Sign:
 
     @property
     def place(self) -> str:
-        return f", since step {self.step}" + (f" ({self.activity})" if self.activity else "") if self.step else ""
+        step = f", since step {self.step}" if self.step else ""
+        return step + (f" ({self.activity})" if self.activity else "")
 
 
 class Watch:

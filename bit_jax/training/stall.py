@@ -84,7 +84,7 @@ class Watchdog:
         if self.account is not None:
             self.account.end(STALLED, sentence)
         reporter.close()
-        if place:
+        if hosts.progress():
             time.sleep(OTHERS_SAY)
 
 

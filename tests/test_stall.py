@@ -1,11 +1,12 @@
-"""A run that hangs ends by itself, says where it stood and records it; one that is only slow, or was stopped, goes on."""
+"""A run that hangs ends by itself, says where it stood and records it; one that is slow, or was stopped, goes on."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,6 @@ from bit_jax.accounts.starts import Start
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.process.stillness import BEAT, Stillness
 from bit_jax.scale import hosts
-from bit_jax.training import stall
 from bit_jax.training.loop import Loop
 from bit_jax.training.stall import FIRST, Watchdog
 from bit_jax.training.steps import TrainState
@@ -214,3 +214,121 @@ def test_a_thread_that_never_ends_does_not_keep_a_process_from_ending():
         "error: a thread has not ended in 0.2 s, and this process ends without it\n",
     )
     assert exits.LEAVING > 5  # what is being written is finished first
+
+
+TRAIN = (
+    "--resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 2 --global-batch 8"
+).split()
+
+
+@pytest.fixture(scope="module")
+def environment(compilation_cache):
+    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILES_FAST}
+
+
+@pytest.fixture
+def launched(environment, tmp_path):
+    """(arguments of the launcher) -> it, started; it writes to said.txt."""
+    running = []
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "bit_jax.launch", "--devices", "1", "--back-off", "0.5", *map(str, arguments)]
+        with open(tmp_path / "said.txt", "wb") as said:
+            output = {"stdout": subprocess.DEVNULL, "stderr": said}
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **output))
+        return running[-1]
+
+    yield start
+    for started in running:
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(started.pid).children(recursive=True):
+                child.kill()
+        started.kill()
+        started.wait()
+
+
+def until(condition, launcher, said) -> None:
+    """Returns once the condition holds."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert launcher.poll() is None, said.read_text()
+        assert time.monotonic() < end, said.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_input_hung_and_after_it_was_stopped(launched, small_npz, tmp_path):
+    """On one host, which nobody else watches. Its file system does not answer: a file is a pipe that nobody writes."""
+    images, workdir, said = tmp_path / "images", tmp_path / "run", tmp_path / "said.txt"
+    for split, count in (("train", 8), ("test", 1)):
+        for name in "ab":
+            (images / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng(number).integers(0, 256, (36, 36, 3), np.uint8)
+                Image.fromarray(pixels).save(images / split / name / f"{number}.png")
+    run = ["digits", *TRAIN, "--model", small_npz, "--dataset", f"folder:{images}", "--workdir", workdir]
+    own = ["--hosts", 1, "--restarts", 2, "--silence", 15]
+    launcher = launched(*own, "--", "train.py", *run, "--steps", 120, "--stall-timeout", 15)
+    until(lambda: last_step(workdir) >= 3, launcher, said)
+    shutil.copy(images / "train/a/3.png", tmp_path / "answers.png")
+    os.mkfifo(tmp_path / "hangs.png")
+    (tmp_path / "hangs.png").rename(images / "train/a/3.png")
+    until(lambda: "restart 1 of 2 is in 0.5 s" in said.read_text(), launcher, said)
+    (tmp_path / "answers.png").rename(images / "train/a/3.png")
+    stalled_at = last_step(workdir)
+    until(lambda: last_step(workdir) >= stalled_at + 3, launcher, said)
+    host = next(child for child in psutil.Process(launcher.pid).children(recursive=True) if "--host" in child.cmdline())
+    host.suspend()
+    assert launcher.wait(300) == 0, said.read_text()
+
+    lines = said.read_text().splitlines()
+    (sentence,) = [line for line in lines if line.startswith("error: host 0 of 1: the run has made no progress for ")]
+    assert f", after step {stalled_at} (reading); " in sentence
+    assert any("in read_image_file" in line for line in lines)
+    (first, second) = [line for line in lines if line.startswith("launch: start ")][::2]
+    assert first.startswith(f"launch: start 1 ended after step {stalled_at}: the run has made no progress for 1")
+    assert "host 0 gave no sign of life any more, and was killed; restart 2 of 2" in second
+    ended = [start[-1].ended for start in starts.read(workdir / starts.NAME)]
+    assert ended == ["stalled", None, "finished"]
+    assert json.loads((workdir / "result.json").read_text())["over_all_starts"]["seconds"]["standing still"] > 10
+
+
+# host 1 stops itself in the activities of stops.txt, one in each start
+STOPS_ITSELF = """
+import contextlib, os, signal, sys, time
+from pathlib import Path
+from bit_jax import train
+from bit_jax.accounts.timeline import Timeline
+from input_pipeline.exits import exit_code, leave
+
+stops = Path(__file__).with_name("stops.txt")
+
+class Stopping(Timeline):
+    @contextlib.contextmanager
+    def __call__(self, activity):
+        with super().__call__(activity):
+            if sys.argv[-1] == "1" and activity == stops.read_text().split(" ")[0]:
+                time.sleep(2.5)  # it still says where it is
+                stops.write_text(stops.read_text().partition(" ")[2])
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield
+
+train.Timeline = Stopping
+leave(exit_code(train.main))
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_freezes_is_named_with_its_activity_wherever_it_is(launched, small_npz, tmp_path):
+    activities = ["compilation", "saving", "evaluation"]
+    (tmp_path / "train.py").write_text(STOPS_ITSELF)
+    (tmp_path / "stops.txt").write_text(" ".join(activities))
+    workdir, said = tmp_path / "run", tmp_path / "said.txt"
+    run = ["digits", *TRAIN, "--model", small_npz, "--workdir", workdir, "--steps", 8, "--eval-every", 4]
+    own = ["--hosts", 2, "--restarts", 3, "--grace", 60, "--silence", 25]
+    launcher = launched(*own, "--", tmp_path / "train.py", *run, "--host-timeout", 15)
+    assert launcher.wait(600) == 0, said.read_text()
+    lines = said.read_text().splitlines()
+    lost = [line for line in lines if line.startswith("error: host 0 of 2: host 1 is not heard")]
+    assert [re.search(r"\((\w+)\)", line)[1] for line in lost] == activities, lost
+    assert json.loads((workdir / "result.json").read_text())["hosts"] == 2

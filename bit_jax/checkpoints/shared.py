@@ -188,7 +188,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _growing(self, step: int) -> Iterator[None]:
-        """Calls `progress` whenever a file of the checkpoint has grown, whichever host writes it: Orbax does not tell."""
+        """Calls `progress` whenever a file of the checkpoint grows, whichever host writes it. Orbax does not tell."""
         done = threading.Event()
 
         def look() -> None:

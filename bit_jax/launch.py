@@ -143,22 +143,27 @@ def main() -> int:
 
 def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
     """Runs the processes and returns the first exit code of any that is not 0, or 0 if there is none."""
-    processes = [
-        subprocess.Popen(
-            commands.of_host(command, f"127.0.0.1:{port}", hosts, host),
-            env=os.environ | (commands.environment(host, devices) if devices is not None else {}),
-            process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
-        )
-        for host in range(hosts)
-    ]
+    processes: list[subprocess.Popen] = []
+    asked: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        asked.append(number)
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)  # nothing happens if it has ended
 
-    for number in exits.ASKING:
-        signal.signal(number, forward)
+    for number in exits.ASKING:  # before the first process, because each one that runs has to be sent what comes
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, forward)
+    for host in range(hosts):
+        processes.append(
+            subprocess.Popen(
+                commands.of_host(command, f"127.0.0.1:{port}", hosts, host),
+                env=os.environ | (commands.environment(host, devices) if devices is not None else {}),
+                process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
+            )
+        )
+        for number in asked:  # what came before it was there; it has nothing to save yet
+            processes[-1].send_signal(number)
     codes = [process.wait() for process in processes]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 

@@ -303,6 +303,26 @@ def test_a_command_that_starts_its_hosts_itself_is_run_as_it_is(launched, workdi
     assert said[0] == "launch: start 1 ended: the command was killed by SIGKILL; restart 1 of 1 is in 0.02 s"
 
 
+def test_a_signal_while_the_hosts_are_started_reaches_all_of_them(launched, workdir, monkeypatch):
+    """Without --restarts: the second host is started after the signal has come."""
+    told(workdir, ["wait", "wait"])
+    of_host, place = launch.commands.of_host, workdir / "host0.waits"
+
+    def asked_in_between(command, coordinator, hosts, host):
+        if host == 1:
+            until(lambda: place.exists() and place.read_text())
+            os.kill(os.getpid(), signal.SIGTERM)
+        return of_host(command, coordinator, hosts, host)
+
+    monkeypatch.setattr(launch.commands, "of_host", asked_in_between)
+    code, _ = launched(words(workdir))
+    host = psutil.Process(int(place.read_text())) if psutil.pid_exists(int(place.read_text())) else None
+    left = host is not None and not ended(host)
+    if left:
+        host.kill()
+    assert (code, left) == (128 + signal.SIGTERM, False)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -541,7 +561,8 @@ def test_a_table_of_starts():
 
 
 def test_what_a_command_says_of_itself():
-    words = "train.py digits --workdir a --mesh=data=2,fsdp=2 --workdir b --last".split()
+    words = "train.py digits --workdir a_b --mesh=data=2,fsdp=2 --workdir b --host_timeout=9 --last".split()
+    assert flag(words, "--host-timeout") == "9"
     assert [flag(words, name) for name in ("--workdir", "--mesh", "--other", "--last")] == [
         "b",
         "data=2,fsdp=2",

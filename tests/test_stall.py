@@ -336,9 +336,9 @@ def test_a_host_that_freezes_is_named_with_its_activity_wherever_it_is(launched,
     (tmp_path / "stops.txt").write_text(" ".join(activities))
     workdir, said = tmp_path / "run", tmp_path / "said.txt"
     run = ["digits", *TRAIN, "--model", small_npz, "--workdir", workdir, "--steps", 8, "--eval-every", 4]
-    own = ["--hosts", 2, "--restarts", 3, "--grace", 60, "--silence", 25]
+    own = ["--hosts", 2, "--restarts", 3, "--grace", 60, "--silence", 20]
     launcher = launched(*own, "--", tmp_path / "train.py", *run, "--host-timeout", 15)
-    assert launcher.wait(600) == 0, said.read_text()
+    assert launcher.wait(1200) == 0, said.read_text()
     lines = said.read_text().splitlines()
     lost = [line for line in lines if line.startswith("error: host 0 of 2: host 1 is not heard")]
     assert [re.search(r"\((\w+)\)", line)[1] for line in lost] == activities, lost

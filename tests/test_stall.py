@@ -15,11 +15,13 @@ import psutil
 import pytest
 from conftest import COMPILES_FAST, ROOT, last_step
 
+from bit_jax import load
 from bit_jax.accounts import starts
 from bit_jax.accounts.starts import Start
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.process.stillness import BEAT, Stillness
 from bit_jax.scale import hosts
+from bit_jax.training import finetuning
 from bit_jax.training.loop import Loop
 from bit_jax.training.stall import FIRST, Watchdog
 from bit_jax.training.steps import TrainState
@@ -143,6 +145,13 @@ def test_an_evaluation_goes_on_with_every_batch():
     loop.__dict__["asking"] = lambda batch: batch
     loop.evaluate(TrainState(np.int32(1), {}, ({}, ())), 1)
     assert sorted(set(turns)) == [1, 2, 3, 4, 5]  # the activity began, and four batches
+
+
+def test_final_weights_that_are_written_go_on_with_every_array(small_npz, tmp_path):
+    params, written = load(small_npz)[1], []
+    workdir: Any = SimpleNamespace(final=tmp_path / "final.npz")
+    finetuning.save_final(workdir, params, progress=lambda: written.append(True))
+    assert len(written) == len(np.load(workdir.final)) > 10
 
 
 HANGS = """

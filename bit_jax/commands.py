@@ -5,7 +5,7 @@ Each function runs one command and returns its exit code. It imports the command
 """
 
 from bit_jax.process import hugepages
-from input_pipeline.exits import exit_code
+from input_pipeline.exits import exit_code, leave
 
 
 def train() -> int:
@@ -13,7 +13,7 @@ def train() -> int:
     hugepages.restart()
     from bit_jax.train import main
 
-    return exit_code(main)
+    leave(exit_code(main))
 
 
 def zoo() -> int:

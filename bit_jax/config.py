@@ -246,6 +246,10 @@ class RunConfig:
     accuracy: report the accuracy of the first device's share of the examples, too.
     schedule: begin the learning rate's schedule, warm-up included, anew with every epoch; this changes the training.
     p_core: report images/s over the time in which steps were handed to the devices, without waiting for them, too."""
+    stall_timeout: float = 1800.0
+    """Seconds without any progress after which the run ends with exit code 1, because it hangs; 0: it never does.
+    A step, a batch of an evaluation and a part of a checkpoint are progress, on any host.
+    Before the first step, where programs are compiled, it waits for at least an hour."""
     deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
     """Make a repeated run on GPUs end with the same bytes, even if it was killed and continued.
     Steps may take longer. CPUs always do so."""
@@ -292,6 +296,7 @@ class Config:
             "--seed": self.run.seed,
             "--warmup-steps": self.optimizer.warmup_steps,
             "--profile": self.run.profile,
+            "--stall-timeout": self.run.stall_timeout,
         }
         for flag, value in not_negative.items():
             if value is not None and value < 0:
@@ -336,6 +341,7 @@ _FREE_TO_CHANGE = {
     "run.local_checkpoints",
     "run.local_every",
     "run.profile",
+    "run.stall_timeout",
     "run.flagperf_compat",  # what `schedule` changes is compared with the recipe
 }
 

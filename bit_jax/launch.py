@@ -63,6 +63,10 @@ class Launch:
     grace: float = 90.0
     """Seconds after the first failure in which the other hosts end by themselves; what is left is killed then,
     because it is frozen. The command's --host-timeout has to be shorter."""
+    silence: float = 120.0
+    """Seconds without a sign of life after which a training process is killed, because it is stopped,
+    or hangs in a call that holds Python's lock. Training gives a sign each second; commands that give none,
+    and those of --command-starts-hosts, are not killed. 0: none is."""
     command_starts_hosts: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run the command once, as it is, because it starts all hosts itself, like srun or mpirun."""
 
@@ -77,6 +81,8 @@ class Launch:
         require_positive(numbers | {"--back-off": self.back_off, "--grace": self.grace})
         if self.restarts < 0:
             raise RequestError(f"--restarts {self.restarts} must not be negative")
+        if not self.silence >= 0:
+            raise RequestError(f"--silence {self.silence} must not be negative; 0 kills no process for it")
         if self.back_off_limit < self.back_off:
             raise RequestError(f"--back-off-limit {self.back_off_limit} is below --back-off {self.back_off}")
         if self.on and self.number > len(self.on):
@@ -129,6 +135,7 @@ def main() -> int:
             back_off=flags.back_off,
             back_off_limit=flags.back_off_limit,
             grace=flags.grace,
+            silence=flags.silence,
             as_it_is=flags.command_starts_hosts,
         )
     )
@@ -136,22 +143,27 @@ def main() -> int:
 
 def run(command: list[str], hosts: int, devices: int | None, port: int) -> int:
     """Runs the processes and returns the first exit code of any that is not 0, or 0 if there is none."""
-    processes = [
-        subprocess.Popen(
-            commands.of_host(command, f"127.0.0.1:{port}", hosts, host),
-            env=os.environ | (commands.environment(host, devices) if devices is not None else {}),
-            process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
-        )
-        for host in range(hosts)
-    ]
+    processes: list[subprocess.Popen] = []
+    asked: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        asked.append(number)
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)  # nothing happens if it has ended
 
-    for number in exits.ASKING:
-        signal.signal(number, forward)
+    for number in exits.ASKING:  # before the first process, because each one that runs has to be sent what comes
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, forward)
+    for host in range(hosts):
+        processes.append(
+            subprocess.Popen(
+                commands.of_host(command, f"127.0.0.1:{port}", hosts, host),
+                env=os.environ | (commands.environment(host, devices) if devices is not None else {}),
+                process_group=0,  # otherwise a terminal's Ctrl-C reaches them twice, which means "end at once"
+            )
+        )
+        for number in asked:  # what came before it was there; it has nothing to save yet
+            processes[-1].send_signal(number)
     codes = [process.wait() for process in processes]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 

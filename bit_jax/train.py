@@ -5,13 +5,12 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; the rest is CUDA's and NCCL's: see plan.py
 
-from bit_jax.process import hugepages
+from bit_jax.process import hugepages, signs
 from bit_jax.process.age import age
 
 if __name__ == "__main__":
@@ -27,9 +26,10 @@ from bit_jax.published import fetch
 from bit_jax.scale import alike, hosts
 from bit_jax.stores.mirror import local
 from bit_jax.training import figures, finetuning, run
+from bit_jax.training.stall import Watchdog
 from input_pipeline import terminal
 from input_pipeline.errors import RequestError
-from input_pipeline.exits import exit_code
+from input_pipeline.exits import exit_code, leave
 from input_pipeline.limits import raise_descriptor_limit
 
 
@@ -69,10 +69,10 @@ def train(cfg: config.Config, observer: Observer = nobody) -> dict[str, Any] | N
         The content of result.json on the first host, None on the others.
     """
     timeline = Timeline(before=age())
-    with _joined(cfg, timeline):
+    with signs.giving(), Watchdog(cfg.run.stall_timeout, timeline) as watchdog, _joined(cfg, timeline):
         with timeline(STARTING):
             settled = run.Run.of(cfg)
-        result = finetuning.finetune(settled, observer, timeline)
+        result = finetuning.finetune(settled, observer, timeline, watchdog)
         first = hosts.is_first()
     return result if first else None
 
@@ -98,4 +98,4 @@ def keep_compiled_programs() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    leave(exit_code(main))

@@ -24,6 +24,7 @@ from input_pipeline.terminal import printable
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 RETRY = 0.05  # seconds until an exception that Python had to drop is raised again
+LEAVING = 60.0  # seconds for threads to end in, which finish what they read or write
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it, and a process that ends at once cannot clean up
 
 
@@ -61,6 +62,20 @@ def exit_code(main: Callable[[], object]) -> int:
             signal.signal(number, signal.SIG_DFL)
         return _say(str(stopped), 128 + stopped.number)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, within `LEAVING` seconds even if one of its threads never returns, as from a file system that
+    does not answer: Python's end would wait for it."""
+
+    def end() -> None:
+        tell(f"error: a thread has not ended in {LEAVING:g} s, and this process ends without it\n".encode())
+        os._exit(code)
+
+    timer = threading.Timer(LEAVING, end)
+    timer.daemon = True
+    timer.start()
+    sys.exit(code)
 
 
 def _closed_pipe() -> int:
@@ -182,17 +197,17 @@ def _watch(reading: int) -> None:
             if count > 1:
                 end_at_once("ended at once, because it was asked a second time", 128 + byte[0])
             if _signals.deferred:
-                _tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
+                tell(b"asked to end: the step under way is finished and saved; ask again to end at once\n")
 
 
 def end_at_once(sentence: str, code: int) -> NoReturn:
     """Ends the process with the sentence and the exit code, from any thread, whatever the others are doing."""
-    _tell(f"error: {printable(sentence)}\n".encode())
+    tell(f"error: {printable(sentence)}\n".encode())
     os._exit(code)
 
 
-def _tell(line: bytes) -> None:
-    """Writes to standard error without Python's buffers, whose locks another thread may hold."""
+def tell(line: bytes) -> None:
+    """Writes to standard error without Python's buffers, whose locks another thread may hold, and without waiting."""
     with contextlib.suppress(OSError):
         blocking = os.get_blocking(2)
         os.set_blocking(2, False)  # a terminal that nobody reads must not keep the process from ending

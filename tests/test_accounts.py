@@ -9,7 +9,7 @@ import time
 import pytest
 
 from bit_jax.accounts import goodput, starts
-from bit_jax.accounts.goodput import DEAD, DOWN, KEPT, LOST
+from bit_jax.accounts.goodput import DOWN, KEPT, LOST, STILL
 from bit_jax.accounts.starts import Line, Start
 from bit_jax.accounts.timeline import OTHER, STARTING, Timeline
 from bit_jax.process import reporter
@@ -116,7 +116,7 @@ def test_the_time_that_waits_for_a_dead_host_is_neither_training_nor_lost_traini
     second = [line(170, 100, start=100, step=200, ended="finished")]
     account = goodput.of([first, second])
     seconds = {row: taken for row, taken in account.seconds.items() if taken}
-    assert seconds == {KEPT: 200, DEAD: 60, DOWN: 10}
+    assert seconds == {KEPT: 200, STILL: 60, DOWN: 10}
 
 
 @pytest.mark.parametrize("continued", [100, 115, 130])
@@ -132,7 +132,7 @@ def test_waiting_for_a_dead_host_takes_nothing_from_the_training_that_is_done_ag
     seconds = {row: taken for row, taken in account.seconds.items() if taken}
     interpolated = 100 + (continued - 100) / 30 * 40  # between the first two lines, 10 s of which waited
     assert seconds.pop(LOST, 0) == pytest.approx(130 - min(interpolated, 130))
-    assert seconds == pytest.approx({KEPT: 10 + min(interpolated, 130), DEAD: 30, DOWN: 10})
+    assert seconds == pytest.approx({KEPT: 10 + min(interpolated, 130), STILL: 30, DOWN: 10})
     assert account.wall == 180
 
 

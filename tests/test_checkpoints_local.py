@@ -169,6 +169,15 @@ def names(tmp_path, run="run") -> set[str]:
     return {path.name for path in (tmp_path / "disk" / run).glob("*")}
 
 
+def test_every_piece_that_is_written_is_progress(tmp_path):
+    written = []
+    one = LocalCopies(tmp_path / "disk", "run", "a", tmp_path / "checkpoints", lambda: written.append(True))
+    one.save(3, state_on(DATA))
+    one.close()
+    manifest = json.loads((tmp_path / "disk" / "run" / "3.a.0" / MANIFEST).read_text())
+    assert len(written) == len(manifest["pieces"]) > 2
+
+
 def test_no_damage_goes_unseen(copies, tmp_path):
     """Wherever a bit flips: the copy is not used, or it is restored as it was, as where the name of a field changes."""
     wanted = state_on(DATA)

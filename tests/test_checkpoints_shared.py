@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -55,6 +56,29 @@ def test_restored_onto_another_mesh(saved):
 
 def test_only_the_newest_are_kept(saved):
     assert {path.name for path in saved.iterdir()} == {"1", "2"}
+
+
+def test_a_checkpoint_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path, monkeypatch):
+    """Wherever Orbax has got to, and also while the sums are taken."""
+    monkeypatch.setattr(shared, "LOOK", 0.01)
+    parts, still, progress = tmp_path / "7.orbax-checkpoint-tmp-1" / "state", threading.Event(), threading.Semaphore(0)
+    checkpoints = Checkpoints(tmp_path, keep=2, progress=progress.release)
+
+    class Response:
+        def result(self):
+            parts.mkdir(parents=True)
+            for part in range(3):
+                (parts / "data").write_bytes(bytes(part + 1))
+                assert progress.acquire(timeout=60)
+            while progress.acquire(timeout=0.3):  # what was under way
+                pass
+            still.set()
+            parts.parent.rename(tmp_path / "7")
+
+    checkpoints._finish(7, Response())
+    assert still.is_set()
+    assert progress.acquire(timeout=60)  # for the sum of its only file
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("left", ["3.orbax-checkpoint-tmp", "3"])

@@ -234,7 +234,7 @@ def test_the_page_compares_runs(tmp_path, reported):
     page = tmp_path / "page.html"
     code, out, _ = reported(*runs.values(), "--html", page)
     assert code == 0
-    assert "waiting for a dead host" in out
+    assert "standing still" in out
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", text), "the page fetches something"
     assert "host 1 &lt;is&gt; gone" in text

@@ -110,6 +110,11 @@ def test_an_fsdp_axis_that_does_not_divide_the_devices_is_refused(tmp_path):
         Spread.of(cfg, begun(cfg, 64))
 
 
+def test_a_misspelt_mesh_is_told_both_forms(tmp_path):
+    with pytest.raises(RequestError, match="--mesh 'autos' is not of the form data=N,fsdp=M, and is not auto either"):
+        Spread.of(configured(tmp_path, mesh="autos"), None)
+
+
 def test_the_run_is_made_of_it(small_npz, tmp_path):
     cfg = configured(tmp_path, batch_per_device=2, global_batch=512, resize_to=36, crop=32)
     cfg = dataclasses.replace(cfg, model=config.ModelConfig(str(small_npz)))

@@ -6,6 +6,7 @@ Most tests run a stand-in for train.py, which dies as it is told. The slow ones 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,9 +28,9 @@ from input_pipeline import exits
 from input_pipeline.exits import exit_code
 
 # acts.json holds, for each start, what each host does: an exit code, a negative signal, "stop" to freeze, "wait" for a
-# signal, or be "deaf" to it; and what host 0 then writes to starts.jsonl
+# signal, be "deaf" to it, or what it does after it has given signs of life; and what host 0 then writes to starts.jsonl
 STAND_IN = """
-import json, os, signal, sys, time
+import ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -51,7 +52,28 @@ if todo in ("wait", "deaf"):
     time.sleep(600)
 if todo == "stop":
     os.kill(os.getpid(), signal.SIGSTOP)
+if todo in ("freezes", "thaws", "hangs", "leaves", "dies within"):
+    from bit_jax.process import signs
+    if todo == "dies within" and os.fork():
+        os.wait()
+        time.sleep(5)
+        sys.exit(0)
+    with signs.giving():
+        time.sleep(0.5)
+        if todo == "dies within":
+            os._exit(1)
+        if todo == "thaws":
+            subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"], start_new_session=True)
+        if todo in ("freezes", "thaws"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if todo == "hangs":
+            ctypes.PyDLL(None).sleep(600)  # with Python's lock
+    time.sleep(5 if todo == "leaves" else 0)
+    sys.exit(0)
 dying = [workdir / f"start{start}.host{other}.dies" for other, does in enumerate(act["hosts"]) if does in (-9, -11)]
+if todo == "quiet":
+    time.sleep(5)
+    sys.exit(0)
 if todo < 0:
     dying[0].write_text(str(os.getpid()))
     os.kill(os.getpid(), -todo)
@@ -175,6 +197,42 @@ def test_a_frozen_host_is_killed_after_the_grace(launched, workdir):
     ]
 
 
+def test_a_host_that_gives_no_sign_of_life_any_more_is_killed_and_started_again(launched, workdir):
+    """One is stopped. The other holds Python's lock and can still say where."""
+    told(workdir, ["freezes", "hangs"], [0, 0])
+    code, said = launched(words(workdir, "--restarts", 1, "--silence", 2))
+    assert (code, [len(starts(workdir, host)) for host in (0, 1)]) == (0, [2, 2])
+    assert len([line for line in said if "has given no sign of life for 2 s, and is killed" in line]) == 2
+    assert any("train.py" in line and "in <module>" in line for line in said), said
+    (ended,) = [line for line in said if line.startswith("launch: start 1 ended: ")]
+    assert re.search(r": host [01] gave no sign of life any more, and was killed; restart 1 of 1 is in 0.02 s$", ended)
+
+
+def test_a_single_host_is_watched_as_well(launched, workdir):
+    told(workdir, ["freezes"], [0])
+    code, said = launched(words(workdir, "--restarts", 1, "--silence", 1, "--hosts", 1))
+    assert (code, len(starts(workdir))) == (0, 2)
+    assert "host 0 gave no sign of life any more, and was killed; restart 1 of 1" in said[-2]
+
+
+def test_only_what_is_silent_after_a_sign_of_life_is_killed(launched, workdir):
+    """These say that they leave, or die within a host that goes on, or have never given a sign."""
+    told(workdir, ["leaves", "dies within", "quiet", 0])
+    assert launched(words(workdir, "--restarts", 1, "--silence", 2, "--hosts", 4)) == (0, [])
+
+
+def test_a_host_that_thaws_in_time_goes_on(launched, workdir):
+    told(workdir, ["thaws"])
+    assert launched(words(workdir, "--restarts", 1, "--silence", 30, "--hosts", 1)) == (0, [])
+
+
+@pytest.mark.parametrize("flags", [("--silence", 0), ("--silence", 2, "--command-starts-hosts")])
+def test_nobody_is_watched_where_that_is_off(launched, workdir, flags):
+    told(workdir, ["thaws"])
+    hosts = () if "--command-starts-hosts" in flags else ("--hosts", 1)
+    assert launched(words(workdir, "--restarts", 1, *flags, *hosts)) == (0, [])
+
+
 @pytest.fixture
 def rsh(tmp_path):
     """A stand-in for ssh, which runs the command here, but not for machines that have a file NAME.away."""
@@ -245,6 +303,26 @@ def test_a_command_that_starts_its_hosts_itself_is_run_as_it_is(launched, workdi
     assert said[0] == "launch: start 1 ended: the command was killed by SIGKILL; restart 1 of 1 is in 0.02 s"
 
 
+def test_a_signal_while_the_hosts_are_started_reaches_all_of_them(launched, workdir, monkeypatch):
+    """Without --restarts: the second host is started after the signal has come."""
+    told(workdir, ["wait", "wait"])
+    of_host, place = launch.commands.of_host, workdir / "host0.waits"
+
+    def asked_in_between(command, coordinator, hosts, host):
+        if host == 1:
+            until(lambda: place.exists() and place.read_text())
+            os.kill(os.getpid(), signal.SIGTERM)
+        return of_host(command, coordinator, hosts, host)
+
+    monkeypatch.setattr(launch.commands, "of_host", asked_in_between)
+    code, _ = launched(words(workdir))
+    host = psutil.Process(int(place.read_text())) if psutil.pid_exists(int(place.read_text())) else None
+    left = host is not None and not ended(host)
+    if left:
+        host.kill()
+    assert (code, left) == (128 + signal.SIGTERM, False)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -253,6 +331,8 @@ def test_a_command_that_starts_its_hosts_itself_is_run_as_it_is(launched, workdi
         (("--hosts", 3, "--on", "a", "b"), "--hosts 3 is more than the 2 machines of --on"),
         (("--on", "a", "u@a"), "names a machine twice"),
         (("--restarts", 1, "--grace", 60), "--grace 60 is not above the 60 s of --host-timeout"),
+        (("--silence", -1), "--silence -1.0 must not be negative"),
+        (("--silence", "nan"), "--silence nan must not be negative"),
         (("--back-off", 0), "--back-off 0.0 must be greater than 0"),
         (("--back-off", 9, "--back-off-limit", 3), "--back-off-limit 3.0 is below --back-off 9.0"),
         (("--command-starts-hosts", "--hosts", 2), "which has its own machines"),
@@ -378,7 +458,8 @@ def test_a_guard_kills_its_host_when_its_input_ends(workdir):
     with beside, beside.stdin as input_, beside.stdout as output:
         assert output.readline().startswith("ready ")
         command = [sys.executable, str(workdir.parent / "train.py"), "--workdir", str(workdir)]
-        print(json.dumps({"command": command, "environment": {}, "folder": "/"}), file=input_, flush=True)
+        told_to_it = {"command": command, "environment": {}, "folder": "/", "silence": 0}
+        print(json.dumps(told_to_it), file=input_, flush=True)
         assert output.readline() == "host 0 runs\n"
         place = workdir / "host0.waits"
         until(lambda: place.exists() and place.read_text())
@@ -423,6 +504,13 @@ LOST, ONE, TWO = End("host 0", 137), End("host 0", 1), End("host 1", 2)
         ([End("host 0", 143), End("host 1", 143)], None, "machine", "host 0 was asked to end by SIGTERM"),
         ([ONE, ONE], Record(6, "lost host", "host 1 is not heard any more: nothing"), "machine", "host 1 is not heard"),
         ([ONE, ONE], Record(6, "lost host", "host 1 ended: the disk is full"), "run", "host 1 ended: the disk is full"),
+        ([ONE, ONE], Record(6, "stalled", "the run has made no progress; so"), "machine", "the run has made no progr"),
+        (
+            [ONE, End("host 1", 137, silent=True)],
+            None,
+            "machine",
+            "host 1 gave no sign of life any more, and was killed",
+        ),
         ([ONE, ONE], Record(6, "failed", "the loss is nan"), "run", "the loss is nan"),
         ([ONE, ONE], Record(6, "defect", ""), "run", "host 0 ended with exit code 1"),
         ([ONE, ONE], Record(6), "run", "host 0 ended with exit code 1"),
@@ -473,7 +561,8 @@ def test_a_table_of_starts():
 
 
 def test_what_a_command_says_of_itself():
-    words = "train.py digits --workdir a --mesh=data=2,fsdp=2 --workdir b --last".split()
+    words = "train.py digits --workdir a_b --mesh=data=2,fsdp=2 --workdir b --host_timeout=9 --last".split()
+    assert flag(words, "--host-timeout") == "9"
     assert [flag(words, name) for name in ("--workdir", "--mesh", "--other", "--last")] == [
         "b",
         "data=2,fsdp=2",

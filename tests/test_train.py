@@ -31,7 +31,7 @@ from bit_jax.accounts import starts
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.compiled import profile
 from bit_jax.scale.sharding import make_mesh
-from bit_jax.training import resources, run
+from bit_jax.training import finetuning, resources, run
 from bit_jax.training.loop import Begun, Loop
 from input_pipeline import claims
 from input_pipeline.exits import exit_code
@@ -525,7 +525,7 @@ def test_weights_that_are_not_finite(capsys, monkeypatch, small_npz, tmp_path):
     np.savez(tmp_path / "w.npz", **arrays)
     # the weights are read once the program is compiled, which is spared here
     monkeypatch.setattr(
-        run, "compile_program", lambda made, watched: SimpleNamespace(state_shape=made.state, initial_state=None)
+        finetuning, "compile_program", lambda made, watched: SimpleNamespace(state_shape=made.state, initial_state=None)
     )
     sentence = refused(capsys, monkeypatch, small_npz, "--workdir", tmp_path / "run", "--model", tmp_path / "w.npz")
     assert "resnet/group_norm/gamma" in sentence

@@ -51,7 +51,7 @@ class TwoHosts:
         """Has the functions of `hosts` speak of the two threads."""
         monkeypatch.setattr(hosts, "exchange", self.exchange)
         monkeypatch.setattr(hosts, "given_by", self.given_by)
-        monkeypatch.setattr(hosts, "place", lambda: (self._thread.host, 2))
+        monkeypatch.setattr(hosts, "position", lambda: (self._thread.host, 2))
         monkeypatch.setattr(pieces, "host_of", lambda device: device.id // 4)
 
     def both(self, work) -> list:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bit_jax.accounts import starts
-from bit_jax.accounts.starts import LOST_HOST, Line
+from bit_jax.accounts.starts import LOST_HOST, STALLED, Line
 from bit_jax.accounts.timeline import OTHER, STARTING
 
 KEPT, LOST = "training that counts", "training done again"
-DOWN, DEAD = "not running", "waiting for a dead host"
+DOWN, STILL = "not running", "standing still"
 # {activity of `Timeline`: what the account calls it}; an activity that is not here is `OTHER`
 NAMES = {
     STARTING: "starting",
@@ -35,7 +35,7 @@ NAMES = {
     "saving": "saving",
     "watching": "watching",
 }
-ROWS = (*dict.fromkeys(NAMES.values()), LOST, DEAD, DOWN, OTHER)
+ROWS = (*dict.fromkeys(NAMES.values()), LOST, STILL, DOWN, OTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,9 @@ def _seconds(lines: Sequence[Sequence[Line]]) -> dict[str, float]:
         last = start[-1]
         for activity, taken in last.seconds.items():
             seconds[NAMES.get(activity, OTHER)] += taken
-        if last.ended == LOST_HOST:
+        if _stood_still(last):
             seconds[NAMES.get(last.activity, OTHER)] -= last.since
-            seconds[DEAD] += last.since
+            seconds[STILL] += last.since
         lost = _training(last) - _kept(start, lines[index + 1 :])
         seconds[KEPT] -= lost
         seconds[LOST] += lost
@@ -106,10 +106,15 @@ def _seconds(lines: Sequence[Sequence[Line]]) -> dict[str, float]:
 
 
 def _training(line: Line) -> float:
-    """Returns the seconds of training up to a line, with those that are lost, and without those that wait for a dead
-    host."""
-    waited = line.since if line.ended == LOST_HOST and NAMES.get(line.activity) == KEPT else 0.0
-    return sum(taken for activity, taken in line.seconds.items() if NAMES.get(activity) == KEPT) - waited
+    """Returns the seconds of training up to a line, with those that are lost, and without those in which a start stood
+    still before its end."""
+    still = line.since if _stood_still(line) and NAMES.get(line.activity) == KEPT else 0.0
+    return sum(taken for activity, taken in line.seconds.items() if NAMES.get(activity) == KEPT) - still
+
+
+def _stood_still(line: Line) -> bool:
+    """Whether a start ended because it hung or a host was lost, so that its last activity was in vain."""
+    return line.ended in (LOST_HOST, STALLED)
 
 
 def _kept(start: Sequence[Line], later: Sequence[Sequence[Line]]) -> float:

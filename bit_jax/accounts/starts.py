@@ -13,6 +13,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,8 @@ BEAT = 10.0  # seconds between two lines
 LINES = 500  # later, lines are written every 500th part of the time: a month has about three thousand
 LATEST = 253402300799  # the last second of the year 9999; what is later cannot be shown as a date
 LOST_HOST = "lost host"
-ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, "defect")
+STALLED = "stalled"  # nothing went on for too long
+ENDS = ("finished", "stopped", "failed", "refused", LOST_HOST, STALLED, "defect")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Line:
         began: when its process began, in seconds since 1970; it tells one start from another.
         elapsed: seconds since then; the sum of `seconds`.
         seconds: {activity: seconds in which it was the innermost one}.
-        activity, since: the innermost activity, and the seconds since it began or went on.
+        activity, since: the innermost activity, and the seconds since it began or last went on.
         hosts, devices, global_batch: numbers of hosts and devices, and of examples in a step.
         start: the step that it continues from, or None as long as that is not known.
         step: the last finished step.
@@ -71,6 +73,8 @@ class Start:
         path: the file, to which lines are appended; None: nothing is written, as on all hosts but the first.
         timeline: this process's time since it began.
         hosts, devices, global_batch: see `Line`.
+        after: function that is called once the last line is written, on all hosts; the process may be about to end
+            abruptly.
 
     Attributes:
         earlier: the lines of the starts before, as `read` returns them; None if they cannot be read.
@@ -78,7 +82,16 @@ class Start:
         failure: why the newest line could not be written; empty if it was.
     """
 
-    def __init__(self, path: Path | None, timeline: Timeline, *, hosts: int, devices: int, global_batch: int):
+    def __init__(
+        self,
+        path: Path | None,
+        timeline: Timeline,
+        *,
+        hosts: int,
+        devices: int,
+        global_batch: int,
+        after: Callable[[], object] = lambda: None,
+    ):
         self.step = 0
         self._continued: int | None = None
         self._path, self._timeline = path, timeline
@@ -87,8 +100,13 @@ class Start:
         self.earlier = _earlier(path)
         self.failure = ""
         self._written = 0.0  # seconds from the beginning to the last line
-        self._ended, self._lock = threading.Event(), threading.RLock()
+        self._ended, self._lock, self._after = threading.Event(), threading.RLock(), after
         self._reporter = Reporter("starts")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that this start has finished."""
+        return 0 if self._continued is None else self.step - self._continued
 
     def __enter__(self) -> "Start":
         if self._path is not None:
@@ -121,6 +139,7 @@ class Start:
                 self._ended.set()
                 self.mark(ended=ended, why=why)
         self._reporter.close()
+        self._after()
 
     def line(self, **more: Any) -> Line:
         """Returns the account so far."""

@@ -28,12 +28,14 @@ class Timeline:
         observer: that function, which may be replaced.
         seconds: {activity: seconds that it took in total}.
         began: {activity: seconds from the beginning, `before` included, to when it first began}.
+        turns: how often an activity began, ended or went on so far; what hangs adds none.
     """
 
     def __init__(self, observer: Observer = nobody, *, before: float = 0.0):
         self.observer = observer
         self.seconds: dict[str, float] = {}
         self.began: dict[str, float] = {}
+        self.turns = 0
         self._own = {STARTING: before} if before else {}
         self._open = [OTHER]
         self._turned = time.perf_counter()  # when the innermost activity began, or went on
@@ -56,6 +58,10 @@ class Timeline:
     def elapsed(self) -> float:
         """Seconds since the beginning, `before` included. The clock is one that nobody sets, unlike the time of day."""
         return time.perf_counter() - self._zero
+
+    def goes_on(self) -> None:
+        """Notes that the innermost activity makes progress, as where a part of its work is done. Any thread may."""
+        self._turn(lambda: None)
 
     def add(self, activity: str, seconds: float) -> None:
         """Adds to `seconds`; `own` does not know of it."""
@@ -95,6 +101,7 @@ class Timeline:
             now, activity = time.perf_counter(), self._open[-1]
             self._own[activity] = self._own.get(activity, 0.0) + now - self._turned
             self._turned = now
+            self.turns += 1
             change()
             return now
 

@@ -115,13 +115,22 @@ class LocalCopies:
         attempt: text that only this start of it has, the same on all hosts; hexadecimal.
         shared: function that returns the steps of the complete shared checkpoints; copies that are older than the
             newest of those are removed.
+        progress: function that a thread calls after each piece that it writes.
 
     Raises:
         RequestError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, run: str, attempt: str, shared: Callable[[], Iterable[int]]):
+    def __init__(
+        self,
+        directory: Path,
+        run: str,
+        attempt: str,
+        shared: Callable[[], Iterable[int]],
+        progress: Callable[[], object] = lambda: None,
+    ):
         self._folder, self._attempt, self._shared = directory.absolute() / run, attempt, shared
+        self._progress = progress
         self._host = jax.process_index()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +280,7 @@ class LocalCopies:
         try:
             self._make_room()
             copy.path.mkdir(parents=True, exist_ok=True)
-            manifest = packed.write(copy.path / PIECES, pieces, copy.origin)
+            manifest = packed.write(copy.path / PIECES, pieces, copy.origin, self._progress)
             if manifest is None:
                 return copy.remove()
             write_json(copy.path / MANIFEST, manifest)

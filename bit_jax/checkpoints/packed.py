@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,14 @@ def octets(data: np.ndarray) -> memoryview:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
-def write(path: Path, pieces: list[Piece], origin: Origin) -> dict[str, Any] | None:
+def write(
+    path: Path, pieces: list[Piece], origin: Origin, progress: Callable[[], object] = lambda: None
+) -> dict[str, Any] | None:
     """Writes the bytes of the pieces to a file, and empties the list. Returns what `listed` reads, as JSON's types;
     None if the pieces are not of the origin's step.
+
+    Args:
+        progress: function that is called after each piece.
 
     Raises:
         OSError: the file cannot be written.
@@ -64,6 +69,7 @@ def write(path: Path, pieces: list[Piece], origin: Origin) -> dict[str, Any] | N
             written.append((piece.key, *dataclasses.astuple(piece.tile), file.tell(), digest))
             arrays.setdefault(piece.key, (piece.whole, data.dtype.name))
             file.write(octets(data))
+            progress()
     return {"arrays": arrays, "pieces": written}
 
 

@@ -57,25 +57,27 @@ class Saving:
     def of(
         cls,
         flags: RunConfig,
-        open_shared: Callable[[str], Checkpoints | StoredCheckpoints],
+        open_shared: Callable[[str, Callable[[], object]], Checkpoints | StoredCheckpoints],
         run: Callable[[], str],
         disown: Callable[[], None],
+        progress: Callable[[], object] = nothing,
     ) -> "Saving":
         """Opens the places that the flags name. All hosts have to make this call.
 
         Args:
             open_shared: opens the shared checkpoints; it is given a text that only this start of the run has, the same
-                on all hosts.
+                on all hosts, and `progress`.
             run: returns a text that only this run has, if there are local copies.
             disown: function after which `run` returns another text, for all hosts.
+            progress: function that is called, in any thread, whenever a part of the state is written.
 
         Raises:
             RequestError: a place cannot be used.
         """
         attempt = hosts.exchange("attempt", secrets.token_hex(4))[0]
-        shared, local = open_shared(attempt), None
+        shared, local = open_shared(attempt, progress), None
         if flags.local_checkpoints is not None:
-            local = LocalCopies(flags.local_checkpoints, run(), attempt, shared.complete)
+            local = LocalCopies(flags.local_checkpoints, run(), attempt, shared.complete, progress)
         intervals = {"minutes": flags.checkpoint_minutes, "local_every": flags.local_every}
         return cls(shared, local, every=flags.checkpoint_every, disown=disown, **intervals)
 

@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ MANIFEST = "sha256.json"  # hashes of a checkpoint's other files; it is written 
 ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state"}  # Orbax's entries in a checkpoint
 HALF = ".orbax-checkpoint-tmp"  # suffix, after the step, of a directory that Orbax is writing
 LEAVING = ".removing"  # suffix, after the step, of a checkpoint that is being deleted
+LOOK = 5.0  # seconds between two looks at the size of a checkpoint that is being written
 
 # If one write fails, Orbax logs pages about each of the others before it raises. CheckpointError says the cause in a
 # sentence, so the log is silenced.
@@ -63,6 +65,11 @@ def read(directory: Path, step: int) -> dict[str, Any]:
 class Checkpoints:
     """The newest training states of a run, by step.
 
+    Args:
+        directory: where they lie.
+        keep: number of complete ones that are kept.
+        progress: function that threads call while a checkpoint that is being written grows.
+
     Attributes:
         newest: step of the newest checkpoint, or None if there is none. Damaged checkpoints are set aside first, and
             the log names them.
@@ -72,8 +79,8 @@ class Checkpoints:
     part, and the first writes the manifest. Directories that this program did not write are never touched.
     """
 
-    def __init__(self, directory: Path, *, keep: int):
-        self._directory, self._keep = directory.absolute(), keep
+    def __init__(self, directory: Path, *, keep: int, progress: Callable[[], object] = lambda: None):
+        self._directory, self._keep, self._progress = directory.absolute(), keep, progress
         self._first = hosts.is_first()
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -175,14 +182,33 @@ class Checkpoints:
         return 0
 
     def _finish(self, step: int, response: Any) -> None:
-        response.result()
+        with self._growing(step):
+            response.result()
         path = self._directory / str(step)
         if self._first:
-            write_json(path / MANIFEST, _digests(path))
+            write_json(path / MANIFEST, _digests(path, self._progress))
             for old in complete_steps(self._directory)[self._keep :]:
                 leaving = self._directory / f"{old}{LEAVING}"
                 (self._directory / str(old)).rename(leaving)  # now a kill leaves nothing that looks complete
                 shutil.rmtree(leaving)
+
+    @contextlib.contextmanager
+    def _growing(self, step: int) -> Iterator[None]:
+        """Calls `progress` whenever a file of the checkpoint grows, whichever host writes it. Orbax does not tell."""
+        done = threading.Event()
+
+        def look() -> None:
+            before: list[int] = []
+            while not done.wait(LOOK):
+                if (sizes := _sizes(self._directory, step)) != before:
+                    self._progress()
+                before = sizes
+
+        threading.Thread(target=look, name="growth of a checkpoint", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -234,13 +260,25 @@ def _damage(checkpoint: Path) -> str | None:
     return f"{differing[0]} is not as written" if differing else None
 
 
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """Returns {relative path: SHA-256} for every file except the manifest."""
+def _sizes(directory: Path, step: int) -> list[int]:
+    """Returns the bytes of every file of a checkpoint that is being written, whatever it is called meanwhile."""
+    sizes = []
+    for place in (directory / str(step), *directory.glob(f"{step}{HALF}*")):
+        for folder, _, names in os.walk(place):
+            for name in names:
+                with contextlib.suppress(OSError):  # it has just got another name
+                    sizes.append(os.stat(os.path.join(folder, name)).st_size)
+    return sizes
+
+
+def _digests(checkpoint: Path, progress: Callable[[], object] = lambda: None) -> dict[str, str]:
+    """Returns {relative path: SHA-256} for every file except the manifest, and calls `progress` after each."""
     digests = {}
     for directory, _, names in os.walk(checkpoint, onerror=_raise):
         for path in (Path(directory, name) for name in names if name != MANIFEST):
             with open(path, "rb") as file:
                 digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+            progress()
     return digests
 
 

@@ -170,15 +170,25 @@ class StoredCheckpoints:
         attempt: text that only this start of the run has, the same on all hosts; hexadecimal.
         before: function that is called on host 0 before a checkpoint is complete: what a run that continues from it
             needs besides has to be in the store by then.
+        progress: function that a thread calls while it writes a checkpoint.
 
     Raises:
         CheckpointError: the store does not answer, or holds checkpoints of another form.
     """
 
-    def __init__(self, store: Store, scratch: Path, *, keep: int, attempt: str, before: Callable[[], None]):
+    def __init__(
+        self,
+        store: Store,
+        scratch: Path,
+        *,
+        keep: int,
+        attempt: str,
+        before: Callable[[], None],
+        progress: Callable[[], object] = lambda: None,
+    ):
         self._store, self._scratch, self._keep = store, scratch, keep
-        self._attempt, self._before = attempt, before
-        self._host, self._count = hosts.place()
+        self._attempt, self._before, self._progress = attempt, before, progress
+        self._host, self._count = hosts.position()
         self._copied = Copier()
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -265,9 +275,9 @@ class StoredCheckpoints:
 
     def _write(self, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
         with tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".tmp") as file:
-            index = packed.write(Path(file.name), pieces, checkpoint.origin)
+            index = packed.write(Path(file.name), pieces, checkpoint.origin, self._progress)
             assert index is not None, "a state is saved after its step is finished"
-            self._store.send(Path(file.name), checkpoint.pieces(self._host))
+            self._store.send(Path(file.name), checkpoint.pieces(self._host), self._progress)
         self._store.write(checkpoint.index(self._host), json.dumps(index).encode())
         if self._host == 0:
             self._finish(checkpoint)

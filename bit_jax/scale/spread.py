@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bit_jax.config import Config
+from bit_jax.config import AUTO, Config
 from bit_jax.scale import hosts, sharding
 from input_pipeline.errors import RequestError
 
@@ -112,9 +112,13 @@ def _begun(kept: dict[str, Any] | None, batch_per_device: int | None) -> int | N
 def _fsdp(text: str, devices: int, *, goes_on: bool) -> tuple[int, tuple[str, ...]]:
     """Returns the size of the fsdp axis, and a sentence if `--mesh` is of another number of devices."""
     try:
+        sizes = sharding.mesh_sizes(text) if text else {}
+    except RequestError as error:
+        raise RequestError(f"{error}, and is not {AUTO} either; write one of the two") from None
+    try:
         return sharding.parse_mesh(text, devices), ()
     except RequestError:
-        fsdp = sharding.mesh_sizes(text).get(sharding.FSDP, 1)
+        fsdp = sizes.get(sharding.FSDP, 1)
         if not goes_on or devices % fsdp:
             raise
     return fsdp, (

@@ -38,12 +38,14 @@ class Sign:
         activity: what it does.
         waited: seconds in which its devices have waited for its input, in all.
         worked: seconds that its slowest device took for `same_work`, or 0.
+        progress: a number that changes whenever something in it goes on.
     """
 
     step: int = 0
     activity: str = ""
     waited: float = 0.0
     worked: float = 0.0
+    progress: int = 0
 
     @classmethod
     def parsed(cls, text: str) -> tuple[int, "Sign"]:
@@ -102,6 +104,15 @@ class Watch:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    @property
+    def place(self) -> str:
+        return f"host {self._host} of {self._hosts}"
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """The `Sign.progress` of each other host, as last heard."""
+        return tuple(sign.progress for host, (_, _, sign) in self._seen.items() if host != self._host)
 
     def _beat(self) -> None:
         count, comparison = 0, Comparison()
@@ -166,7 +177,7 @@ class Watch:
             after = max(after, TO_READ)
         if self._stopping.wait(after * BEAT):
             return  # it fails by itself, and says why
-        exits.end_at_once(f"host {self._host} of {self._hosts}: {sentence}; {AGAIN}", 1)
+        exits.end_at_once(f"{self.place}: {sentence}; {AGAIN}", 1)
 
 
 class Comparison:

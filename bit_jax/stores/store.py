@@ -17,7 +17,7 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,21 @@ class Store:
             self._make_folder(key)
             self._files.pipe_file(self._path(key), data)
 
-    def send(self, path: Path, key: str) -> None:
-        """Writes an object with the content of a file."""
+    def send(self, path: Path, key: str, progress: Callable[[], object] = lambda: None) -> None:
+        """Writes an object with the content of a file.
+
+        Args:
+            progress: function that is called, in any thread, whenever a part has been written.
+        """
+        import fsspec
+
+        class Telling(fsspec.callbacks.Callback):
+            def call(self, *_: Any, **__: Any) -> None:
+                progress()
+
         with self._asking("written", key):
             self._make_folder(key)
-            self._files.put_file(str(path), self._path(key))
+            self._files.put_file(str(path), self._path(key), callback=Telling())
 
     def fetch(self, key: str, path: Path) -> None:
         """Writes a file with the content of an object."""

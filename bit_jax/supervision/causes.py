@@ -22,12 +22,14 @@ class End:
         code: its exit code, or 128 plus the number of the signal that killed it.
         far: whether it ran behind ssh, whose own exit code may be in place of the host's.
         killed: whether the supervisor killed it, because it had not ended long after another one.
+        silent: whether its guard killed it, because it gave no sign of life any more.
     """
 
     host: str
     code: int
     far: bool = False
     killed: bool = False
+    silent: bool = False
 
     @property
     def lost(self) -> str:
@@ -36,6 +38,8 @@ class End:
             return f"{self.host} was frozen or waited for others, and was killed"
         if self.far and self.code == RSH_FAILED:
             return f"the connection to {self.host} was lost"
+        if self.silent:
+            return f"{self.host} gave no sign of life any more, and was killed"
         if self.code <= 128:
             return ""
         name = _signal(self.code - 128)
@@ -97,6 +101,8 @@ def _recorded(first: End, record: Record | None) -> Cause:
     if record.ended is None:
         return Cause("run", first.said, f"exit code {first.code}")
     why = _why(first, record)
+    if record.ended == "stalled":
+        return Cause("machine", why)
     if record.ended == "lost host":
         # a host that fails by itself tells the others why, and one that is not heard any more does not
         if own := re.search(r"\bhost \d+ ended: (.+)", why):

@@ -42,13 +42,16 @@ def trains(command: list[str]) -> bool:
 
 
 def flag(command: list[str], name: str) -> str | None:
-    """Returns the value of a flag, which stands behind it or after a =; the last one counts. None: it is not there."""
+    """Returns the value of a flag, which stands behind it or after a =; the last one counts. None: it is not there.
+
+    Args:
+        name: the flag, such as --host-timeout; the command may write it as --host_timeout, too.
+    """
     value = None
     for word, following in zip(command, [*command[1:], None], strict=True):
-        if word == name:
-            value = following
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
+        written, equals, given = word.partition("=")
+        if written.replace("_", "-") == name:
+            value = given if equals else following
     return value
 
 

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 from queue import SimpleQueue
+
+from bit_jax.supervision.guard import SILENT
 
 GUARD = "bit_jax.supervision.guard"
 CARRIED = ("JAX_", "XLA_", "NCCL_", "GLOO_", "PYTHON")  # beginnings of the variables that go to other machines too
@@ -63,12 +66,14 @@ class Guard:
         machine: where it runs.
         port: a free port there, once it is ready; before, None.
         code: exit code of the host, or 128 plus a signal's number, once it has ended; that of ssh if ssh failed.
+        silent: whether the guard has killed the host because it gave no sign of life any more.
     """
 
     def __init__(self, machine: Machine, events: SimpleQueue):
         self.machine = machine
         self.port: int | None = None
         self.code: int | None = None
+        self.silent = False
         self._events = events
         self._process = subprocess.Popen(
             machine.running_guard(),
@@ -80,9 +85,11 @@ class Guard:
         self._output.start()
         threading.Thread(target=self._wait, name="end of a host", daemon=True).start()
 
-    def run(self, command: list[str], environment: dict[str, str]) -> None:
-        """Starts the host."""
-        self._write(json.dumps({"command": command, "environment": environment, "folder": os.getcwd()}))
+    def run(self, command: list[str], environment: dict[str, str], silence: float) -> None:
+        """Starts the host, which is killed if it has given signs of life and gives none for `silence` seconds; 0: it is
+        not."""
+        told = {"command": command, "environment": environment, "folder": os.getcwd(), "silence": silence}
+        self._write(json.dumps(told))
 
     def send(self, number: int) -> None:
         """Sends the host a signal."""
@@ -123,5 +130,6 @@ class Guard:
     def _wait(self) -> None:
         code = self._process.wait()
         self._output.join(PATIENCE)
-        self.code = code if code >= 0 else 128 - code
+        self.silent = code == SILENT
+        self.code = 128 + signal.SIGKILL if self.silent else code if code >= 0 else 128 - code
         self._events.put(Ended(self))

@@ -17,7 +17,8 @@ class Record:
 
     Attributes:
         step: last finished step; None if it is not known.
-        ended: finished, stopped, failed, refused, lost host or defect; None if the start could not write its end.
+        ended: finished, stopped, failed, refused, lost host, stalled or defect; None if the start could not write its
+            end.
         why: the sentence that it ended with; may be empty.
         devices, hosts: how many it ran on; None if it does not say.
         began: whether it had restored its checkpoint, or made its first parameters.

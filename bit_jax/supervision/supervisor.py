@@ -34,6 +34,7 @@ class Wanted:
         back_off, back_off_limit: seconds before the second start; twice as many before each further one without
             progress between, up to the limit.
         grace: seconds that hosts have to end after the first one has, before they are killed.
+        silence: seconds without a sign of life after which a host that has given some is killed; 0: it is not.
         as_it_is: whether the command starts the hosts itself, like srun; it is run once, and no flags are added.
     """
 
@@ -47,6 +48,7 @@ class Wanted:
     back_off: float = 5.0
     back_off_limit: float = 300.0
     grace: float = 90.0
+    silence: float = 120.0
     as_it_is: bool = False
 
 
@@ -231,6 +233,7 @@ class Supervisor:
                 if wanted.as_it_is
                 else commands.of_host(wanted.command, f"{first.machine.address}:{port}", len(chosen), host),
                 {} if wanted.devices is None else commands.environment(place, wanted.devices),
+                0.0 if wanted.as_it_is else wanted.silence,  # whose signs of life they were would not be known
             )
 
     def _ends(self, chosen: Sequence[Guard]) -> list[End]:
@@ -245,7 +248,8 @@ class Supervisor:
                 for guard in chosen:
                     guard.send(event.number)
             elif isinstance(event, Ended) and event.guard in names:
-                end = End(names.pop(event.guard), event.guard.code or 0, far=bool(event.guard.machine.name))
+                guard = event.guard
+                end = End(names.pop(guard), guard.code or 0, far=bool(guard.machine.name), silent=guard.silent)
                 ends.append(end)
                 if end.code and until == float("inf"):
                     until = time.monotonic() + self.wanted.grace
@@ -254,6 +258,8 @@ class Supervisor:
             elif event is None and time.monotonic() >= until:
                 for guard, name in names.items():
                     say(f"{name} has not ended in {self.wanted.grace:g} s and is killed")
+                    guard.let_go()
+                for guard, name in names.items():
                     guard.end()
                     ends.append(End(name, 128 + signal.SIGKILL, far=bool(guard.machine.name), killed=True))
                 names.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from bit_jax.training.log import Log
 from bit_jax.training.loop import BEFORE, Loop
 from bit_jax.training.program import compile_program, keep_programs
 from bit_jax.training.run import Run
+from bit_jax.training.stall import Watchdog
 from bit_jax.training.steps import TrainState, evaluated
 from bit_jax.training.watched import spikes_of
 from bit_jax.training.workdir import Workdir
@@ -36,7 +38,9 @@ LAST_WORDS = 5.0  # seconds in which a store is told why the process ends; it ma
 OBSERVED = (BEFORE, "whole")  # activities of the timeline: the evaluation before training, and training
 
 
-def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = None) -> dict[str, Any]:
+def finetune(
+    run: Run, observer: Observer = nobody, timeline: Timeline | None = None, watchdog: Watchdog | None = None
+) -> dict[str, Any]:
     """Trains to the recipe's end, continuing what the work directory holds; writes final.npz and result.json. A run
     that is finished there is left alone.
 
@@ -44,6 +48,8 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
         observer: function that is told when the activities in `OBSERVED` begin and end, as by a `Timeline`. It is
             called in a thread, and neither an exception in it nor its waiting stops the run.
         timeline: this process's time since it began. None: it is counted from now on.
+        watchdog: ends this process if nothing goes on in that timeline; it is given the account to say so. None: nobody
+            does.
 
     Returns:
         The content of result.json.
@@ -72,19 +78,16 @@ def finetune(run: Run, observer: Observer = nobody, timeline: Timeline | None = 
     with run.workdir.owned():
         path = run.workdir.starts if hosts.is_first() else None
         machines = {"hosts": jax.process_count(), "devices": run.mesh.size}
-        with Start(path, timeline, **machines, global_batch=run.global_batch) as start:
+        send = functools.partial(run.workdir.push_soon, LAST_WORDS)
+        with Start(path, timeline, **machines, global_batch=run.global_batch, after=send) as start:
+            if watchdog is not None:
+                watchdog.account = start
             work = SameWork()
             hosts.observe(
-                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds),
-                lambda sentence: _end_abruptly(run.workdir, start, sentence),
+                lambda: Sign(start.step, timeline.own()[1], timeline["input"], work.seconds, timeline.turns),
+                lambda sentence: start.end(LOST_HOST, sentence),
             )
             return _trained(run, observer, timeline, start, work)
-
-
-def _end_abruptly(workdir: Workdir, start: Start, sentence: str) -> None:
-    """Writes down why the process is about to end, as far as that is done soon."""
-    start.end(LOST_HOST, sentence)
-    workdir.push_soon(LAST_WORDS)
 
 
 def told_by(reporter: Reporter, observer: Observer) -> Observer:
@@ -106,7 +109,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
         steps = run.steps()
         flags = run.config.run
         open_shared = functools.partial(workdir.open_checkpoints, flags.keep_checkpoints)
-        saving = Saving.of(flags, open_shared, workdir.run, workdir.forget_run)
+        saving = Saving.of(flags, open_shared, workdir.run, workdir.forget_run, timeline.goes_on)
         start = saving.start(steps.state)
         batches = run.loader(run.train).train(start, total)  # the first are read while the program compiles
         if run.target.deterministic and not run.target.on_cpu:
@@ -149,7 +152,7 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
                     log.note(f"{workdir.starts} cannot be written ({account.failure}); the time after is not in it")
         with timeline("saving"):
             saving.finish(int(state.step), state)
-            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps)
+            save_final(workdir, run.whole(evaluated(state)), run.architecture.standardize_eps, timeline.goes_on)
     outcome = result.of(run, loop, state, accuracy, start)
     if hosts.is_first():
         outcome |= result.over_all_starts(account)
@@ -157,15 +160,28 @@ def _trained(run: Run, observer: Observer, timeline: Timeline, account: Start, w
     return outcome
 
 
-def save_final(workdir: Workdir, params: Params, standardize_eps: float = STANDARDIZE_EPS) -> None:
+def save_final(
+    workdir: Workdir,
+    params: Params,
+    standardize_eps: float = STANDARDIZE_EPS,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
     """Writes final.npz on the first host; the others help to bring split arrays there, one at a time.
+
+    Args:
+        progress: function that the first host calls after each array that it has written.
 
     Raises:
         RunFailed: a parameter is not finite.
     """
+
+    def fetch(array: Any) -> Any:
+        progress()  # the array before is written
+        return sharding.fetch(array)
+
     if hosts.is_first():
         try:
-            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=sharding.fetch)
+            weights.save(workdir.final, params, standardize_eps=standardize_eps, fetch=fetch)
         except weights.WeightsError as error:
             raise RunFailed(f"training ended with parameters that cannot be used: {error}") from None
     else:

@@ -226,7 +226,9 @@ class Loop:
         Where a moving average of the parameters is kept, the accuracy is the average's."""
 
         def check(sums: dict) -> None:
-            if number := Asked.of(int(sums["signal"])).signal:
+            number = Asked.of(int(sums["signal"])).signal  # this waits until the batch is finished
+            self.timeline.goes_on()
+            if number:
                 raise _Signalled(number)
 
         with self.timeline(activity):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,20 @@ class Workdir:
             text = self.known_run or ""
         return hosts.exchange("run", text)[0]
 
-    def open_checkpoints(self, keep: int, attempt: str) -> Checkpoints | StoredCheckpoints:
+    def open_checkpoints(
+        self, keep: int, attempt: str, progress: Callable[[], object] = lambda: None
+    ) -> Checkpoints | StoredCheckpoints:
         """Opens the checkpoints. All hosts have to make this call.
 
         Args:
             keep: number of checkpoints to keep.
             attempt: text that only this start of the run has, the same on all hosts; hexadecimal.
+            progress: function that threads call while a checkpoint is being written.
         """
         if self.mirror is None:
-            return Checkpoints(self.checkpoints, keep=keep)
+            return Checkpoints(self.checkpoints, keep=keep, progress=progress)
         store, before = self.mirror.store, self.mirror.push
-        return StoredCheckpoints(store, self.path, keep=keep, attempt=attempt, before=before)
+        return StoredCheckpoints(store, self.path, keep=keep, attempt=attempt, before=before, progress=progress)
 
     def push_soon(self, seconds: float) -> None:
         """Sends to the store what has changed, if there is one, for a process that is about to end abruptly."""

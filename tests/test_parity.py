@@ -32,7 +32,7 @@ from parity.sides.inputs import random_arrays
 ROOT = Path(__file__).parent.parent
 QUICK = ["--size", "32", "--rows", "4", "--batches", "2", "--disturbances", "3", "--steps", "6", "--warmup-steps", "2"]
 QUICK += ["--decay-steps", "4", "--limit", "50"]
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 
 @pytest.fixture

@@ -278,11 +278,10 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
     np.savez(batches, **images, **{f"targets/{number}": rng.dirichlet(np.ones(10), 4) for number in BATCHES})
     one = TrainingTorch(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
     _, expected = one.curve(str(batches), len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
+    given = (str(small_npz), str(batches), len(BATCHES), tmp_path)
+    torch.multiprocessing.spawn(torch_devices.take_steps, given, nprocs=2)
     for averaging in (True, False):
-        result = tmp_path / f"{averaging}.npz"
-        given = (averaging, str(small_npz), str(batches), len(BATCHES), tmp_path / f"meeting {averaging}", result)
-        torch.multiprocessing.spawn(torch_devices.take_steps, given, nprocs=2)
-        found = np.load(result)
+        found = np.load(tmp_path / f"{averaging}.npz")
         apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
         assert (apart < 1e-12) == averaging, apart
 

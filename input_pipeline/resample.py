@@ -4,12 +4,12 @@ Pillow computes whole images, one channel value at a time; this module computes 
 at a time, and mirrors them on the way. Numba compiles it once per machine and keeps the result.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numba
 import numpy as np
 
 Method = Literal["pillow", "tf"]
@@ -17,13 +17,29 @@ BITS = 22  # fractional bits of Pillow's fixed-point weights: 32, less 8 for the
 HALF = np.int32(1 << (BITS - 1))
 KEPT = 48 << 20  # the most bytes that a thread keeps for each use: an image of 16 megapixels
 _kept = threading.local()
+_compiling = threading.Lock()
 
 
-def _compiled(function: Callable) -> Any:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no cache folder can be written, so it is compiled in every process
-        return numba.njit(nogil=True)(function)
+def _compiled(function: Callable) -> Callable:
+    """Has Numba compile the function when it is first called. Importing Numba takes a third of a second, and most
+    processes that import this module resize nothing."""
+
+    @functools.cache
+    def compiled() -> Callable:
+        import numba
+
+        try:
+            return numba.njit(nogil=True, cache=True)(function)
+        except RuntimeError:  # no cache folder can be written, so it is compiled in every process
+            return numba.njit(nogil=True)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with _compiling:  # threads that decode begin together, and each would compile for itself
+            kernel = compiled()
+        return kernel(*arguments)
+
+    return call
 
 
 class Window(NamedTuple):

@@ -22,7 +22,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from input_pipeline import (
     CannotRead,
@@ -81,6 +80,8 @@ def test_digits():
 
 
 def test_digits_are_scikit_learns_whether_its_file_is_found_or_not(monkeypatch):
+    from sklearn.datasets import load_digits  # two seconds, which processes that only collect this test do not need
+
     expected: Any = load_digits()
     found = sources._all_digits()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -248,7 +248,7 @@ def test_commands_that_choose_no_part_to_train_refuse_a_probe(finished, command)
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, compiled_once):
+def compared(tmp_path_factory, compiled_once, hardly_optimized):
     options = options_for(faults.FAULTS[PROBE[0]])
     with Ladder(options, tmp_path_factory.mktemp("ladder"), Console(quiet=True)) as ladder:
         yield ladder

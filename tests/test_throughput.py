@@ -206,6 +206,23 @@ def test_the_first_call_of_a_turn_is_not_timed():
     assert len(clock.again(numbers.append, 0.0)) == clock.LEAST == len(numbers) - 1
 
 
+@pytest.mark.parametrize(("rate", "side"), [(1e12, 2048), (1e9, 512)])
+def test_the_peak_rate_is_that_of_large_matrices_unless_they_would_take_minutes(monkeypatch, rate, side):
+    now, sides = [0.0], []
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def product(left, right):
+        def multiply():
+            now[0] += 2 * len(left) * len(right) ** 2 / rate
+
+        sides.append(len(left))
+        return multiply
+
+    assert clock.ceiling(product, "cpu", 1.0) == pytest.approx(rate)
+    assert sides[-1] == side
+    assert now[0] < 3
+
+
 @pytest.mark.parametrize(("name", "height", "width"), [("R14x0.5", 32, 32), ("R50x1", 97, 131)])
 def test_operations_are_those_of_the_models_own_convolutions(name, height, width):
     architecture = Architecture.parse(name, 10)
@@ -261,11 +278,10 @@ def test_pytorch_on_two_devices_takes_the_steps_of_one_if_it_averages(small_npz,
     np.savez(batches, **images, **{f"targets/{number}": rng.dirichlet(np.ones(10), 4) for number in BATCHES})
     one = TrainingTorch(Side("torch"), "fp64", str(small_npz), lambda *_: None, rank=0, meeting=tmp_path)
     _, expected = one.curve(str(batches), len(BATCHES), clock.SCHEDULE, clock.MOMENTUM)
+    given = (str(small_npz), str(batches), len(BATCHES), tmp_path)
+    torch.multiprocessing.spawn(torch_devices.take_steps, given, nprocs=2)
     for averaging in (True, False):
-        result = tmp_path / f"{averaging}.npz"
-        given = (averaging, str(small_npz), str(batches), len(BATCHES), tmp_path / f"meeting {averaging}", result)
-        torch.multiprocessing.spawn(torch_devices.take_steps, given, nprocs=2)
-        found = np.load(result)
+        found = np.load(tmp_path / f"{averaging}.npz")
         apart = max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
         assert (apart < 1e-12) == averaging, apart
 

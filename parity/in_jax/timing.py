@@ -146,14 +146,17 @@ class TimedJax(TrainingJax):
         )
         return times | self._used(), None
 
-    def ceiling(self) -> Result:
-        """Returns the floating-point operations per second of products of large matrices, see `clock.CEILING`."""
+    def ceiling(self, seconds: float) -> Result:
+        """Returns the floating-point operations per second of products of large matrices, see `clock.ceiling`."""
         platform = self.mesh.devices.flat[0].platform
-        left, right = jnp.asarray(clock.matrices(platform), self.precision.dtype)
         multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=self.precision.product))
-        times = clock.timed(lambda _: jax.block_until_ready(multiply(left, right)), clock.CEILING_SECONDS)
+
+        def product(*matrices: np.ndarray) -> Callable[[], Any]:
+            left, right = (jnp.asarray(matrix, self.precision.dtype) for matrix in matrices)
+            return lambda: jax.block_until_ready(multiply(left, right))
+
         devices = self.side.devices if platform != "cpu" else 1  # the virtual devices share one CPU
-        return devices * clock.rate(times, len(left)), None
+        return devices * clock.ceiling(product, platform, seconds), None
 
     def _used(self) -> dict[str, Any]:
         """Returns the peak memory in GiB, whose memory it is, and the precisions of products."""

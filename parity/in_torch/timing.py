@@ -151,16 +151,20 @@ class TimedTorch(TrainingTorch):
         times = clock.whole_loop(Timeline(), batches, step, evaluate, rows=rows, steps=steps)
         return times | self._used(), None
 
-    def ceiling(self) -> Result:
-        """Returns the floating-point operations per second of products of large matrices, see `clock.CEILING`."""
-        left, right = torch.from_numpy(clock.matrices(self.device.type)).to(self.device, self.precision.dtype)
+    def ceiling(self, seconds: float) -> Result:
+        """Returns the floating-point operations per second of products of large matrices, see `clock.ceiling`."""
 
-        def multiply(_: int) -> None:
-            torch.mm(left, right)
-            self.devices.wait()
+        def product(*matrices: np.ndarray) -> Callable[[], None]:
+            left, right = (torch.from_numpy(matrix).to(self.device, self.precision.dtype) for matrix in matrices)
 
-        times = clock.timed(multiply, clock.CEILING_SECONDS, self.devices.agreed)
-        return self.devices.count * clock.rate(times, len(left)), None
+            def multiply() -> None:
+                torch.mm(left, right)
+                self.devices.wait()
+
+            return multiply
+
+        rate = clock.ceiling(product, self.device.type, seconds, self.devices.agreed)
+        return self.devices.count * rate, None
 
     def _sgd(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = self.device.type == "cuda"

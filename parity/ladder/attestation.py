@@ -27,7 +27,7 @@ EXPLAINS = {
 PRODUCTS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
-def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+def attest(ladder: Ladder, *, rungs: Collection[str], program: bool = True) -> dict[str, Any]:
     """Returns what both sides compute with, in JSON's types.
 
     The result has the keys "sides" ({precision: {role: entries}}), "mismatches" (sentences), "accepted" (a clause for
@@ -36,13 +36,14 @@ def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
 
     Args:
         rungs: names of the rungs that will be climbed; a dataset that one of them uses is attested too.
+        program: whether JAX's sides compile the forward pass, if it is climbed, and give its hash.
 
     Raises:
         RequestError: a dataset that a rung needs cannot be had, or its classes are not the head's, and no process was
             started; or a difference cannot be accepted, or an exported file does not take the images.
     """
     matchings = {split: ladder.matching(split) for _, split in _splits(ladder, rungs)}
-    arguments, precisions = attested(ladder, rungs=rungs), precisions_of(ladder)
+    arguments, precisions = attested(ladder, rungs=rungs, program=program), precisions_of(ladder)
 
     def entries(role: str, precision: str = "fp64") -> dict[str, Any]:
         if role == "reference":
@@ -68,7 +69,7 @@ def attest(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
     }
 
 
-def attested(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
+def attested(ladder: Ladder, *, rungs: Collection[str], program: bool = True) -> dict[str, Any]:
     """Returns the arguments of the attest task; see `attest` for the errors."""
     options = ladder.options
     dataset = [
@@ -76,7 +77,7 @@ def attested(ladder: Ladder, *, rungs: Collection[str]) -> dict[str, Any]:
         for entry, split in _splits(ladder, rungs)
     ]
     more: dict[str, Any] = {"dataset": dataset} if dataset else {}
-    return {"images": ladder.pictures(), "program": "forward" in rungs} | more
+    return {"images": ladder.pictures(), "program": program and "forward" in rungs} | more
 
 
 def precisions_of(ladder: Ladder) -> list[str]:

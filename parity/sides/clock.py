@@ -15,8 +15,11 @@ from parity.sides.flops import Convolution
 WARM_UP = 2  # calls after the first, in which allocators and caches settle
 STARTS = 1 + WARM_UP  # calls before the timed ones
 LEAST = 3  # minimum number of timed calls, however long they take
-CEILING = {"cpu": 2048, "gpu": 8192}  # side of the matrices that measure a device's peak rate of products
-CEILING_SECONDS = 1.0  # seconds that these matrices are multiplied
+# Sides of the matrices that measure a device's peak rate of products. The last is taken, unless a product of smaller
+# ones takes long: where the processor lacks float16, PyTorch needs 15 s for a product of the last.
+CEILING = {"cpu": (256, 512, 1024, 2048), "gpu": (2048, 4096, 8192)}
+CEILING_SECONDS = 1.0  # the most seconds that these matrices are multiplied
+CEILING_CALLS = 20  # products of the smaller matrices that must fit into these seconds before larger ones are tried
 MOMENTUM, MIXUP = 0.9, 0.1
 EVALUATED = 8  # batches in an evaluation
 Pass = Literal["forward", "by input", "by kernel"]
@@ -98,16 +101,40 @@ def whole_loop(
     } | rates(timeline, rows * steps)
 
 
-def _seconds(call: Callable[..., None], *arguments: Any) -> float:
+def _seconds(call: Callable[..., object], *arguments: Any) -> float:
     start = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - start
 
 
-def matrices(platform: str) -> np.ndarray:
-    """Returns two square matrices of normally distributed float32; a GPU would multiply constant ones faster."""
-    side = CEILING["cpu" if platform == "cpu" else "gpu"]
-    return np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+def ceiling(
+    product: Callable[[np.ndarray, np.ndarray], Callable[[], object]],
+    platform: str,
+    seconds: float,
+    agreed: Callable[[bool], bool] = lambda own: own,
+) -> float:
+    """Returns the floating-point operations per second of products of large square matrices.
+
+    Args:
+        product: function of two float32 matrices that places them, and returns a function that multiplies them and
+            returns when the device is done.
+        platform: name of the kind of device, such as `cpu`.
+        seconds: seconds to multiply for.
+        agreed: as in `timed`.
+    """
+    rng = np.random.default_rng(0)
+    for side in CEILING["cpu" if platform == "cpu" else "gpu"]:
+        # a GPU would multiply constant matrices faster
+        multiply = product(*rng.standard_normal((2, side, side), np.float32))
+        multiply()  # compiles
+        if not agreed(_seconds(multiply) < seconds / CEILING_CALLS):
+            break
+
+    def call(number: int) -> None:
+        multiply()
+
+    calls = timed(call, seconds, agreed)["calls"]
+    return 2 * side**3 / statistics.median(calls)
 
 
 def convolution_arrays(layer: Convolution, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,11 +148,6 @@ def convolution_arrays(layer: Convolution, rows: int, sets: int) -> tuple[np.nda
     )
     inputs, kernel, gradients = (rng.standard_normal(shape, np.float32) for shape in shapes)
     return inputs, kernel, gradients
-
-
-def rate(times: dict[str, Any], side: int) -> float:
-    """Returns the floating-point operations per second of the timed products of square matrices of that side."""
-    return 2 * side**3 / statistics.median(times["calls"])
 
 
 def process_memory() -> int:

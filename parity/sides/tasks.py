@@ -169,6 +169,6 @@ class Tasks(ForwardTasks, Protocol):
         """Times training on a folder of images with its input, and an evaluation after it."""
         ...
 
-    def ceiling(self) -> Result:
-        """Says how many floating-point operations a second large matrix products reach."""
+    def ceiling(self, seconds: float) -> Result:
+        """Says how many floating-point operations a second large matrix products reach, timed for so many seconds."""
         ...

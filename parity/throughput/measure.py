@@ -84,7 +84,7 @@ def _one_by_one(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, consol
             side = bench.sides[arm]
             with bench.may_fail(arm, console), bench.process(side, bench.options.precision, "timed") as ask:
                 times = ask(f"{bench.options.work}_time", **bench.timed_arguments).info
-                ceilings.setdefault((side.framework, side.devices), []).append(ask("ceiling").info)
+                ceilings.setdefault((side.framework, side.devices), []).append(bench.ceiling(ask))
                 yield number, arm, times
 
 
@@ -100,7 +100,7 @@ def _together(bench: "_Bench", arms: Sequence[str], ceilings: Ceilings, console:
             with bench.may_fail(arm, console):
                 firsts[arm] = ask(f"{options.work}_time", **(bench.timed_arguments | {"seconds": 0})).info
                 if key not in ceilings:
-                    ceilings[key] = [ask("ceiling").info]
+                    ceilings[key] = [bench.ceiling(ask)]
                 console.print(f"{arm} has compiled, {firsts[arm]['first']:.0f} s")
         for number in range(options.processes):
             for arm in _in_turn([arm for arm in firsts if arm not in bench.failed], number):
@@ -172,6 +172,10 @@ class _Bench:
         resize = round(options.size * RESIZE_TO / CROP)
         shown = {"resize": resize, "crop": options.size, "rows": options.rows}
         return {"folder": f"folder:{options.folder.absolute()}", "steps": options.steps, **shown}
+
+    def ceiling(self, ask: "_Process") -> float:
+        """Returns the FLOP/s of matrix products in a process, for which no more time is taken than for its arm."""
+        return ask("ceiling", seconds=min(self.options.seconds, clock.CEILING_SECONDS)).info
 
     def process(self, side: Side, precision: str, phase: str) -> "_Process":
         """Starts a process of a side. What it compiles is kept for the side's later processes of the same phase."""

@@ -171,7 +171,7 @@ def names(tmp_path, run="run") -> set[str]:
 
 def test_every_piece_that_is_written_is_progress(tmp_path):
     written = []
-    one = LocalCopies(tmp_path / "disk", "run", "a", tmp_path / "checkpoints", lambda: written.append(True))
+    one = LocalCopies(tmp_path / "disk", "run", "a", lambda: [], lambda: written.append(True))
     one.save(3, state_on(DATA))
     one.close()
     manifest = json.loads((tmp_path / "disk" / "run" / "3.a.0" / MANIFEST).read_text())

@@ -182,7 +182,7 @@ def test_what_a_killed_start_has_half_written_is_removed(opened, store, caplog):
 def test_a_checkpoint_that_cannot_be_sent_ends_the_run(opened, store, monkeypatch):
     checkpoints = opened()
 
-    def send(path, key):
+    def send(path, key, progress):
         raise StoreError(f"{store.name}/{key} cannot be written: no more room; remedy")
 
     with monkeypatch.context() as patch:

@@ -22,6 +22,7 @@ from two_hosts import DATA, SPLIT, TwoHosts, shape_of, state_on, the_same
 from bit_jax import config
 from bit_jax.accounts.timeline import Timeline
 from bit_jax.checkpoints import local, pieces
+from bit_jax.checkpoints.errors import CheckpointError
 from bit_jax.checkpoints.local import MANIFEST, PIECES, LocalCopies
 from bit_jax.checkpoints.saving import Saving
 from bit_jax.checkpoints.shared import complete_steps
@@ -441,8 +442,16 @@ def test_a_checkpoint_is_due_after_minutes_too(tmp_path, monkeypatch, watch_ever
     assert not saving.wished  # host 0's clock counts
 
 
-def test_a_state_that_fails_the_check_is_not_kept_anywhere():
+@pytest.mark.parametrize("full", [False, True])
+def test_a_state_that_fails_the_check_is_not_kept_anywhere(monkeypatch, full):
+    """Also where the checkpoint before it, which is still being written, fails meanwhile."""
     shared, own, disowned = Kept(), Kept(), []
+
+    def close():
+        if full:
+            raise CheckpointError("no space left")
+
+    monkeypatch.setattr(shared, "close", close, raising=False)
     checkpoints: Any = shared
     copies: Any = own
     saving = Saving(checkpoints, copies, every=2, local_every=1, disown=lambda: disowned.append(True))

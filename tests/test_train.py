@@ -477,6 +477,7 @@ def refused(capsys, monkeypatch, small_npz, *flags) -> str:
         ("--train-split train[:x]", "neither a name nor a slice"),
         ("--workdir /dev/null/run", "/dev/null/run"),
         ("--model https://example.org/w.npz", "https://example.org/w.npz"),
+        ("--workdir gopher://host/run", "gopher://host/run cannot be used: Protocol not known: gopher"),
     ],
 )
 def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
@@ -487,7 +488,6 @@ def test_wrong_requests(capsys, monkeypatch, small_npz, tmp_path, flags, said):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--workdir gs://bucket/run",
         "--no-such-flag 1",
         "--steps many",
         "--steps 0",

@@ -1,10 +1,12 @@
 """When a run's state is saved and in which of two ways, and what it is continued from."""
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from bit_jax.checkpoints.errors import CheckpointError
 from bit_jax.checkpoints.local import LocalCopies
 from bit_jax.checkpoints.shared import Checkpoints
 from bit_jax.checkpoints.stored import StoredCheckpoints
@@ -155,10 +157,11 @@ class Saving:
         try:
             self.check(state)
         except RunFailed:
-            self._shared.close()  # the one that may still be written is what the run continues from
             if self._local is not None:
                 self._disown()
                 self._local.remove()
+            with contextlib.suppress(CheckpointError):  # what the check has found is worse
+                self._shared.close()  # the one that may still be written is what the run continues from
             raise
         self._shared.save(state)
         self._last = self._clock()

@@ -279,11 +279,12 @@ class Loop:
         raise hosts.on_all_hosts(RunFailed(sentence))
 
     def evaluates_before(self, start: int) -> bool:
-        """Whether an evaluation is due before the step after `start`."""
+        """Whether an evaluation is due before the step after `start`. All hosts have to make this call."""
         # a run that ended within an evaluation, or between reaching its target and saying so
-        return (self.evaluates_after(start) and not self.log.evaluated(start)) or (
+        due = (self.evaluates_after(start) and not self.log.evaluated(start)) or (
             start == 0 and self.run.config.run.eval_at_start
         )
+        return bool(hosts.agree(int(due)))  # each host has read metrics.jsonl itself, perhaps not as new as host 0's
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after that many steps; "epoch" means whenever one has just been completed."""

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from input_pipeline.errors import RequestError
 from input_pipeline.files import Url, is_unfinished, read_json, write_json
 
 OTHER = "choose another --workdir"
+SEEN_WITHIN = 60.0  # seconds after which a file is seen on all hosts that share a disk
 OWN = (
     "config.json",
     "run.json",
@@ -161,7 +163,7 @@ class Workdir:
         if not hosts.is_first():
             hosts.wait_for_all("work directory")
             with self._sending():
-                if not self.config.exists():
+                if not _appears(self.config):
                     raise RequestError(
                         f"{self.name} is not the first host's; put --workdir on a disk that all hosts share"
                     )
@@ -245,6 +247,17 @@ class Workdir:
         if self.result.exists() and self._has(self.final.name):
             return read_json(self.result, dict, "move it away to have it written again")
         return None
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another host has written is seen here. A network file system may remember for a while that it
+    was not there: NFS by default up to a minute (acdirmax in nfs(5))."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(SEEN_WITHIN / 100)
+    return True
 
 
 def begun_in(workdir: Path | Url) -> dict[str, Any] | None:

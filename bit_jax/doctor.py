@@ -35,7 +35,7 @@ def examine(cfg: Config) -> None:
     on the first host. Trains nothing.
 
     Raises:
-        RequestError: the hosts differ, or the run would be refused.
+        RequestError: the hosts differ, the run would be refused, or its store breaks a promise.
         RunFailed: a collective returns a wrong number.
     """
     choose(cfg.model.precision)  # before any array is made
@@ -52,6 +52,9 @@ def examine(cfg: Config) -> None:
     facts = _compare("data", {"alike": inputs, "needs": [dataclasses.asdict(need) for need in needs]}, console)
     console.print(_resources(facts))
     resources.require(needs)  # every host checks its own
+    if run.workdir.mirror is not None:
+        run.workdir.mirror.store.require()  # every host writes there
+        console.print(f"{run.workdir.name} keeps the promises that a work directory rests on")
 
     mesh, seconds = run.mesh, cfg.scale.host_timeout
     late = f"the collectives were not done in {seconds} s; the hosts reach --coordinator, but do they reach each other?"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from typing import Any
 
 import jax
@@ -167,6 +168,26 @@ def test_a_store_that_does_not_answer_is_no_damage(opened, store, monkeypatch):
         with pytest.raises(CheckpointError, match="cannot be read: away; nothing was removed"):
             opened("b")
     assert opened("b").newest == 3
+
+
+def test_what_is_complete_is_asked_for_now_and_then(opened, store, monkeypatch):
+    """Local copies ask every few steps; if the store does not answer, they are not to end the run."""
+    checkpoints = opened()
+    saved(checkpoints, state_on(DATA, 3))
+    assert checkpoints.complete() == [3]
+    saved(checkpoints, state_on(DATA, 6))
+    assert checkpoints.complete() == [3]
+    now = time.monotonic() + stored.LISTED
+    monkeypatch.setattr(stored.time, "monotonic", lambda: now)
+    assert checkpoints.complete() == [6, 3]
+
+    def away(folder=""):
+        raise StoreError("away; remedy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sizes", away)
+        patch.setattr(stored.time, "monotonic", lambda: now + 2 * stored.LISTED)
+        assert checkpoints.complete() == [6, 3]
 
 
 def test_what_a_killed_start_has_half_written_is_removed(opened, store, caplog):

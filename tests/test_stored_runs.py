@@ -13,14 +13,14 @@ import pytest
 from conftest import ROOT
 from object_store import text
 
-from bit_jax import config
+from bit_jax import config, doctor
 from bit_jax.checkpoints import stored
 from bit_jax.report import record
 from bit_jax.stores.mirror import Mirror
 from bit_jax.supervision.records import RunFolder
 from bit_jax.training import finetuning
 from bit_jax.training.run import Run
-from input_pipeline.errors import RequestError
+from input_pipeline.errors import RequestError, RunFailed
 from input_pipeline.files import Url
 
 LIMIT = 1e-10  # largest difference of a parameter between runs on different meshes, in float64
@@ -174,3 +174,22 @@ def test_a_run_leaves_in_the_store_what_it_leaves_in_a_directory(small_npz, url,
     Mirror.of.cache_clear()
     with pytest.raises(RequestError, match=r"^s3://.* holds checkpoints but no config.json"):
         finetuning.finetune(Run.of(digits(small_npz, url)))
+
+
+def test_the_doctor_asks_the_store_for_its_promises(small_npz, url, store, monkeypatch, capsys):
+    asked = []
+
+    def measure(mesh):
+        asked.append(store.sizes())
+        raise RunFailed("enough")
+
+    monkeypatch.setattr(doctor, "measure", measure)
+    with pytest.raises(RunFailed, match="enough"):
+        doctor.examine(digits(small_npz, url))
+    assert f"{url} keeps the promises" in capsys.readouterr().out
+    assert asked == [{}]  # and leaves nothing there
+    write = Mirror.of(url).store._files.pipe_file
+    monkeypatch.setattr(Mirror.of(url).store._files, "pipe_file", lambda path, data, mode="": write(path, data))
+    with pytest.raises(RequestError, match="several processes can create the same object"):
+        doctor.examine(digits(small_npz, url))
+    assert len(asked) == 1

@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # beside a manifest: this checkpoint is not used; the text says why
 OF_A_DIRECTORY = re.compile(r"\d+/sha256\.json")  # what a run with a directory as its --workdir writes
 BATCH = 2**26  # bytes that are read at a time
+LISTED = 60.0  # seconds; local copies ask for the complete checkpoints every few steps, and each listing is paid for
 PATIENCE = 0.5  # seconds between two looks whether the other hosts have written their parts
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,8 @@ class StoredCheckpoints:
         self._behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
         self._content: Content | None = None
+        self._complete: list[int] = []
+        self._listed_until = 0.0
         with self._reading():
             if self._host == 0:
                 self._clear()
@@ -200,8 +203,13 @@ class StoredCheckpoints:
         self.newest = self._content.checkpoint.step if self._content else None
 
     def complete(self) -> list[int]:
-        """Returns the steps of the complete checkpoints, the newest first."""
-        return [one.step for one in Checkpoint.usable(list(self._store.sizes(FOLDER)))]
+        """Returns the steps of the complete checkpoints, the newest first, as they were within the last `LISTED`
+        seconds, or when the store last answered."""
+        if time.monotonic() >= self._listed_until:
+            with contextlib.suppress(StoreError):
+                self._complete = steps(self._store)
+            self._listed_until = time.monotonic() + LISTED
+        return self._complete
 
     def save(self, state: Any) -> None:
         """Starts saving `state` under `state.step`, once the save before has ended; raises if that one failed. The

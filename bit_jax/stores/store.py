@@ -52,7 +52,8 @@ class Store:
             raise RequestError(
                 f"{url} is seen by one process alone; give the URL of a store that keeps what it is given"
             )
-        logging.getLogger("aiobotocore").setLevel(logging.CRITICAL)  # the sentences below say it
+        for package in ("aiobotocore", "gcsfs", "s3fs"):
+            logging.getLogger(package).setLevel(logging.CRITICAL)  # the sentences below say it
         try:
             # a listing that is remembered does not show what other hosts have written since
             self._files, self._root = fsspec.core.url_to_fs(self.name, use_listings_cache=False)

@@ -45,6 +45,7 @@ from input_pipeline.flags import UserPath, require_positive
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = "benchmarks/flipped/train.py"
+FLIP = signal.SIGRTMIN  # has it flip a bit
 HOST_TIMEOUT = 10  # seconds without a sign of life
 CALM = (5.0, 20.0)  # seconds of progress between two disturbances
 CUT = 1.6 * HOST_TIMEOUT  # seconds without a cable
@@ -254,7 +255,7 @@ class Disturbing:
         self._mending[-1].start()
 
     def _flip(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGUSR2)
+        process.send_signal(FLIP)
 
     def _fill_disk(self, process: psutil.Process) -> None:
         """Lets the host write no byte more."""

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT, benchmark
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bit_jax.process import signs
 from bit_jax.scale.sharding import make_mesh
+from input_pipeline import exits
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,11 @@ def test_one_bit_of_one_copy_is_flipped_and_it_is_a_small_one(x64, flipping, dty
     assert (changed > 0).sum() == 1
     assert least < changed.max() < most
     np.testing.assert_array_equal(np.asarray(array), right)
+
+
+def test_the_signal_that_flips_a_bit_means_nothing_else(flipping):
+    assert benchmark("chaos").FLIP == flipping.FLIP
+    assert flipping.FLIP not in (signs.TRACES, *exits.ASKING)
 
 
 def test_a_run_that_ended_otherwise_or_lost_time_is_complained_of():

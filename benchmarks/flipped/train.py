@@ -1,4 +1,4 @@
-"""train.py whose first device loses a bit when the process gets SIGUSR2, as a device with a broken memory would.
+"""train.py whose first device loses a bit when the process gets SIGRTMIN, as a device with a broken memory would.
 
 `benchmarks/chaos.py` runs it. The bit is one of the largest parameter, in this host's own copy alone, before the next
 step.
@@ -18,6 +18,8 @@ from bit_jax.training import finetuning, program
 from input_pipeline.exits import exit_code
 
 BIT = 1 << 9  # of a number's upper word of 32 bits: float64 changes in its fourth digit, float32 in its fifth
+
+FLIP = signal.SIGRTMIN  # a signal that train.py does not use
 
 asked = threading.Event()
 
@@ -48,6 +50,6 @@ def compile_program(steps: program.Steps, **more: Any) -> program.Program:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR2, lambda *_: asked.set())
+    signal.signal(FLIP, lambda *_: asked.set())
     finetuning.compile_program = compile_program
     sys.exit(exit_code(train.main))

@@ -176,7 +176,7 @@ def test_a_run_leaves_in_the_store_what_it_leaves_in_a_directory(small_npz, url,
         finetuning.finetune(Run.of(digits(small_npz, url)))
 
 
-def test_the_doctor_asks_the_store_for_its_promises(small_npz, url, store, monkeypatch, capsys):
+def test_the_doctor_and_a_run_ask_the_store_for_its_promises(small_npz, url, store, monkeypatch, capsys):
     asked = []
 
     def measure(mesh):
@@ -190,6 +190,8 @@ def test_the_doctor_asks_the_store_for_its_promises(small_npz, url, store, monke
     assert asked == [{}]  # and leaves nothing there
     write = Mirror.of(url).store._files.pipe_file
     monkeypatch.setattr(Mirror.of(url).store._files, "pipe_file", lambda path, data, mode="": write(path, data))
-    with pytest.raises(RequestError, match="several processes can create the same object"):
-        doctor.examine(digits(small_npz, url))
+    for refused in (doctor.examine, lambda cfg: finetuning.finetune(Run.of(cfg))):
+        with pytest.raises(RequestError, match="several processes can create the same object"):
+            refused(digits(small_npz, url))
     assert len(asked) == 1
+    assert store.sizes() == {}

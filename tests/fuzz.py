@@ -8,6 +8,7 @@ file is kept, and the exit code is 1. The same seed gives the same files.
 import collections
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import resource
@@ -24,11 +25,15 @@ import torch
 import tyro
 from PIL import Image
 
-from bit_jax.checkpoints import shared
+from bit_jax.accounts import starts
+from bit_jax.checkpoints import packed, shared
+from bit_jax.checkpoints.pieces import Piece, Tile
+from bit_jax.checkpoints.stored import MANIFEST, Checkpoint, Content, Damage
 from bit_jax.formats import described, safetensors, weights
 from bit_jax.formats.names import PEERS
 from bit_jax.model.architecture import Architecture
-from bit_jax.training import log
+from bit_jax.stores.store import Store
+from bit_jax.training import metrics
 from input_pipeline import Views, claims, typical_area
 from input_pipeline.errors import RequestError
 from input_pipeline.files import read_json
@@ -168,7 +173,7 @@ def weight_doors(folder: Path) -> list[Door]:
 def side_doors(folder: Path) -> list[Door]:
     config = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "config.json").read_bytes()
     result = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "result.json").read_bytes()
-    metrics = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "metrics.jsonl").read_bytes()
+    logged = (ROOT / "bit_jax" / "assets" / "fashion-mnist-R14x0.5" / "metrics.jsonl").read_bytes()
     images = np.array([2051, 2, 3, 3], ">i4").tobytes() + bytes(18)
     labels = np.array([2049, 2], ">i4").tobytes() + bytes([0, 1])
 
@@ -178,6 +183,23 @@ def side_doors(folder: Path) -> list[Door]:
         (inside / "a").write_bytes(b"a")
         path.rename(inside / shared.MANIFEST)
         shared._damage(inside)
+
+    store, checkpoint = Store(folder / "store"), Checkpoint(3, "a")
+    pieces = [Piece(key, (2,), Tile((0,), (2,)), np.ones(2, np.float32)) for key in ("params/a", "params/b")]
+    (folder / "store" / checkpoint.folder).mkdir(parents=True, exist_ok=True)
+    index = json.dumps(packed.write(folder / "store" / checkpoint.pieces(0), pieces, checkpoint.origin)).encode()
+
+    def stored(manifest: bytes, index: bytes) -> None:
+        store.write(checkpoint.index(0), index)
+        store.write(f"{checkpoint.folder}/{MANIFEST}", manifest)
+        try:
+            content = Content.of(store, checkpoint, store.sizes())
+            collections.deque(content.read(store, [part for parts in content.parts.values() for part in parts]), 0)
+        except Damage as damage:
+            raise RequestError(str(damage)) from None
+
+    def naming(index: bytes) -> bytes:
+        return json.dumps({"sha256": {"index.0.json": hashlib.sha256(index).hexdigest()}}).encode()
 
     def idx(path: Path) -> None:
         other = {"images": labels, "labels": images}["images" if "images" in path.name else "labels"]
@@ -192,12 +214,19 @@ def side_doors(folder: Path) -> list[Door]:
             path.unlink()
 
     digests = json.dumps({"a": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}).encode()
+    start = starts.Line(1e9, 3.0, {"whole": 2.0, "other": 1.0}, "whole", 0.5, 1, 1, 8, start=0, step=3, trains=1.0)
+    line = "".join(json.dumps(dataclasses.asdict(start)) + "\n" for _ in range(3))
     said = {"token": "1", "beat": "0", "host": "h", "machine": "m", "process": 1, "started": "1", "since": "s"}
     return [
         Door("config.json", [config], lambda path: described.described(path), "config.json"),
         Door("result.json", [result], lambda path: read_json(path, dict, "remedy"), "result.json"),
-        Door("metrics.jsonl", [metrics], lambda path: log._earlier_lines(path, 100), "metrics.jsonl"),
+        Door("metrics.jsonl", [logged], lambda path: metrics.read(path, 100), "metrics.jsonl"),
+        Door("starts.jsonl", [line.encode()], starts.read, "starts.jsonl"),
         Door("sha256.json", [digests], manifest, "sha256.json"),
+        Door("manifest of a store", [naming(index)], lambda path: stored(path.read_bytes(), index), "manifest.json"),
+        Door(
+            "index of a store", [index], lambda path: stored(naming(path.read_bytes()), path.read_bytes()), "index.json"
+        ),
         Door(
             "claim",
             [json.dumps(said).encode()],

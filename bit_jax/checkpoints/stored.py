@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 import tempfile
 import time
@@ -120,17 +121,28 @@ class Content:
                 shapes |= packed.shapes_in(index)
                 for one in packed.listed(index):
                     parts.setdefault(one.key, []).append((host, one))
+            content = cls(checkpoint, shapes, parts)
+            content._check(sizes)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise Damage(f"its manifest or an index cannot be understood ({type(error).__name__})") from None
-        content = cls(checkpoint, shapes, parts)
-        for key, (shape, _) in shapes.items():
-            if sum(one.tile.size for _, one in parts[key]) != int(np.prod(shape)):
-                raise Damage(f"parts of {key} are missing")
-            for host, one in parts[key]:
-                name = checkpoint.pieces(host)
-                if sizes.get(name, 0) < one.offset + content.bytes_of(one):
-                    raise Damage(f"{name} is missing or too small")
         return content
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        """Raises Damage if the pieces are not those of the arrays, or do not lie in the objects; the other errors of
+        `of` if something has another type."""
+        if self.shapes.keys() != self.parts.keys():
+            raise Damage("its indexes do not list the pieces of all arrays")
+        for key, (shape, _) in self.shapes.items():
+            if sum(one.tile.size for _, one in self.parts[key]) != math.prod(shape):
+                raise Damage(f"parts of {key} are missing")
+            for host, one in self.parts[key]:
+                name, places = self.checkpoint.pieces(host), (one.tile.start, one.tile.shape, shape)
+                if any(
+                    min(start, size) < 0 or start + size > whole for start, size, whole in zip(*places, strict=True)
+                ):
+                    raise Damage(f"a part of {key} lies outside of it")
+                if one.offset < 0 or sizes.get(name, 0) < one.offset + self.bytes_of(one):
+                    raise Damage(f"{name} is missing or too small")
 
     def bytes_of(self, one: Packed) -> int:
         return one.tile.size * np.dtype(self.shapes[one.key][1]).itemsize

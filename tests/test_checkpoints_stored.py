@@ -117,7 +117,7 @@ def test_no_damage_goes_unseen(opened, store, caplog, name):
     saved(opened(), state_on(DATA, 3), state_on(DATA, 6))
     key = f"{FOLDER}/6.a/{name}"
     whole, rng, used = store.read(key), np.random.default_rng(0), 0
-    for place in rng.integers(len(whole), size=8):
+    for place in rng.integers(len(whole), size=4):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         store.write(key, bytes(damaged))

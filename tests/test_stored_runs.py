@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from object_store import text
 
-from bit_jax import config, doctor
+from bit_jax import config, doctor, train
 from bit_jax.checkpoints import stored
 from bit_jax.report import record
 from bit_jax.stores.mirror import Mirror
@@ -63,9 +63,10 @@ def undisturbed(tmp_path_factory, small_npz, environment):
 
 @pytest.mark.slow
 def test_killed_and_continued_elsewhere_it_ends_with_the_same_bytes(
-    undisturbed, small_npz, store, tmp_path, environment
+    undisturbed, small_npz, store, tmp_path, environment, x64
 ):
-    """Each start has an empty directory for temporary files, as on another machine."""
+    """Each start has an empty directory for temporary files, as on another machine. The store has what a directory has,
+    and is refused where a directory is."""
     known: set[str] = set()
     for start in range(3):
         scratch = tmp_path / str(start)
@@ -97,6 +98,19 @@ def test_killed_and_continued_elsewhere_it_ends_with_the_same_bytes(
     assert found.account is not None
     assert len(found.account.starts) == 3
     assert not store.sizes(".owner")
+    names = {path.name for path in undisturbed.iterdir() if path.is_file()}
+    assert {key for key in store.sizes() if "/" not in key} == names
+    assert stored.steps(store) == [STEPS, STEPS - STEPS % 4]
+    assert [key for key in store.sizes("tensorboard") if "tfevents" in key]
+
+    asked = arguments(small_npz, store.name)
+    assert finetuning.finetune(Run.of(train.configuration(asked))) == json.loads(text(store, "result.json"))
+    with pytest.raises(RequestError, match=r"^s3://.* holds a run of another .*run.seed: 0 there"):
+        Run.of(train.configuration([*asked, "--seed", "1"])).workdir.check()
+    store.remove(["result.json", "config.json"])
+    Mirror.of.cache_clear()  # as in another process
+    with pytest.raises(RequestError, match=r"^s3://.* holds checkpoints but no config.json"):
+        Run.of(train.configuration(asked)).workdir.check()
 
 
 @pytest.mark.slow
@@ -146,34 +160,6 @@ def digits(weights, workdir, **flags) -> config.Config:
         config.OptimizerConfig(base_lr=0.05, mixup=0.0, warmup_steps=1, decay_steps=(2,), steps=3),
         config.RunConfig(workdir, log_every=1, checkpoint_every=2, **flags),
     )
-
-
-def test_a_run_leaves_in_the_store_what_it_leaves_in_a_directory(small_npz, url, store, tmp_path, monkeypatch):
-    compiled, compile_program = [], finetuning.compile_program
-
-    def compile_once(steps, **more):
-        compiled.append(compiled[0] if compiled else compile_program(steps, **more))
-        return compiled[-1]
-
-    monkeypatch.setattr(finetuning, "compile_program", compile_once)
-    result = finetuning.finetune(Run.of(digits(small_npz, url)))
-    beside = finetuning.finetune(Run.of(digits(small_npz, tmp_path / "run")))
-    assert result["final_loss"] == beside["final_loss"]
-    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("*.*")}
-    assert {key for key in store.sizes() if "/" not in key} == names
-    store.fetch("final.npz", tmp_path / "final.npz")
-    assert (tmp_path / "final.npz").read_bytes() == (tmp_path / "run" / "final.npz").read_bytes()
-    assert stored.steps(store) == [3, 2]
-    assert [key for key in store.sizes("tensorboard") if "tfevents" in key]
-
-    Mirror.of.cache_clear()  # another process
-    assert finetuning.finetune(Run.of(digits(small_npz, url))) == json.loads(text(store, "result.json"))
-    with pytest.raises(RequestError, match=r"^s3://.* holds a run of another .*run.seed: 0 there"):
-        finetuning.finetune(Run.of(digits(small_npz, url, seed=1)))
-    store.remove(["result.json", "config.json"])
-    Mirror.of.cache_clear()
-    with pytest.raises(RequestError, match=r"^s3://.* holds checkpoints but no config.json"):
-        finetuning.finetune(Run.of(digits(small_npz, url)))
 
 
 def test_the_doctor_and_a_run_ask_the_store_for_its_promises(small_npz, url, store, monkeypatch, capsys):

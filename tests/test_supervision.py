@@ -226,6 +226,7 @@ def test_a_host_that_thaws_in_time_goes_on(launched, workdir):
     assert launched(words(workdir, "--restarts", 1, "--silence", 30, "--hosts", 1)) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--silence", 0), ("--silence", 2, "--command-starts-hosts")])
 def test_nobody_is_watched_where_that_is_off(launched, workdir, flags):
     told(workdir, ["thaws"])

@@ -251,13 +251,21 @@ def ended(process) -> tuple[int, list[str]]:
     return process.returncode, said.splitlines()
 
 
-def test_a_frozen_host_is_named_with_its_place_and_says_itself_that_it_froze(three):
-    frozen, *others = reversed(three(8))
+def test_a_host_that_stands_still_goes_on_or_is_named_with_its_place_and_says_itself_that_it_froze(three):
+    """It goes on, and blames nobody, if it stood still for less than the timeout."""
+    processes = three(10)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    time.sleep(2)  # twenty beats
+    os.kill(processes[0].pid, signal.SIGCONT)
+    time.sleep(1)
+    assert [process.poll() for process in processes] == [None, None, None]
+
+    frozen, *others = reversed(processes)
     os.kill(frozen.pid, signal.SIGSTOP)
     for process in others:
         code, said = ended(process)
         sentence = (
-            "host 2 is not heard any more: nothing for 8 s, since step 41 (saving); it died, froze, or is cut off"
+            "host 2 is not heard any more: nothing for 10 s, since step 41 (saving); it died, froze, or is cut off"
         )
         assert code == 1
         assert [line for line in said if line.startswith(f"told: {sentence}")]
@@ -267,12 +275,3 @@ def test_a_frozen_host_is_named_with_its_place_and_says_itself_that_it_froze(thr
     assert code == 1
     assert [line for line in said if "error: host 2 of 3: this host stood still for" in line], said
     assert not [line for line in said if "not heard" in line], said
-
-
-def test_a_host_that_stands_still_for_less_than_the_timeout_goes_on_and_blames_nobody(three):
-    processes = three(60)
-    os.kill(processes[0].pid, signal.SIGSTOP)
-    time.sleep(2)  # twenty beats
-    os.kill(processes[0].pid, signal.SIGCONT)
-    time.sleep(1)
-    assert [process.poll() for process in processes] == [None, None, None]

@@ -39,7 +39,7 @@ SETTLING = 2  # intervals at the start of a run that are left out: something is 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which part of a run is measured, and how."""
+    """The flags: they say which part of a run is measured, and how."""
 
     of: Literal["local"] = "local"
     """Part of a run whose cost is measured. local: --local-checkpoints in /dev/shm, every --every steps."""

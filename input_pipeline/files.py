@@ -229,10 +229,14 @@ def place(text: str | os.PathLike) -> Path | Url:
     """Returns the path or the URL that a person typed; a slash at the end of a URL does not matter.
 
     Raises:
-        RequestError: the home directory is not known.
+        RequestError: the URL names nothing behind its scheme, or the home directory is not known.
     """
     typed = os.fspath(text)
-    return Url(typed.rstrip("/")) if is_url(typed) else user_path(typed)
+    if not is_url(typed):
+        return user_path(typed)
+    if not typed.partition(":")[2].strip("/"):
+        raise RequestError(f"{typed} names nothing; write the bucket and a folder in it, such as s3://BUCKET/RUN")
+    return Url(typed.rstrip("/"))
 
 
 def user_path(text: str | os.PathLike) -> Path:

@@ -87,7 +87,7 @@ def test_flags_that_hosts_have_in_common():
 
 @pytest.mark.parametrize("doctor", [False, True])
 def test_hosts_compare_their_flags_before_anything_else(monkeypatch, doctor):
-    """With --doctor they compare more, and show it."""
+    """The doctor compares more, later, and shows it."""
     cfg = dataclasses.replace(DIGITS, scale=ScaleConfig(doctor=doctor), run=RunConfig(Path("here")))
     asked = []
 

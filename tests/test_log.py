@@ -89,7 +89,7 @@ def test_the_log_imports_no_framework_beside_jax():
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path, terminal):
-    """As of a step that overflowed in float16. Other programs than Python's refuse NaN and Infinity."""
+    """A step that overflows in float16 has such a loss. Other programs than Python's refuse NaN and Infinity."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": Infinity}\n')  # as older versions wrote it
     with log_of(tmp_path, start=1) as log:
         log.write(2, loss=float("nan"), images_per_s=3.0)

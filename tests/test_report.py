@@ -250,7 +250,7 @@ def section(page: str, name: str) -> str:
 
 
 def test_a_directory_of_any_name_is_on_the_page_as_it_is(tmp_path, reported, monkeypatch):
-    """As a formula, a name that a legend leaves out, one that no terminal shows, and a title of a table."""
+    """The names are a formula, one that a legend leaves out, one that no terminal shows, and a title of a table."""
     monkeypatch.chdir(tmp_path)
     names = ("$x^$", "_run", "\u4e2d\x1b\udce9<b>", "watched", "over all starts")
     for name in names:
@@ -282,7 +282,7 @@ def test_a_page_is_read_aloud_by_its_titles(tmp_path, reported):
 
 
 def test_values_that_differ_far_from_their_beginning_differ(tmp_path, reported):
-    """As the names of a thousand classes; what is shown begins a little before the difference."""
+    """The names of a thousand classes are such values; what is shown begins a little before the difference."""
     names = [f"class{number}" for number in range(1000)]
     for run, last in (("first", "a"), ("second", "b")):
         files = flagperfs()

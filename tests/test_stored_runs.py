@@ -37,8 +37,8 @@ def arguments(weights, workdir) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(compilation_cache):
-    """Of processes whose programs are compiled as users' are: these take float64's convolutions much faster than the
-    tests' own, and are taken from the cache at most starts."""
+    """Returns the environment of processes that compile as users' do: their programs take float64's convolutions much
+    faster than the tests' own, and most starts find them in the cache."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | compilation_cache
 
 

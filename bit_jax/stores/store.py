@@ -48,6 +48,7 @@ class Store:
 
         self.name = str(url)
         protocol = self.name.partition(":")[0] if is_url(self.name) else "file"
+        self._local = protocol in ("file", "local")
         if protocol in OWN_PROCESS:
             raise RequestError(
                 f"{url} is seen by one process alone; give the URL of a store that keeps what it is given"
@@ -149,6 +150,8 @@ class Store:
         Raises:
             RequestError: it does not keep one of them, or cannot be written; the message says which.
         """
+        if self._local:  # nothing is to stay behind there, not even folders
+            raise self._broken("a file is seen there before it is whole")
         trial = f"{TRIALS}/{secrets.token_hex(8)}"
         try:
             self._require_seen(f"{trial}/seen")

@@ -1,9 +1,14 @@
-"""An object store on the loopback for tests: moto's S3 server, in a thread of the test's process."""
+"""An object store on the loopback for tests: moto's S3 server, in a thread of the test's process.
+
+It answers one request after the other. With a thread for each, as moto starts it, two conditional writes at once can
+both succeed, because it looks whether there is such an object before it writes one; then `Store.require` refuses it.
+"""
 
 import contextlib
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,17 +24,18 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "A
 def bucket() -> Iterator[str]:
     """Name of a bucket that this process and those that it starts can write to, as s3://NAME."""
     import boto3
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    application = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, application, threaded=False, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as ending:
-        ending.callback(server.stop)
-        address, port = server.get_host_and_port()
+        ending.callback(server.shutdown)
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{address}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         name = f"bucket-{secrets.token_hex(4)}"  # fsspec keeps what it has opened by its name

@@ -44,6 +44,19 @@ def test_objects_by_their_keys(store, tmp_path):
         store.read_parts([("never", 0, 1)])
 
 
+def test_an_object_whose_creation_was_tried_twice_is_the_creators_own(store, monkeypatch):
+    """As a library of a store does where the answer to its first attempt was lost."""
+    write = store._files.pipe_file
+
+    def twice(path, data, mode="overwrite"):
+        write(path, data, mode=mode)
+        write(path, data, mode=mode)
+
+    monkeypatch.setattr(store._files, "pipe_file", twice)
+    assert store.create("a", b"mine")
+    assert not store.create("a", b"another's")
+
+
 def forgets_conditions(store, monkeypatch):
     write = store._files.pipe_file
     monkeypatch.setattr(store._files, "pipe_file", lambda path, data, mode="overwrite": write(path, data))

@@ -27,8 +27,8 @@ from PIL import Image
 
 from bit_jax.accounts import starts
 from bit_jax.checkpoints import packed, shared
+from bit_jax.checkpoints.objects import MANIFEST, Checkpoint, Content, Damage
 from bit_jax.checkpoints.pieces import Piece, Tile
-from bit_jax.checkpoints.stored import MANIFEST, Checkpoint, Content, Damage
 from bit_jax.formats import described, safetensors, weights
 from bit_jax.formats.names import PEERS
 from bit_jax.model.architecture import Architecture

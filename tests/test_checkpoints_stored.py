@@ -12,10 +12,11 @@ import pytest
 from object_store import copied_to, text
 from two_hosts import DATA, SPLIT, TwoHosts, shape_of, state_on, the_same
 
-from bit_jax.checkpoints import pieces, reading, stored
+from bit_jax.checkpoints import objects, pieces, reading, stored
 from bit_jax.checkpoints.errors import CheckpointError
+from bit_jax.checkpoints.objects import DAMAGED, FOLDER, MANIFEST
 from bit_jax.checkpoints.shared import Checkpoints
-from bit_jax.checkpoints.stored import DAMAGED, FOLDER, MANIFEST, StoredCheckpoints
+from bit_jax.checkpoints.stored import StoredCheckpoints
 from bit_jax.stores.store import StoreError
 
 
@@ -75,7 +76,7 @@ def test_what_two_hosts_have_written_is_the_state_on_any_mesh(two_hosts, store, 
     (step, first), (other, second) = two_hosts.both(restore)
     assert step == other == 3
     the_same([first, second], state_on(after))
-    tree = stored.read(store, 3)
+    tree = objects.read(store, 3)
     assert tree["params"].keys() == {"kernel", "bias"}
     assert isinstance(tree["opt_state"], list)
     for key, leaf in pieces.keyed(state_on(after)).items():

@@ -14,7 +14,7 @@ from conftest import ROOT
 from object_store import text
 
 from bit_jax import config, doctor, train
-from bit_jax.checkpoints import stored
+from bit_jax.checkpoints import objects
 from bit_jax.report import record
 from bit_jax.stores.mirror import Mirror
 from bit_jax.supervision.records import RunFolder
@@ -45,7 +45,7 @@ def environment(compilation_cache):
 def checkpoint_of_another_start(store, known: set[str], process: subprocess.Popen) -> set[str]:
     """Waits for a complete checkpoint that is not among the known ones, and returns all that there are."""
     while True:
-        complete = {one.folder for one in stored.Checkpoint.usable(list(store.sizes(stored.FOLDER)))}
+        complete = {one.folder for one in objects.Checkpoint.usable(list(store.sizes(objects.FOLDER)))}
         if complete - known:
             return complete
         assert process.poll() is None, process.communicate()[1]
@@ -100,7 +100,7 @@ def test_killed_and_continued_elsewhere_it_ends_with_the_same_bytes(
     assert not store.sizes(".owner")
     names = {path.name for path in undisturbed.iterdir() if path.is_file()}
     assert {key for key in store.sizes() if "/" not in key} == names
-    assert stored.steps(store) == [STEPS, STEPS - STEPS % 4]
+    assert objects.steps(store) == [STEPS, STEPS - STEPS % 4]
     assert [key for key in store.sizes("tensorboard") if "tfevents" in key]
 
     asked = arguments(small_npz, store.name)
@@ -138,8 +138,8 @@ def test_two_hosts_of_which_one_is_killed_go_on_with_the_store_alone(
     assert process.returncode == 0, said
     assert "host 1 was killed by SIGKILL" in said
     assert "continuing s3://" in said
-    sizes = store.sizes(stored.FOLDER)
-    last = stored.Checkpoint.usable(list(sizes))[0]
+    sizes = store.sizes(objects.FOLDER)
+    last = objects.Checkpoint.usable(list(sizes))[0]
     assert last.step == STEPS
     assert sizes[last.pieces(0)] == pytest.approx(sizes[last.pieces(1)], rel=0.2)  # the hosts share the work
     store.fetch("final.npz", tmp_path / "final.npz")

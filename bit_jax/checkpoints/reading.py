@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from bit_jax.checkpoints import shared, stored
+from bit_jax.checkpoints import objects, shared
 from bit_jax.stores.store import Store
 
 
 def steps(workdir: Path) -> list[int]:
     """Returns the steps of the complete checkpoints, the newest first."""
-    return shared.complete_steps(workdir / stored.FOLDER) or stored.steps(Store(workdir))
+    return shared.complete_steps(workdir / objects.FOLDER) or objects.steps(Store(workdir))
 
 
 def read(workdir: Path, step: int) -> dict[str, Any]:
@@ -19,6 +19,6 @@ def read(workdir: Path, step: int) -> dict[str, Any]:
     Raises:
         CheckpointError: the checkpoint is damaged, cannot be read, or is of another step.
     """
-    if step in shared.complete_steps(workdir / stored.FOLDER):
-        return shared.read(workdir / stored.FOLDER, step)
-    return stored.read(Store(workdir), step)
+    if step in shared.complete_steps(workdir / objects.FOLDER):
+        return shared.read(workdir / objects.FOLDER, step)
+    return objects.read(Store(workdir), step)

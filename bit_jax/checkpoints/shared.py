@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
-from bit_jax.checkpoints import stored
+from bit_jax.checkpoints import objects
 from bit_jax.checkpoints.errors import CheckpointError
 from bit_jax.scale import hosts, sharding
 from input_pipeline.files import DamagedFile, is_unfinished, read_json, write_json
@@ -146,7 +146,7 @@ class Checkpoints:
             CheckpointError: a foreign entry has a name that a checkpoint will need.
         """
         foreign = []
-        if any(self._directory.glob(f"*.*/{stored.MANIFEST}")):
+        if any(self._directory.glob(f"*.*/{objects.MANIFEST}")):
             raise CheckpointError(
                 f"{self._directory} was copied from an object store, and checkpoints have another form in a directory; "
                 "give the store's URL as --workdir to continue from them"

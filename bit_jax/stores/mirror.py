@@ -19,7 +19,7 @@ from input_pipeline.files import Url
 
 EVERY = 20.0  # seconds between two times that what has changed is sent
 SHARE = 100  # later, it is sent every 100th part of the time: growing files are sent whole each time
-CHECKPOINTS = "checkpoints"  # a folder with a form of its own in a store, see checkpoints/stored.py
+CHECKPOINTS = "checkpoints"  # a folder with a form of its own in a store, see checkpoints/objects.py
 LEFT = (CHECKPOINTS, lease.FOLDER, TRIALS, "tensorboard", "profile")  # folders of which a start needs nothing
 LARGE = ("final.npz",)  # files of which it is enough for a start to know that they are there
 LAST = ("final.npz", "result.json")  # what says that a run has finished is sent last, in this order

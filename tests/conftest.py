@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -36,12 +37,25 @@ from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
 from parity.sides.inputs import random_arrays
 
-COMPILES_FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-AS_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+COMPILES_FAST = (
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"  # parts that are compiled side by side take more in all
+)
+AS_USERS: dict[str, int | bool | str] = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+if platform.machine() == "x86_64":  # shorter vectors take less code
+    COMPILES_FAST += " --xla_cpu_max_isa=AVX2"
+    AS_USERS["xla_cpu_max_isa"] = ""
 # later versions do not know this flag, and end at once where it is given
 if jax.__version_info__ < (0, 11):
     COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
     AS_USERS["xla_cpu_use_fusion_emitters"] = True
+# a third of the time of the others. Float64's convolutions then take eight times as long, and every step twice, so it
+# is for programs that run a few times on few small images
+HARDLY_OPTIMIZES = COMPILES_FAST.replace("optimization_level=1", "optimization_level=0")
 os.environ["XLA_FLAGS"] = f"{COMPILES_FAST} --xla_force_host_platform_device_count=8"
 # nothing of the user's own cache decides what a test compiles or fetches, and tests leave nothing there
 if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the directory of the process that started it
@@ -112,11 +126,9 @@ def compiled_once(compilation_cache):
 
 @pytest.fixture(scope="module")
 def hardly_optimized():
-    """Gives all processes that a module's tests start programs that XLA hardly optimizes, which takes a third of the
-    time. Float64's convolutions then take eight times as long, so it is for programs that run a few times, on few small
-    images."""
+    """Gives all processes that a module's tests start programs that XLA hardly optimizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", COMPILES_FAST.replace("optimization_level=1", "optimization_level=0"))
+        patch.setenv("XLA_FLAGS", HARDLY_OPTIMIZES)
         yield
 
 
@@ -174,7 +186,9 @@ def prepared(killed_and_prepared):
     return killed_and_prepared[0]
 
 
-DIGITS = "digits --global-batch 16 --resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 60 --log-every 1"
+# few small images: a run is then little more than its start, which is what most tests of runs are about
+SMALL_DIGITS = "--resize-to 20 --crop 16 --eval-split test[:40]"
+DIGITS = f"digits {SMALL_DIGITS} --global-batch 16 --warmup-steps 2 --decay-steps 60 --log-every 1"
 
 
 class Runs:

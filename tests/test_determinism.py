@@ -11,6 +11,8 @@ from command_line import parity
 from parity.ladder.determinism import compare
 from parity.sides.worker import Arrays
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 QUICK = ["--processes", "2", "--size", "32", "--rows", "4", "--steps", "2"]
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from conftest import COMPILES_FAST, ROOT
+from conftest import HARDLY_OPTIMIZES, ROOT
 from PIL import Image
 
 from bit_jax import config
@@ -294,7 +294,7 @@ def checkout(tmp_path):
         "lr_steps = [2, 3]\n"
         "target_mAP = 1.1\n"
         'flagperf_compat = "accuracy schedule p_core"\n'
-        'flags = "--resize-to 36 --crop 32 --host-timeout 30"\n'
+        'flags = "--resize-to 20 --crop 16 --host-timeout 30"\n'
     )
     return training
 
@@ -327,7 +327,7 @@ def start(training: Path, log_dir: Path, data_dir: Path, host: int, port: int, c
     ).split()
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{HARDLY_OPTIMIZES} --xla_force_host_platform_device_count=2",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
     command = [sys.executable, "run_benchmarks/jax/start_jax_task.py", *words]

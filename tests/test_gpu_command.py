@@ -10,7 +10,7 @@ from rich.console import Console
 
 from input_pipeline.errors import RequestError, RunFailed
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from conftest import last_step
 from bit_jax.accounts import goodput, starts
 from bit_jax.checkpoints.shared import MANIFEST
 
-STEPS, KILLS = 120, 20
+STEPS, KILLS = 90, 20
 
 
 def unfinished(workdir: Path) -> int:
@@ -29,7 +29,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_the_same(runs, tmp_path):
     workdir = tmp_path / "killed"
-    flags = ("--steps", STEPS, "--eval-every", 40)
+    flags = ("--steps", STEPS, "--eval-every", 30)
     killed = runs(*flags, "--workdir", workdir, "--checkpoint-every", 1)
     alone = runs(*flags, "--workdir", tmp_path / "alone", "--checkpoint-every", STEPS)
     alone.start()
@@ -42,7 +42,7 @@ def test_killed_twenty_times_it_ends_the_same(runs, tmp_path):
             time.sleep(moments.uniform(0, 3))
         else:  # some time after it has made progress: most of that time, it is saving
             killed.until_progress(process, workdir, before)
-            time.sleep(moments.uniform(0, 0.2))
+            time.sleep(moments.uniform(0, 0.15))
         os.kill(process, signal.SIGKILL)
         assert killed.finish() == -signal.SIGKILL
         saving += unfinished(workdir)

@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 from notebooks import printed
 
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
+
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SAYS = {
     "fine_tune_your_folder": [r"60 steps, 300 test images, (8[5-9]|9\d)% right", "most confused", "10 classes"],

@@ -91,7 +91,7 @@ def test_reading_needs_no_tensorflow(prepared):
 
 @pytest.mark.slow
 def test_hosts_that_are_real_processes_read_the_batches_of_one(prepared, tmp_path):
-    """1, 2 and 4 hosts, started from step 2 on: rows, labels and augmented pixels of the global batches."""
+    """One host and two, started from step 2 on: rows, labels and augmented pixels of the global batches."""
     read = (
         "import sys, numpy as np, input_pipeline as i; host, hosts = map(int, sys.argv[2:4]); "
         "s = i.open_source('imagenet2012', 'train', sys.argv[1]); "
@@ -99,17 +99,15 @@ def test_hosts_that_are_real_processes_read_the_batches_of_one(prepared, tmp_pat
         "batches = [b for _, b in l.train(2, 6)]; "
         "np.savez(sys.argv[4], **{k: np.stack([b[k] for b in batches]) for k in batches[0]})"
     )
-    shares = [(host, hosts, tmp_path / f"{host} of {hosts}.npz") for hosts in (1, 2, 4) for host in range(hosts)]
+    shares = [(host, hosts, tmp_path / f"{host} of {hosts}.npz") for hosts in (1, 2) for host in range(hosts)]
     processes = [
         subprocess.Popen([sys.executable, "-c", read, prepared, str(host), str(hosts), path], cwd=ROOT)
         for host, hosts, path in shares
     ]
-    assert [process.wait() for process in processes] == [0] * 7
+    assert [process.wait() for process in processes] == [0] * 3
     of = {(host, hosts): np.load(path) for host, hosts, path in shares}
-    for hosts in (2, 4):
-        for name, rows in of[0, 1].items():
-            together = np.concatenate([of[host, hosts][name] for host in range(hosts)], axis=1)
-            np.testing.assert_array_equal(together, rows)
+    for name, rows in of[0, 1].items():
+        np.testing.assert_array_equal(np.concatenate([of[host, 2][name] for host in range(2)], axis=1), rows)
 
 
 def test_what_was_verified_is_written_beside_it(prepared):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import COMPILES_FAST, ROOT, last_step
+from conftest import HARDLY_OPTIMIZES, ROOT, SMALL_DIGITS, last_step
 
 from bit_jax import load
 from bit_jax.accounts import starts
@@ -223,14 +223,12 @@ def test_a_thread_that_never_ends_does_not_keep_a_process_from_ending():
     assert exits.LEAVING > 5  # what is being written is finished first
 
 
-TRAIN = (
-    "--resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 4 --global-batch 8"
-).split()
+TRAIN = (f"{SMALL_DIGITS} --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 4 --global-batch 8").split()
 
 
 @pytest.fixture(scope="module")
 def environment(compilation_cache):
-    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILES_FAST}
+    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": HARDLY_OPTIMIZES}
 
 
 @pytest.fixture

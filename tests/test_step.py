@@ -1,6 +1,7 @@
 """`python -m parity step`: a real run whose update begins to round at step 120, found from what the run recorded."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import parity
-from conftest import DIGITS, ROOT
+from conftest import COMPILES_FAST, DIGITS, ROOT
 from rich.console import Console
 
 from parity.ladder import step
 from parity.report import saved
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "hardly_optimized")
 
 # from update 120 on, parameters are rounded to bfloat16, as if the device had begun to keep them so
 ROUNDS_FROM_120 = """
@@ -37,7 +38,11 @@ EVERY = ["--checkpoint-every", "40", "--keep-checkpoints", "9", "--mixup", "0.1"
 
 
 def train(*command: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    """Trains for many steps, for which it is worth optimizing the program more than the tests' others."""
+    environment = os.environ | {"XLA_FLAGS": COMPILES_FAST}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")

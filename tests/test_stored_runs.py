@@ -10,7 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import HARDLY_OPTIMIZES, ROOT, SMALL_DIGITS
 from object_store import text
 
 from bit_jax import config, doctor, train
@@ -25,7 +25,7 @@ from input_pipeline.files import Url
 
 LIMIT = 1e-10  # largest difference of a parameter between runs on different meshes, in float64
 FLAGS = (
-    "digits --precision fp64 --resize-to 20 --crop 16 --global-batch 8 --mixup 0.3 --base-lr 1e-5 --decay-steps 20 40"
+    f"digits {SMALL_DIGITS} --precision fp64 --global-batch 8 --mixup 0.3 --base-lr 1e-5 --decay-steps 20 40"
     " --checkpoint-every 4 --log-every 2 --eval-every 1000 --host-timeout 20"
 ).split()
 STEPS = 30
@@ -37,9 +37,8 @@ def arguments(weights, workdir) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(compilation_cache):
-    """Returns the environment of processes that compile as users' do: their programs take float64's convolutions much
-    faster than the tests' own, and most starts find them in the cache."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | compilation_cache
+    """Environment variables of the runs."""
+    return os.environ | compilation_cache | {"XLA_FLAGS": HARDLY_OPTIMIZES}
 
 
 def checkpoint_of_another_start(store, known: set[str], process: subprocess.Popen) -> set[str]:

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import COMPILES_FAST, ROOT, last_step
+from conftest import HARDLY_OPTIMIZES, ROOT, SMALL_DIGITS, last_step
 
 from bit_jax import config, launch
 from bit_jax.supervision import guard, supervisor
@@ -631,14 +631,14 @@ def test_sizes_come_from_the_flags_and_the_work_directory(workdir):
 
 TIMEOUT = 15  # seconds without a sign of life; hosts that share two busy cores are silent for some
 TRAIN = (
-    "train.py digits --resize-to 36 --crop 32 --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 2 "
+    f"train.py digits {SMALL_DIGITS} --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 2 "
     "--eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05 --steps 16"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def environment(compilation_cache):
-    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILES_FAST}
+    return os.environ | compilation_cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": HARDLY_OPTIMIZES}
 
 
 @pytest.fixture(scope="module")

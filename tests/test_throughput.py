@@ -161,7 +161,7 @@ def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, c
     monkeypatch.setattr(verdict, "LOOKS", 1)  # the test before this one takes all
     path, page = tmp_path / "report.json", tmp_path / "page.html"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1, "time_anyway": True}
-    given = {"arms": ("torch", "jax"), "fault": "sample-variance", "json": path, "html": page}
+    given = {"arms": ("torch", "jax"), "work": "forward", "fault": "sample-variance", "json": path, "html": page}
     asked = Throughput(**given, **quick)
     assert not measure.run(asked)
     shown, progress = capsys.readouterr()
@@ -180,9 +180,9 @@ def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, c
 def test_an_arm_that_fails_is_left_out(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     monkeypatch.setenv("CXX", "false")  # torch.compile's
-    done = run("--arms", "torch", "torch:compile", "--processes", "1", "--json", path)
+    done = run("--work", "forward", "--arms", "torch", "torch:compile", "--processes", "1", "--json", path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "torch:compile failed: torch:compile in fp32, task curve: " in done.stdout
+    assert "torch:compile failed: torch:compile in fp32, task loss: " in done.stdout
     report = json.loads(path.read_text())
     assert set(report["arms"]) == {"torch"}
     assert set(report["failed"]) == {"torch:compile"}

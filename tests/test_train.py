@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import tyro
-from conftest import COMPILES_FAST
+from conftest import HARDLY_OPTIMIZES, SMALL_DIGITS
 from PIL import Image
 
 from bit_jax import config, train
@@ -39,7 +39,7 @@ from parity.sides.inputs import pictures
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = (
-    "--global-batch 16 --resize-to 36 --crop 32 --steps 6 --warmup-steps 2 --decay-steps 4 "
+    f"{SMALL_DIGITS} --global-batch 16 --steps 6 --warmup-steps 2 --decay-steps 4 "
     "--log-every 2 --eval-every 4 --checkpoint-every 2"
 )
 
@@ -49,7 +49,7 @@ def command(small_npz, compilation_cache):
     """(flags, devices) -> what `subprocess` needs to train the smallest BiT for six steps."""
 
     def of(*flags, devices=1) -> dict:
-        flags_of_xla = f"{COMPILES_FAST} --xla_force_host_platform_device_count={devices}"
+        flags_of_xla = f"{HARDLY_OPTIMIZES} --xla_force_host_platform_device_count={devices}"
         environment = os.environ | compilation_cache | {"XLA_FLAGS": flags_of_xla}
         arguments = ["train.py", "digits", "--model", small_npz, *SHORT.split(), *flags]
         return {"args": [sys.executable, *map(str, arguments)], "cwd": REPOSITORY, "env": environment}
@@ -89,7 +89,7 @@ def finished(command, undisturbed):
 def test_a_run_leaves_what_it_promises(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["steps"] == 6
-    assert result["eval_examples"] == 359
+    assert result["eval_examples"] == 40
     assert (result["devices"], result["hosts"], result["batch_per_device"], result["global_batch"]) == (1, 1, 16, 16)
     assert 0 < result["p_whole"] < result["p_train"] <= result["p_core"]
     assert result["p_whole"] == pytest.approx(96 / result["raw_train_time"])
@@ -399,7 +399,7 @@ def test_the_state_before_a_step_is_let_go_while_the_devices_work(tmp_path):
 @pytest.mark.slow
 def test_flagperf_on_imagenet(command, prepared, tmp_path):
     """FlagPerf's preset with a narrow model, on what tfds's own builder made of two small archives."""
-    flags = "--resize-to 36 --crop 32 --batch-per-device 4 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2"
+    flags = "--resize-to 20 --crop 16 --batch-per-device 4 --steps 6 --warmup-steps 2 --decay-steps 4 --log-every 2"
     arguments = command("--dataset", "imagenet2012", "--data-dir", prepared, "--workdir", tmp_path / "run")
     arguments["args"][2:3] = ["flagperf"]
     for flag in SHORT.split():
@@ -439,7 +439,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(command, tmp_path):
     assert done.returncode == 1
     said = re.search(r"\nerror: the loss of step (\d) is (nan|inf); (\S+) holds its batch[^\n]+\n$", done.stderr)
     assert said is not None, done.stderr
-    assert np.load(said[3])["image"].shape == (16, 32, 32, 3)
+    assert np.load(said[3])["image"].shape == (16, 16, 16, 3)
     # the same command comes to the same step at once, from the state before it
     again = subprocess.run(**command(*flags), capture_output=True, text=True)
     assert f"from step {int(said[1]) - 1}\n" in again.stderr

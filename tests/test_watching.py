@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import COMPILES_FAST, ROOT, SMALL
+from conftest import HARDLY_OPTIMIZES, ROOT, SMALL
 
 from bit_jax import config
 from bit_jax.accounts.timeline import Timeline
@@ -573,7 +573,7 @@ sys.exit(exit_code(main))
 @pytest.mark.slow
 def test_all_hosts_name_the_device_of_one_of_them():
     port = free_port()
-    environment = os.environ | {"XLA_FLAGS": f"{COMPILES_FAST} --xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": f"{HARDLY_OPTIMIZES} --xla_force_host_platform_device_count=2"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, str(port), str(host)],

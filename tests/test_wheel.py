@@ -134,7 +134,7 @@ def test_an_installed_wheel_loads_and_predicts(installed):
 @pytest.mark.parametrize("command", ["python -m bit_jax.train", "bit-jax-train"])
 def test_an_installed_wheel_trains(installed, command):
     program, *module = command.split()
-    steps = "--steps 2 --warmup-steps 1 --decay-steps 1 --global-batch 16 --resize-to 36 --crop 32"
+    steps = "--steps 2 --warmup-steps 1 --decay-steps 1 --global-batch 16 --resize-to 20 --crop 16"
     done = installed.run(program, *module, "digits", "--workdir", program, *steps.split())
     assert done.returncode == 0, done.stderr
     assert (installed.folder / program / "final.npz").exists()

@@ -71,12 +71,15 @@ ROOT = Path(__file__).parent.parent
 SMALL = Architecture((1, 1, 1, 1), 0.5, 10)
 
 
-LONGEST_FIRST = ("test_hosts", "test_parity", "test_throughput", "test_train", "test_kills")  # minutes each
+# minutes each
+LONGEST_FIRST = (
+    "hosts parity stall bundles supervision throughput parity_operations train kills step stored_runs".split()
+)
 
 
 def pytest_collection_modifyitems(items):
     """Puts the files that take longest first, so that no process is left with one of them at the end."""
-    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 15  # seconds without a sign of life; hosts that share two busy cores are silent for some
 RUN = (
     f"train.py digits {SMALL_DIGITS} --global-batch 16 --warmup-steps 2 --decay-steps 6 --steps 8 "
-    "--log-every 1 --checkpoint-every 2 --eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05 "
+    "--log-every 1 --checkpoint-every 2 --eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.01 "
     f"--host-timeout {TIMEOUT}"
 ).split()
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -632,7 +632,7 @@ def test_sizes_come_from_the_flags_and_the_work_directory(workdir):
 TIMEOUT = 15  # seconds without a sign of life; hosts that share two busy cores are silent for some
 TRAIN = (
     f"train.py digits {SMALL_DIGITS} --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 2 "
-    "--eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.05 --steps 16"
+    "--eval-every 100 --precision fp64 --mixup 0.3 --base-lr 0.01 --steps 16"
 ).split()
 
 

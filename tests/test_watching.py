@@ -496,7 +496,7 @@ def test_nothing_is_saved_of_a_state_that_devices_hold_differently():
 def digits(small_npz, workdir, **flags: Any) -> config.Config:
     return config.Config(
         config.ModelConfig(str(small_npz), precision="fp64"),
-        config.DataConfig("digits", resize_to=36, crop=32, global_batch=16, flip=False),
+        config.DataConfig("digits", eval_split="test[:40]", resize_to=20, crop=16, global_batch=16, flip=False),
         config.OptimizerConfig(base_lr=0.05, mixup=0.3, warmup_steps=2, decay_steps=(4,), steps=6),
         config.RunConfig(workdir, log_every=1, **flags),
     )

@@ -1,6 +1,6 @@
 # The two doors: `make demo` and `make test`. Both set up .venv from pinned versions first. `make test-all` runs the
-# tests that take minutes each: dying hosts, cut cables, kills, whole comparisons; three at a time, because those that
-# wait for their processes leave a core idle. `make docs` builds the documentation site into site/.
+# tests that take minutes each: dying hosts, cut cables, kills, whole comparisons. Three tests run at a time, because
+# those that wait for their processes leave a core idle. `make docs` builds the documentation site into site/.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -17,7 +17,7 @@ demo: .venv/main.stamp
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder

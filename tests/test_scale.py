@@ -89,7 +89,7 @@ def alone(small_npz):
 @pytest.mark.parametrize(
     "how",
     [
-        {"devices": 8, "fsdp": 4, "microbatches": 2, "remat": "norm"},
+        {"devices": 4, "fsdp": 2, "microbatches": 2, "remat": "norm"},
         pytest.param({"devices": 8, "microbatches": 4, "paced": True}, marks=pytest.mark.slow),
         pytest.param({"devices": 8, "fsdp": 8, "remat": "unit", "paced": True}, marks=pytest.mark.slow),
         pytest.param({"microbatches": 2, "remat": "norm", "paced": True}, marks=pytest.mark.slow),

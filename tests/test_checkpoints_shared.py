@@ -69,7 +69,7 @@ def test_a_checkpoint_that_grows_is_progress_and_one_that_does_not_is_none(tmp_p
             parts.mkdir(parents=True)
             for part in range(3):
                 (parts / "data").write_bytes(bytes(part + 1))
-                assert progress.acquire(timeout=60)
+                assert progress.acquire(timeout=600)
             while progress.acquire(timeout=0.3):  # what was under way
                 pass
             still.set()
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_grows_is_progress_and_one_that_does_not_is_none(tmp_p
 
     checkpoints._finish(7, Response())
     assert still.is_set()
-    assert progress.acquire(timeout=60)  # for the sum of its only file
+    assert progress.acquire(timeout=600)  # for the sum of its only file
     checkpoints.close()
 
 

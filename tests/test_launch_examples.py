@@ -85,7 +85,7 @@ def steps(tmp_path) -> list[str]:
 )
 def test_a_job_starts_its_processes_again_by_their_exit_code(job, tmp_path, codes, starts, code):
     process = job(*codes)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert (process.returncode, len(steps(tmp_path))) == (code, starts), said
     assert not (tmp_path / "scontrol.txt").exists()
     assert set(steps(tmp_path)) == {
@@ -95,12 +95,12 @@ def test_a_job_starts_its_processes_again_by_their_exit_code(job, tmp_path, code
 
 def test_a_job_whose_time_is_over_is_put_back_in_the_queue(job, tmp_path):
     process = job("wait")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not (tmp_path / "waits").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)  # as --signal=B:TERM@120 has it
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert (process.returncode, len(steps(tmp_path))) == (143, 1), said
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
 

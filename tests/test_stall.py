@@ -184,7 +184,7 @@ def hanging(*arguments) -> subprocess.Popen:
 
 def test_a_process_that_hangs_ends_with_a_sentence_and_its_threads(tmp_path):
     process = hanging(tmp_path / starts.NAME)
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=600)[1].decode()
     assert process.returncode == 1
     first, *threads = said.splitlines()
     assert first.startswith("error: the run has made no progress for ")
@@ -215,7 +215,7 @@ exits.leave(3)
 
 
 def test_a_thread_that_never_ends_does_not_keep_a_process_from_ending():
-    done = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (
         3,
         "error: a thread has not ended in 0.2 s, and this process ends without it\n",

@@ -402,7 +402,7 @@ def test_a_signal_goes_to_the_hosts_and_nothing_is_started_again(process, workdi
     started = process(*words(workdir, "--restarts", 3))
     hosts = waiting(workdir)
     started.send_signal(signal.SIGTERM)
-    out, said = started.communicate(timeout=60)
+    out, said = started.communicate(timeout=600)
     assert (started.returncode, said) == (143, "")
     assert sorted(out.splitlines()) == ["host 0 runs", "host 1 runs"]
     assert all(ended(host) for host in hosts)
@@ -417,7 +417,7 @@ def test_a_second_signal_kills_the_hosts(process, workdir):
     time.sleep(0.2)
     assert not any(ended(host) for host in hosts)
     started.send_signal(signal.SIGTERM)
-    _, said = started.communicate(timeout=60)
+    _, said = started.communicate(timeout=600)
     assert (started.returncode, said) == (143, "error: ended at once, because it was asked a second time\n")
     until(lambda: all(ended(host) for host in hosts))
 
@@ -427,7 +427,7 @@ def test_a_signal_before_the_next_start_ends_the_command(process, workdir):
     started = process(*words(workdir, "--restarts", 3, back_off=60))
     assert any("restart 1 of 3 is in 60 s" in line for line in started.stderr)
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=60)
+    _, said = started.communicate(timeout=600)
     assert started.returncode == 130
     assert said == "error: ended by a signal before the next start; the same command continues\n"
 

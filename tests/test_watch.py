@@ -163,7 +163,7 @@ def watching(monkeypatch):
 def test_where_the_store_does_not_answer_no_host_blames_itself_or_only_the_other(watching, host, named):
     _, store, ends = watching(host, timeout=0.5)
     store.answers = False
-    sentence, code = ends.get(timeout=60)
+    sentence, code = ends.get(timeout=600)
     assert (sentence, code) == (
         f"host {host} of 2: {named}; start all hosts again to continue from the last checkpoint",
         1,
@@ -176,8 +176,8 @@ def test_a_host_that_hears_of_a_failure_ends_after_the_host_that_failed(watching
     told = queue.SimpleQueue()
     watch.told_of_loss.append(lambda sentence: told.put(time.monotonic()))
     store.kept["bit_jax/failed/0"] = "--steps 0 must be positive"
-    heard = told.get(timeout=60)
-    assert ends.get(timeout=60)[0].startswith("host 1 of 2: host 0 ended: --steps 0 must be positive; ")
+    heard = told.get(timeout=600)
+    assert ends.get(timeout=600)[0].startswith("host 1 of 2: host 0 ended: --steps 0 must be positive; ")
     assert time.monotonic() - heard > TO_READ * BEAT  # after which host 0 ends
 
 
@@ -198,7 +198,7 @@ def test_the_last_sentence_is_said_though_nobody_reads():
     reading, writing = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=writing)
     try:
-        assert process.wait(timeout=60) == 7
+        assert process.wait(timeout=600) == 7
     finally:
         process.kill()
         os.close(reading)

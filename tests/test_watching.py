@@ -586,7 +586,7 @@ def test_all_hosts_name_the_device_of_one_of_them():
         for host in range(2)
     ]
     for process in started:
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=600)
         assert (process.returncode, out.count("good\n")) == (1, 1), errors
         assert re.search(
             r"error: after step 6, device \d+ \(cpu, number 0 on host 1\) holds other bits .* in wrong, ", errors

@@ -32,7 +32,7 @@ class TwoHosts:
     """Two threads that are host 0 with the first four devices and host 1 with the others."""
 
     def __init__(self):
-        self._barrier = threading.Barrier(2, timeout=60)
+        self._barrier = threading.Barrier(2, timeout=600)
         self._told: dict[Any, dict[int, Any]] = {}
         self._thread = threading.local()
 

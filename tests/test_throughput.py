@@ -161,7 +161,7 @@ def test_a_wrong_arm_that_is_timed_anyway_is_called_wrong_everywhere(tmp_path, c
     monkeypatch.setattr(verdict, "LOOKS", 1)  # the test before this one takes all
     path, page = tmp_path / "report.json", tmp_path / "page.html"
     quick = {"weights": "random:R14x0.5", "size": 32, "rows": 4, "seconds": 0.2, "processes": 1, "time_anyway": True}
-    given = {"arms": ("torch", "jax"), "work": "forward", "fault": "sample-variance", "json": path, "html": page}
+    given = {"arms": ("torch", "jax"), "fault": "sample-variance", "json": path, "html": page}
     asked = Throughput(**given, **quick)
     assert not measure.run(asked)
     shown, progress = capsys.readouterr()

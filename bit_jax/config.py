@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from bit_jax.model.execution import Remat
+from bit_jax.model.architecture import Remat
 from input_pipeline.errors import RequestError
 from input_pipeline.flags import Place, UserPath, require_positive
 

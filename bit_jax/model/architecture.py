@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from input_pipeline.errors import RequestError
 
 if TYPE_CHECKING:
     from bit_jax.model.resnetv2 import ResNetV2
+
+Remat = Literal["none", "norm", "unit"]  # how much the backward pass computes again; see `execution.rematerialized`
 
 GROUPS = 32  # of GroupNorm
 STANDARDIZE_EPS = 1e-10  # BiT; timm's and Hugging Face's is 1e-8, which float64 tells apart

@@ -4,7 +4,7 @@ None of it changes what is computed, but for rounding and for the two constants 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from bit_jax.model import ops
+from bit_jax.model.architecture import Remat
 
-Remat = Literal["none", "norm", "unit"]
 # the names that values are given where they are made, for `remat` to choose by
 CONVOLVED = "convolved"  # kept by "norm", with `ops.STATISTICS`
 GATHERED = "gathered"  # never kept

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from bit_jax.model.architecture import STANDARDIZED
-from bit_jax.model.execution import Numerics, Remat, in_step, rematerialized
+from bit_jax.model.architecture import STANDARDIZED, Remat
+from bit_jax.model.execution import Numerics, in_step, rematerialized
 from bit_jax.model.images import check_images
 from bit_jax.model.layers import OUTPUT, GroupNormRelu, StdConv, param_dtype, parameter, sow_largest
 from bit_jax.model.ops import max_pool

@@ -4,8 +4,7 @@ import dataclasses
 
 from bit_jax.compiled.gpus import Accelerator, accelerator
 from bit_jax.config import FLAGPERF, Config, ScaleConfig
-from bit_jax.model.architecture import Architecture
-from bit_jax.model.execution import Remat
+from bit_jax.model.architecture import Architecture, Remat
 from bit_jax.published import catalogue
 from bit_jax.training import hyperrule
 from input_pipeline.errors import RequestError

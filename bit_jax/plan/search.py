@@ -6,7 +6,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from bit_jax.compiled.gpus import GIB
-from bit_jax.model.resnetv2 import Remat
+from bit_jax.model.architecture import Remat
 from bit_jax.plan.compilation import UNLIMITED, compile_train_step, memory_needs
 from bit_jax.plan.request import Request
 

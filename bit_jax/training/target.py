@@ -9,8 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bit_jax.model.architecture import Architecture
-from bit_jax.model.execution import Remat
+from bit_jax.model.architecture import Architecture, Remat
 from bit_jax.model.layers import param_dtype
 from bit_jax.model.precision import Precision
 from bit_jax.model.resnetv2 import ResNetV2

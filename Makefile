@@ -8,7 +8,8 @@ BIN := .venv/bin
 CONSTRAINTS := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	"import sys; print('constraints.txt' if sys.version_info < (3, 12) else 'constraints-3.13.txt')")
 
-# even where this is set: the tests start hundreds of processes, which would each compile the project's modules anew
+# Python keeps compiled modules even where this is set: the tests start hundreds of processes, and each would compile
+# the project's modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint format docs clean constraints

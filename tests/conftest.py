@@ -53,8 +53,8 @@ if platform.machine() == "x86_64":  # shorter vectors take less code
 if jax.__version_info__ < (0, 11):
     COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
     AS_USERS["xla_cpu_use_fusion_emitters"] = True
-# a third of the time of the others. Float64's convolutions then take eight times as long, and every step twice, so it
-# is for programs that run a few times on few small images
+# Programs that XLA hardly optimizes take a third of the others' time to compile. Float64's convolutions then take eight
+# times as long, so these flags are for programs that run a few times on few small images.
 HARDLY_OPTIMIZES = COMPILES_FAST.replace("optimization_level=1", "optimization_level=0")
 os.environ["XLA_FLAGS"] = f"{COMPILES_FAST} --xla_force_host_platform_device_count=8"
 # nothing of the user's own cache decides what a test compiles or fetches, and tests leave nothing there
@@ -71,7 +71,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = Architecture((1, 1, 1, 1), 0.5, 10)
 
 
-# minutes each
+# files whose tests take minutes
 LONGEST_FIRST = (
     "hosts parity stall bundles supervision throughput parity_operations train kills step stored_runs".split()
 )
@@ -189,7 +189,7 @@ def prepared(killed_and_prepared):
     return killed_and_prepared[0]
 
 
-# few small images: a run is then little more than its start, which is what most tests of runs are about
+# On few small images a run is little more than its start, which is what most tests of runs are about.
 SMALL_DIGITS = "--resize-to 20 --crop 16 --eval-split test[:40]"
 DIGITS = f"digits {SMALL_DIGITS} --global-batch 16 --warmup-steps 2 --decay-steps 60 --log-every 1"
 

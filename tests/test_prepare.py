@@ -373,7 +373,7 @@ def read_all(data_dir):
 
 
 def test_any_image_classification_dataset_of_tfds():
-    """With tfds's own mock data: random examples in the real builders' features."""
+    """The datasets are tfds's own mock data: random examples in the real builders' features."""
     import tensorflow_datasets as tfds
 
     with tfds.testing.mock_data(num_examples=6):

@@ -223,7 +223,7 @@ def test_a_thread_that_never_ends_does_not_keep_a_process_from_ending():
     assert exits.LEAVING > 5  # what is being written is finished first
 
 
-TRAIN = (f"{SMALL_DIGITS} --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 4 --global-batch 8").split()
+TRAIN = f"{SMALL_DIGITS} --warmup-steps 2 --decay-steps 6 --log-every 1 --checkpoint-every 4 --global-batch 8".split()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_objects_by_their_keys(store, tmp_path):
 
 
 def test_an_object_whose_creation_was_tried_twice_is_the_creators_own(store, monkeypatch):
-    """As a library of a store does where the answer to its first attempt was lost."""
+    """A library of a store tries it again where the answer to its first attempt was lost."""
     write = store._files.pipe_file
 
     def twice(path, data, mode="overwrite"):
@@ -55,6 +55,18 @@ def test_an_object_whose_creation_was_tried_twice_is_the_creators_own(store, mon
     monkeypatch.setattr(store._files, "pipe_file", twice)
     assert store.create("a", b"mine")
     assert not store.create("a", b"another's")
+
+
+def test_an_object_that_is_removed_after_it_was_in_the_way_is_no_error(store, monkeypatch):
+    """The process that owned a claim may end at this moment; the next attempt then finds the place free."""
+
+    def in_the_way(path, data, mode="overwrite"):
+        raise FileExistsError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._files, "pipe_file", in_the_way)
+        assert not store.create("a", b"mine")
+    assert store.create("a", b"mine")
 
 
 def forgets_conditions(store, monkeypatch):

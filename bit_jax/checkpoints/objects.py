@@ -97,9 +97,9 @@ class Content:
         """
         shapes, parts = {}, {}
         try:
-            digests = json.loads(content_of(store, f"{checkpoint.folder}/{MANIFEST}"))["sha256"]
+            digests = json.loads(read_object(store, f"{checkpoint.folder}/{MANIFEST}"))["sha256"]
             for host in range(len(digests)):
-                text = content_of(store, checkpoint.index(host))
+                text = read_object(store, checkpoint.index(host))
                 if hashlib.sha256(text).hexdigest() != digests[f"index.{host}.json"]:
                     raise Damage(f"index.{host}.json is not as written")
                 index = json.loads(text)
@@ -194,8 +194,8 @@ def _tree(arrays: dict[str, Any]) -> Any:
     return [tree[name] for name in sorted(tree, key=int)] if all(name.isdecimal() for name in tree) else tree
 
 
-def content_of(store: Store, key: str) -> bytes:
-    """Returns the content of an object that has to be there.
+def read_object(store: Store, key: str) -> bytes:
+    """Returns the bytes of an object that has to be there.
 
     Raises:
         Damage: there is none.

@@ -18,7 +18,7 @@ import numpy as np
 
 from bit_jax.checkpoints import packed
 from bit_jax.checkpoints.errors import CheckpointError
-from bit_jax.checkpoints.objects import DAMAGED, FOLDER, MANIFEST, Checkpoint, Content, Damage, content_of, steps
+from bit_jax.checkpoints.objects import DAMAGED, FOLDER, MANIFEST, Checkpoint, Content, Damage, read_object, steps
 from bit_jax.checkpoints.packed import Packed
 from bit_jax.checkpoints.pieces import Copier, Piece, keyed, pieces_to_write, tiles_by_host
 from bit_jax.scale import hosts, sharding
@@ -169,7 +169,7 @@ class StoredCheckpoints:
         indexes = {checkpoint.index(host) for host in range(self._count)}
         while not indexes <= set(self._store.sizes(checkpoint.folder)):
             time.sleep(PATIENCE)  # if another host dies meanwhile, `Watch` ends this one
-        digests = {key.rpartition("/")[2]: hashlib.sha256(content_of(self._store, key)).hexdigest() for key in indexes}
+        digests = {key.rpartition("/")[2]: hashlib.sha256(read_object(self._store, key)).hexdigest() for key in indexes}
         self._before()
         self._store.write(f"{checkpoint.folder}/{MANIFEST}", json.dumps({"sha256": digests}).encode())
         keys = list(self._store.sizes(FOLDER))

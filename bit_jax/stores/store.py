@@ -118,11 +118,13 @@ class Store:
         try:
             self._make_folder(key)
             self._files.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:  # it is this one if the answer to a first attempt was lost
+            return self.read(key) == data
         except Exception as error:  # each store has its own for an object that is there already
             there = self.read(key)
             if there is None:
                 raise self._error("written", error, key) from None
-            return there == data  # where the answer was lost, the object found at the second attempt is this one
+            return there == data
         return True
 
     def sizes(self, folder: str = "") -> dict[str, int]:

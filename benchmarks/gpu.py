@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "gpu.json"
 LEAST = 20.0  # seconds; no step is begun with less time left
 GRACE = 5.0  # seconds in which a late step may end by itself, once it was asked to
-TOGETHER = 3  # steps that run at once, of those that measure no time
+TOGETHER = max(3, len(os.sched_getaffinity(0)) // 4)  # steps that run at once, of those that measure no time
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -50,20 +50,33 @@ class Scale:
         judged: architecture, side in pixels and images per batch of the model that the rungs judge beside the embedded
             one.
         seconds: seconds for which an arm is timed in each of its processes.
-        compiles: whether torch.compile's arms are timed too, which takes minutes.
+        compiled: {(architecture, precision): arms of PyTorch's compiler}; compiling one takes minutes.
     """
 
     models: dict[str, tuple[int, int]]
     judged: tuple[str, int, int]
     seconds: float
-    compiles: bool
+    compiled: dict[tuple[str, str], tuple[str, ...]]
 
 
-LARGE = Scale({"R50x1": (224, 128), "R152x2": (480, 16)}, ("R50x1", 224, 2), 2.0, compiles=True)
-SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, compiles=False)
+# The compiler chooses channels-last by itself for a model in NCHW.
+WHOLE, UNITS = "torch:compile,channels_last", "torch:compile_units,channels_last"
+GRAPHS = "torch:compile,cuda_graphs,channels_last"
+LARGE = Scale(
+    {"R50x1": (224, 128), "R152x2": (480, 16)},
+    ("R50x1", 224, 2),
+    2.0,
+    {
+        ("R50x1", "bf16"): (WHOLE, GRAPHS, UNITS),
+        ("R50x1", "tf32"): (WHOLE, GRAPHS),
+        ("R152x2", "bf16"): (WHOLE, GRAPHS),
+        ("R152x2", "tf32"): (WHOLE,),  # the GPU's memory holds no more beside JAX
+    },
+)
+SMALL = Scale({"R14x0.5": (32, 4)}, ("R14x0.5", 32, 4), 0.2, {})
 LAUNCHES = "xla_gpu_enable_command_buffer="  # launches every kernel by itself, not in CUDA graphs
 EAGER = ("torch", "torch:channels_last", "jax:tuned")
-COMPILED = ("torch:channels_last", "torch:compile", "torch:compile,channels_last", "jax:tuned")
+COMPILED_IN = {"TORCHINDUCTOR_CACHE_DIR": "{out}/inductor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +85,11 @@ class Step:
 
     Attributes:
         name: name of the step and of its log, DIR/NAME.log.
-        command: arguments of Python; {json} and {dir} stand for DIR/NAME.json and DIR/NAME.
+        command: arguments of Python; {json}, {dir} and {out} stand for DIR/NAME.json, DIR/NAME and DIR.
         seconds: seconds that the step may take at most.
         results: {field of the record: JSON file that the step leaves}.
         alone: whether the step measures time, so that nothing else may run beside it.
-        environment: variables that the process gets besides this one's.
+        environment: variables that the process gets besides this one's; {out} stands for DIR.
     """
 
     name: str
@@ -87,8 +100,8 @@ class Step:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def filled(self, text: str, out: Path) -> str:
-        """Returns the text with this step's own paths in `out` in place of {json} and {dir}."""
-        return text.format(json=out / f"{self.name}.json", dir=out / self.name)
+        """Returns the text with this step's own paths in `out` in place of {json} and {dir}, and `out` for {out}."""
+        return text.format(json=out / f"{self.name}.json", dir=out / self.name, out=out)
 
 
 def steps(scale: Scale) -> list[Step]:
@@ -109,8 +122,10 @@ def steps(scale: Scale) -> list[Step]:
         *(ladder(f"random:{name}", "all --until gradients", precision, judged) for precision in PRECISIONS),
         *(eager(scale, *pair, "forward") for pair in pairs),
         *(convolutions(scale, *pair) for pair in pairs),
-        *(throughput("compiled", COMPILED, scale, *pair, "train") for pair in pairs if scale.compiles),
-        *(throughput("compiled", COMPILED, scale, *pair, "forward") for pair in pairs if scale.compiles),
+        *(step for pair in pairs for step in compiling(scale, *pair, "train")),
+        *(step for pair in pairs for step in compiled(scale, *pair, "train")),
+        *(step for pair in pairs for step in compiling(scale, *pair, "forward")),
+        *(step for pair in pairs for step in compiled(scale, *pair, "forward")),
     ]
 
 
@@ -128,12 +143,38 @@ def eager(scale: Scale, model: str, precision: str, work: str) -> Step:
     return throughput("eager", (*EAGER, *defaults), scale, model, precision, work)
 
 
+def compiling(scale: Scale, model: str, precision: str, work: str) -> list[Step]:
+    """Returns the steps that have PyTorch compile the work, one for each arm; DIR keeps what they compile."""
+    arms = scale.compiled.get((model, precision), ())
+    once = dataclasses.replace(scale, seconds=0.01)  # what counts is what is compiled, and not how fast it runs
+    made = [throughput("compiling", (arm,), once, model, precision, work, processes=1) for arm in arms]
+    return [
+        dataclasses.replace(step, name=f"{step.name}-{number}", alone=False, environment=COMPILED_IN)
+        for number, step in enumerate(made, 1)
+    ]
+
+
+def compiled(scale: Scale, model: str, precision: str, work: str) -> list[Step]:
+    """Returns the step that times JAX beside what `compiling` has compiled, or nothing if that is nothing.
+
+    JAX compiles alone: what runs beside it would disturb the timings by which it chooses its algorithms. A training
+    step of a model larger than the first is also timed in JAX with `--remat norm`, because PyTorch's compiler computes
+    activations again by itself.
+    """
+    arms = scale.compiled.get((model, precision), ())
+    first = model == next(iter(scale.models))
+    eager = ("torch",) if first else ()
+    again = () if first or work == "forward" else ("jax:tuned,remat=norm",)
+    step = throughput("compiled", (*eager, *arms, "jax:tuned", *again), scale, model, precision, work)
+    return [dataclasses.replace(step, environment=COMPILED_IN)] if arms else []
+
+
 def ladder(weights: str, rung: str, precision: str, more: str = "") -> Step:
     """Returns the step that compares JAX with PyTorch up to a rung; `more` are further flags of parity."""
     name = f"parity-{weights.removeprefix('random:')}-{precision}"
     command = f"-m parity {rung} --weights {weights} --precision {precision} --candidate jax:tuned {more}"
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // TOGETHER, 1))}
-    return Step(name, f"{command} --run {{dir}} --json {{json}}", 240, alone=False, environment=threads)
+    return Step(name, f"{command} --run {{dir}} --json {{json}}", 480, alone=False, environment=threads)
 
 
 def determinism(scale: Scale, precision: str) -> Step:
@@ -171,13 +212,15 @@ def synthetic(scale: Scale, model: str, precision: str) -> str:
     )
 
 
-def throughput(kind: str, arms: Sequence[str], scale: Scale, model: str, precision: str, work: str) -> Step:
+def throughput(
+    kind: str, arms: Sequence[str], scale: Scale, model: str, precision: str, work: str, processes: int = 5
+) -> Step:
     """Returns the step that times the arms in turns; all of them stay on the GPU together."""
     size, rows = scale.models[model]
     command = (
         f"-m parity throughput --work {work} --weights random:{model} --size {size} --rows {rows} "
-        f"--precision {precision} --together True --processes 5 --seconds {scale.seconds} --loss-check losses "
-        f"--json {{json}} --arms {' '.join(arms)}"
+        f"--precision {precision} --together True --processes {processes} --seconds {scale.seconds} "
+        f"--loss-check losses --json {{json}} --arms {' '.join(arms)}"
     )
     return Step(f"{kind}-{work}-{model}-{precision}", command, 420)
 
@@ -211,7 +254,8 @@ class Running:
         arguments = shlex.split(step.filled(step.command, out))
         with open(out / f"{step.name}.log", "wb") as log:
             paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths} | step.environment
+            own = {name: step.filled(value, out) for name, value in step.environment.items()}
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths} | own
             process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -287,35 +331,42 @@ class Record:
 
 
 def run(wanted: list[Step], record: Record, until: float, console: Console) -> None:
-    """Runs the steps that measure time one by one and the others together.
+    """Runs the steps in order: those that measure time by themselves, and up to TOGETHER of the others at once.
 
     Args:
         until: time.monotonic() at which everything must have ended; a step also has a limit of its own.
     """
-    while wanted:
-        together = [wanted.pop(0)]
-        while wanted and len(together) < TOGETHER and not together[0].alone and not wanted[0].alone:
-            together.append(wanted.pop(0))
-        left = until - time.monotonic()
-        if left < LEAST:
-            names = ", ".join(step.name for step in (*together, *wanted))
-            console.print(f"no time is left for {names}; the same command goes on there")
-            return
-        for step in together:
-            record.clear(step)
-        running = [Running.start(step, record.out, min(step.seconds, left - GRACE)) for step in together]
-        try:
-            while running:
-                time.sleep(0.2)
-                for started in list(running):
-                    if outcome := started.outcome():
-                        running.remove(started)
-                        record.add(started, outcome)
-                        seconds = time.monotonic() - started.began
-                        console.print(printable(f"{started.step.name}: {outcome} after {seconds:.0f} s"))
-        finally:  # this command may have been asked to end
-            for started in running:
-                started.kill()
+    running: list[Running] = []
+    try:
+        while wanted or running:
+            if wanted and _may_begin(wanted[0], running):
+                left = until - time.monotonic()
+                if left < LEAST:
+                    names = ", ".join(step.name for step in wanted)
+                    console.print(f"no time is left for {names}; the same command goes on there")
+                    wanted = []
+                    continue
+                step, *wanted = wanted
+                record.clear(step)
+                running.append(Running.start(step, record.out, min(step.seconds, left - GRACE)))
+                continue
+            time.sleep(0.2)
+            for started in list(running):
+                if outcome := started.outcome():
+                    running.remove(started)
+                    record.add(started, outcome)
+                    seconds = time.monotonic() - started.began
+                    console.print(printable(f"{started.step.name}: {outcome} after {seconds:.0f} s"))
+    finally:  # this command may have been asked to end
+        for started in running:
+            started.kill()
+
+
+def _may_begin(step: Step, running: Sequence[Running]) -> bool:
+    """Whether a step disturbs nothing that runs."""
+    return not running or (
+        not step.alone and not any(started.step.alone for started in running) and len(running) < TOGETHER
+    )
 
 
 def show(record: Record, console: Console) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from test_torch_reference import original_name
+from torch import nn
 
 from bit_jax.formats.described import described
 from bit_jax.model import probe
@@ -198,6 +199,8 @@ def test_sides_are_written_as_they_are_read():
     assert "JAX_PLATFORMS" not in parse_side("jax:device64").environment("fp64")
     assert parse_side("torch:compile,hugepages") == Side("torch", compile=True, hugepages=True)
     assert parse_side("torch:channels_last,compile") == Side("torch", compile=True, channels_last=True)
+    assert parse_side("torch:compile_units") == Side("torch", compile_units=True)
+    assert parse_side("torch:cuda_graphs,compile") == Side("torch", compile=True, cuda_graphs=True)
     assert parse_side("jax:tuned,deterministic") == Side("jax", tuned=True, deterministic=True)
     for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit"):
         assert str(parse_side(text)) == text
@@ -210,9 +213,13 @@ def test_sides_are_written_as_they_are_read():
         "jax:devices=4,fsdp=3",
         "jax:devices",
         "jax:compile",
+        "torch:compile,compile_units",
+        "torch:cuda_graphs",
     ):
         with pytest.raises(RequestError):
             parse_side(wrong)
+    with pytest.raises(RequestError, match="which units a:b has is not known; write compile, not"):
+        parse_side("torch:compile_units", model="a:b")
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +232,22 @@ def file(tmp_path_factory):
 def arrays_of(path):
     with np.load(path) as loaded:
         return {key: loaded[key] for key in loaded.files}
+
+
+@pytest.mark.parametrize(("graphs", "mode"), [("", None), (",cuda_graphs", "reduce-overhead")])
+def test_a_side_compiles_the_model_or_each_of_its_units(graphs, mode, file, tmp_path, monkeypatch):
+    compiled: list[tuple[nn.Module, dict[str, Any]]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compiled.append((module, how)))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for place, switch in enumerate(("compile", "compile_units")):
+            side = parse_side(f"torch:{switch}{graphs}")
+            worker = TrainingTorch(side, "fp32", str(file), lambda *_: None, rank=0, meeting=tmp_path / str(place))
+            worker._replica(None)
+        assert torch._dynamo.config.recompile_limit > 8, "PyTorch would give up on the ninth kind of unit"
+    (whole, how), *units_of = compiled
+    assert (type(whole), how) == (resnetv2.ResNetV2, {"mode": mode})
+    assert [type(module) for module, _ in units_of] == [resnetv2.RootBlock] + 8 * [resnetv2.Unit]
+    assert all(how == {"mode": mode, "dynamic": False} for _, how in units_of)
 
 
 def test_parameters_are_told_by_the_original_codes_names():

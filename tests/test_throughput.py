@@ -68,6 +68,8 @@ def test_what_is_measured_and_said(measured):
     assert set(report["ratios"]) == {"best against best", "default against default"}
     assert all(line["verdict"] == "rounding" for line in report["loss_check"].values())
     assert "best against best: jax is" in said
+    assert not report["kept"]
+    assert "was set: 'compile cold' may be" not in said
 
 
 @pytest.mark.slow
@@ -78,6 +80,8 @@ def test_both_frameworks_train_in_float16_by_the_scaled_loss(tmp_path):
     report = json.loads(path.read_text())
     for arm in report["arms"].values():
         assert arm["products"] == {"matrix": "float16", "convolution": "float16"}
+    assert report["kept"] == ["JAX_COMPILATION_CACHE_DIR"]  # which the tests set
+    assert "JAX_COMPILATION_CACHE_DIR was set: 'compile cold' may be of programs" in done.stdout
     assert all(line["verdict"] == "rounding" for line in report["loss_check"].values())
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from parity import faults
-from parity.in_torch import devices, models, names, operations, pipeline, script, single, units
+from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
 from parity.in_torch.precision import choose, float32_settings, products
 from parity.in_torch.updates import freeze
@@ -304,7 +304,9 @@ class TorchSide:
         model = self._eager(disturb)
         freeze(model, self.model()[1], train)
         if self.side.compile and self.devices.count == 1:
-            model.compile()
+            model.compile(mode=self._compile_mode)
+        if self.side.compile_units:
+            compile_units(model, self._compile_mode)
         return model
 
     def _eager(self, disturb: Disturb | None) -> nn.Module:
@@ -318,6 +320,11 @@ class TorchSide:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
+    @property
+    def _compile_mode(self) -> str | None:
+        """torch.compile's mode."""
+        return "reduce-overhead" if self.side.cuda_graphs else None
+
     def _replica(self, disturb: Disturb | None, train: str | None = None) -> nn.Module:
         """Returns a copy of the model with disturbed parameters, as the side runs it on all of its devices.
 
@@ -327,8 +334,22 @@ class TorchSide:
         replica = self.devices.replica(self._disturbed_model(disturb, train))
         if self.side.compile and self.devices.count > 1:
             # compile the replica, not the model in it: its graph is then cut where devices exchange gradients
-            replica.compile()
+            replica.compile(mode=self._compile_mode)
         return replica
+
+
+def compile_units(model: nn.Module, mode: str | None) -> None:
+    """Has each unit and the root block of this project's model compiled by itself, at its first call; units that are
+    alike share their code.
+
+    Args:
+        mode: torch.compile's.
+    """
+    torch._dynamo.config.recompile_limit = len(list(model.modules()))  # PyTorch's default is 8 kinds of unit
+    for module in model.modules():
+        if isinstance(module, (resnetv2.RootBlock, resnetv2.Unit)):
+            # if sizes were left open, units of several sizes would share slower code
+            module.compile(mode=mode, dynamic=False)
 
 
 def disturbed(tensor: Tensor, name: str, disturb: Disturb | None) -> Tensor:

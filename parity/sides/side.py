@@ -12,7 +12,7 @@ from input_pipeline.errors import RequestError
 COUNTS = {"jax": ("devices", "fsdp", "microbatches"), "torch": ("devices",)}
 SWITCHES = {
     "jax": ("tuned", "probe", "deterministic", "device64", "hugepages"),
-    "torch": ("compile", "channels_last", "deterministic", "device64", "hugepages"),
+    "torch": ("compile", "compile_units", "cuda_graphs", "channels_last", "deterministic", "device64", "hugepages"),
 }
 HEAD = "head"  # name of the head in the parameter tree, and the --train of a probe, which names it alone
 REMAT = ("remat=norm", "remat=unit")
@@ -38,7 +38,10 @@ class Side:
         device64: whether float64 is computed on the accelerator too, and not on the CPU.
         hugepages: whether memory is in large pages, as with train.py on CPUs.
         flags: JAX: flags of XLA, name=value, in addition to XLA_FLAGS and those that `tuned` sets.
-        compile: torch: whether to use torch.compile.
+        compile: torch: whether to compile the model with torch.compile.
+        compile_units: torch: whether to compile each of the model's units by itself, which PyTorch calls regional
+            compilation: units that are alike are compiled once.
+        cuda_graphs: torch: whether what is compiled launches its kernels in CUDA graphs, as JAX does by itself.
         channels_last: torch: whether images and kernels have the channels_last memory format.
         model: torch: `package.module:factory` of a model in place of the reference.
         state_dict: torch: file that the model's parameters are loaded from.
@@ -59,6 +62,8 @@ class Side:
     hugepages: bool = False
     flags: tuple[str, ...] = ()
     compile: bool = False
+    compile_units: bool = False
+    cuda_graphs: bool = False
     channels_last: bool = False
     model: str | None = None
     state_dict: str | None = None
@@ -129,13 +134,20 @@ def parse_side(
     fields = [_field(framework, setting) for setting in settings]
     if framework not in COUNTS or None in fields:
         raise RequestError(
-            f"side {text!r} is neither torch[:devices=N,compile,channels_last,deterministic,device64,hugepages] nor "
+            f"side {text!r} is neither torch[:devices=N,compile,compile_units,cuda_graphs,channels_last,"
+            "deterministic,device64,hugepages] nor "
             "jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,probe,deterministic,device64,hugepages,"
             "flags=NAME=VALUE+...]" + (", onnx:FILE or stablehlo:FILE" if exported else "")
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
+    if side.compile and side.compile_units:
+        raise RequestError(f"side {text!r} compiles the model or each of its units; leave out compile or compile_units")
+    if side.compile_units and model is not None:
+        raise RequestError(f"side {text!r}: which units {model} has is not known; write compile, not compile_units")
+    if side.cuda_graphs and not (side.compile or side.compile_units):
+        raise RequestError(f"side {text!r}: CUDA graphs hold what is compiled; add compile or compile_units")
     if side.probe and not probe:
         raise RequestError(
             f"side {text!r} trains a head on features, which only comparisons with --train head do, such as "

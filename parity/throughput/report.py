@@ -107,6 +107,8 @@ def sentences(report: Report) -> list[str]:
         f"MFU: {report['flops_per_image'] / 1e9:.2f} GFLOP an image x images/s, over the better of the measured matrix "
         f"products: {ceilings}"
     )
+    if kept := report.get("kept"):
+        lines.append(f"{' and '.join(kept)} was set: 'compile cold' may be of programs that were compiled before")
     return lines
 
 

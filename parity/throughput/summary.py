@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import os
 import shlex
 import statistics
 import sys
@@ -16,6 +17,7 @@ from parity.throughput.machine import machine
 from parity.throughput.request import Throughput
 
 LOOP = ("p_core", "p_train", "p_whole", "input_share", "evaluation")  # figures of each process of a loop
+KEPT = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # variables by which users keep what is compiled
 Ceilings = dict[tuple[str, int], list[float]]  # {(framework, devices): FLOP/s of matrix products, each time measured}
 
 
@@ -27,7 +29,7 @@ def summarize(
     measured: dict[str, list[dict[str, Any]]],
     ceilings: Ceilings,
 ) -> dict[str, Any]:
-    """Returns the report, in JSON's types.
+    """Returns the report, in JSON's types. Its `kept` names the variables that are set among KEPT.
 
     Args:
         failed: {arm: error} of the arms that are left out.
@@ -50,6 +52,7 @@ def summarize(
         "machine": machine(),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "compare"},
         "failed": failed,
+        "kept": [name for name in KEPT if name in os.environ],
         "loss_check": {arm: dataclasses.asdict(line) for arm, line in loss_check.items()},
         "flops_per_image": per_image,
         "matrix_product_flops": {str(Side(*key)): rate for key, rate in reached.items()},

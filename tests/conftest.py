@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from cpu_times import pytest_addoption, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401 (hooks)
 from object_store import bucket, store, url  # noqa: F401 (fixtures)
 
 from bit_jax.model.architecture import Architecture

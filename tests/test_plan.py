@@ -150,3 +150,16 @@ def test_xla_compiles_deterministic_steps_for_gpus():
         assert "__cudnn$conv" in program
         assert "triton_gemm" not in program
         assert " scatter(" not in program  # they would become loops
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_norm_is_few_kernels():
+    """A GPU takes some microseconds for each, however small its arrays are.
+
+    The 13 norms of this step were 152 kernels when each small sum was one by itself.
+    """
+    steps = steps_on_gpus(Request(model="R14x0.5", device="h100-80g", crop=128, classes=10), UNLIMITED)
+    program = steps.lower_train_step().compile(compiler_options=steps.target.compiler_options).as_text()
+    started = program[program.index("\nENTRY ") :].splitlines()
+    assert len([line for line in started if " fusion(" in line and "group_norm" in line]) <= 130

@@ -88,39 +88,37 @@ def _group_norm_relu(x, gamma, beta, groups, eps, recompute):
 
 def _group_norm_relu_forward(x, gamma, beta, groups, eps, recompute):
     statistics = _group_statistics(x, groups, eps, gamma.dtype)
-    mean, scale = (checkpoint_name(statistic, STATISTICS) for statistic in statistics)
+    mean, scale = (checkpoint_name(_spread(statistic, x.shape[-1]), STATISTICS) for statistic in statistics)
     active = nn.relu(_normalized(x, mean, scale, gamma, beta)).astype(x.dtype)
     return active, (x, mean, scale, gamma, beta)
 
 
 def _group_norm_relu_backward(groups, eps, recompute, saved, gradient):
     x, mean, scale, gamma, beta = saved
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
 
     def inside(x, gradient):
         """Returns the gradient of ReLU's input, and the centred x."""
         before_relu = _normalized(x, mean, scale, gamma, beta)
         gradient = gradient.astype(gamma.dtype)
-        centred = x.astype(gamma.dtype) - _spread(mean, channels)
+        centred = x.astype(gamma.dtype) - mean
         if recompute:
             # With this, XLA writes the activation, which the next convolution's gradient needs, in the same pass over x
             # as the sums below. It would store and reread a comparison: 6 % more memory traffic.
             return gradient * jnp.sign(nn.relu(before_relu)), centred
         return jnp.where(before_relu > 0, gradient, 0), centred
 
-    def group_mean(of_channels):
-        grouped = (of_channels * gamma).reshape(batch, groups, channels // groups)
-        return grouped.sum(axis=-1) / (height * width * (channels // groups))
-
     inner, centred = inside(x, gradient)
     of_beta, of_scaled = _over_places(inner, inner * centred)
     # the barrier keeps the two passes from sharing large arrays: the second computes them again instead of reading them
     x, gradient, of_beta, of_scaled = lax.optimization_barrier((x, gradient, of_beta, of_scaled))
     inner, centred = inside(x, gradient)
-    shift, tilt = scale * group_mean(of_beta), scale**3 * group_mean(of_scaled)
-    of_x = _spread(scale, channels) * gamma * inner - _spread(shift, channels) - centred * _spread(tilt, channels)
-    of_gamma = of_scaled * jnp.repeat(scale, channels // groups, axis=-1)
-    return of_x.astype(x.dtype), of_gamma.sum(axis=0), of_beta.sum(axis=0)
+    of_gamma, slope = of_scaled * scale[:, 0, 0], scale * gamma
+    summands = (of_channels * slope[:, 0, 0] for of_channels in (of_beta, of_gamma * scale[:, 0, 0]))
+    shift, tilt = _sums(2, *(_in_groups(array, groups, height * width) for array in summands))
+    of_x = slope * inner - _spread(shift, channels) - centred * _spread(tilt, channels)
+    of_gamma, of_beta = jnp.stack((of_gamma, of_beta)).sum(axis=1)  # over the batch, which several devices may share
+    return of_x.astype(x.dtype), of_gamma, of_beta
 
 
 _group_norm_relu.defvjp(_group_norm_relu_forward, _group_norm_relu_backward)
@@ -138,7 +136,19 @@ def _over_places(*arrays: Array) -> list[Array]:
     shape = (batch, stripes, height // stripes * width, channels)
     # the barrier keeps XLA from merging the two sums into one
     of_stripes = lax.optimization_barrier([array.reshape(shape).sum(axis=2) for array in arrays])
-    return [stripes.sum(axis=1) for stripes in of_stripes]
+    return _sums(1, *of_stripes)
+
+
+def _sums(axis: int, *arrays: Array) -> list[Array]:
+    """Returns each array's sums over an axis, all in one pass.
+
+    A GPU spends as long on launching a kernel for small arrays as on its work, and XLA makes one of each `sum`.
+    """
+
+    def add(sums, values):
+        return [one + other for one, other in zip(sums, values, strict=True)]
+
+    return lax.reduce(list(arrays), [jnp.zeros((), array.dtype) for array in arrays], add, (axis,))
 
 
 def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -147,15 +157,19 @@ def _group_statistics(x: Array, groups: int, eps: float, dtype: jnp.dtype) -> tu
     E[d^2] - E[d]^2 loses digits if the mean of d is large compared with its deviation; so d is the difference between
     the values and the mean of a sample, the middle row.
     """
-    batch, height, width, channels = x.shape
-
-    def group_mean(of_channels, count):
-        return of_channels.reshape(batch, groups, channels // groups).sum(axis=-1) / (count * channels // groups)
-
-    sample = group_mean(_middle_row(x).astype(dtype).sum(axis=1), width)
+    _, height, width, channels = x.shape
+    sample = _in_groups(_middle_row(x).astype(dtype).sum(axis=1), groups, width).sum(axis=2)
     d = x.astype(dtype) - _spread(sample, channels)
-    mean, square = (group_mean(array.sum(axis=(1, 2)), height * width) for array in (d, d * d))
+    summands = (_in_groups(array.sum(axis=(1, 2)), groups, height * width) for array in (d, d * d))
+    mean, square = _sums(2, *summands)
     return sample + mean, lax.rsqrt(square - mean * mean + eps)
+
+
+def _in_groups(sums: Array, groups: int, places: int) -> Array:
+    """Turns sums over so many places, [batch, channels], into [batch, groups, channels of a group], which add up to
+    means of groups. Dividing before the sum leaves nothing to be done after it."""
+    of_group = sums.shape[-1] // groups
+    return sums.reshape(sums.shape[0], groups, of_group) / (places * of_group)
 
 
 def _middle_row(x: Array) -> Array:
@@ -166,9 +180,8 @@ def _middle_row(x: Array) -> Array:
 
 def _normalized(x: Array, mean: Array, scale: Array, gamma: Array, beta: Array) -> Array:
     """Returns (x - mean) * scale * gamma + beta, with one product and one sum per value."""
-    channels = x.shape[-1]
-    slope = _spread(scale, channels) * gamma
-    return x.astype(gamma.dtype) * slope + (beta - _spread(mean, channels) * slope)
+    slope = scale * gamma
+    return x.astype(gamma.dtype) * slope + (beta - mean * slope)
 
 
 def _spread(of_groups: Array, channels: int) -> Array:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import unittest.mock
@@ -182,6 +183,25 @@ def test_a_fault_says_whether_the_unit_itself_is_wrong(faulty):
     assert failed is not None
     assert "fed the reference's input it still differs" in failed.findings[0]
     assert failed.details["divergence"]["teacher_forced"] == ["block2/unit01", "block3/unit01", "block4/unit01"]
+
+
+@pytest.mark.slow
+def test_one_version_of_the_code_against_another(small_npz, tmp_path):
+    """The other adds a thousandth to what max-pool returns."""
+    other = tmp_path / "other"
+    for package in ("bit_jax", "input_pipeline", "parity"):
+        shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("__pycache__"))
+    ops = other / "bit_jax" / "model" / "ops.py"
+    right, wrong = "return _max_of_three(_max_of_three(x, 2), 1)", "return _max_of_three(_max_of_three(x, 2), 1) + 1e-3"
+    assert right in ops.read_text()
+    ops.write_text(ops.read_text().replace(right, wrong))
+    flags = ["--reference", "jax", "--weights", small_npz, *QUICK, "--precision", "fp64"]
+    same = parity("forward", *flags, "--candidate", f"jax:code={ROOT}")
+    assert same.returncode == 0, same.stdout + same.stderr
+    found = parity("forward", *flags, "--candidate", f"jax:code={other}", "--run", tmp_path / "run")
+    assert found.returncode == 1, found.stdout + found.stderr
+    lines = saved.load(tmp_path / "run")["rungs"][0]["lines"]
+    assert next(line["name"] for line in lines if line["verdict"] == "bug") == "root_block"
 
 
 @pytest.mark.slow

@@ -202,8 +202,9 @@ def test_sides_are_written_as_they_are_read():
     assert parse_side("torch:compile_units") == Side("torch", compile_units=True)
     assert parse_side("torch:cuda_graphs,compile") == Side("torch", compile=True, cuda_graphs=True)
     assert parse_side("jax:tuned,deterministic") == Side("jax", tuned=True, deterministic=True)
-    for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit"):
-        assert str(parse_side(text)) == text
+    for text in ("torch:compile,channels_last", "jax:microbatches=2,remat=unit", "jax:tuned,code=."):
+        assert str(side := parse_side(text)) == text
+        assert Side(**side.fields()) == dataclasses.replace(side, code=None)
     assert parse_side("torch", model="a:b").model == "a:b"
     for wrong in (
         "tf",
@@ -215,6 +216,7 @@ def test_sides_are_written_as_they_are_read():
         "jax:compile",
         "torch:compile,compile_units",
         "torch:cuda_graphs",
+        "jax:code=/nowhere",
     ):
         with pytest.raises(RequestError):
             parse_side(wrong)

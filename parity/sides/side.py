@@ -37,6 +37,7 @@ class Side:
         deterministic: whether a GPU may use only algorithms that give the same bits every time.
         device64: whether float64 is computed on the accelerator too, and not on the CPU.
         hugepages: whether memory is in large pages, as with train.py on CPUs.
+        code: folder of another version of this project, whose code the side runs; None: this one's.
         flags: JAX: flags of XLA, name=value, in addition to XLA_FLAGS and those that `tuned` sets.
         compile: torch: whether to compile the model with torch.compile.
         compile_units: torch: whether to compile each of the model's units by itself, which PyTorch calls regional
@@ -60,6 +61,7 @@ class Side:
     deterministic: bool = False
     device64: bool = False
     hugepages: bool = False
+    code: str | None = None
     flags: tuple[str, ...] = ()
     compile: bool = False
     compile_units: bool = False
@@ -78,6 +80,7 @@ class Side:
         settings += [f"remat={self.remat}"] if self.remat != "none" else []
         settings += [word for word in SWITCHES[self.framework] if getattr(self, word)]
         settings += ["flags=" + "+".join(self.flags)] if self.flags else []
+        settings += [f"code={self.code}"] if self.code else []
         name = self.framework + (":" + ",".join(settings) if settings else "")
         return name + (f" ({self.model})" if self.model else "")
 
@@ -92,14 +95,24 @@ class Side:
         return self.devices if self.framework == "torch" else 1
 
     def fields(self) -> dict[str, Any]:
-        """Returns the attributes as JSON's types; `Side(**fields)` is this side again."""
-        return dataclasses.asdict(self)
+        """Returns the attributes that are not the defaults, as JSON's types, for the side's process: `Side(**fields)`.
+
+        What another version of the code does not know is thus named only where it is asked for; `code` is left out,
+        because the process is that code's.
+        """
+        given = dataclasses.asdict(self) | {"code": None}
+        return {
+            field.name: given[field.name] for field in dataclasses.fields(self) if given[field.name] != field.default
+        }
 
     def environment(self, precision: str) -> dict[str, str]:
         """Returns environment variables for the side's process. Float64, which decides what is right, runs on the CPU
         even if there is a GPU, unless the side has `device64`."""
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
         variables |= hugepages.environment() if self.hugepages else {}
+        if self.code is not None:  # and not the code of the folder that the command was started in
+            paths = (os.path.abspath(self.code), os.environ.get("PYTHONPATH"))
+            variables |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
         if self.framework in ("jax", "stablehlo"):
             # the other framework needs memory of the same GPU
             variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -135,13 +148,17 @@ def parse_side(
     if framework not in COUNTS or None in fields:
         raise RequestError(
             f"side {text!r} is neither torch[:devices=N,compile,compile_units,cuda_graphs,channels_last,"
-            "deterministic,device64,hugepages] nor "
+            "deterministic,device64,hugepages,code=DIR] nor "
             "jax[:devices=N,fsdp=N,microbatches=N,remat=R,tuned,probe,deterministic,device64,hugepages,"
-            "flags=NAME=VALUE+...]" + (", onnx:FILE or stablehlo:FILE" if exported else "")
+            "flags=NAME=VALUE+...,code=DIR]" + (", onnx:FILE or stablehlo:FILE" if exported else "")
         )
     side = Side(framework, **dict(field for field in fields if field))
     if side.devices % side.fsdp:
         raise RequestError(f"side {text!r}: fsdp={side.fsdp} does not divide devices={side.devices}")
+    if side.code is not None and not Path(side.code, "parity", "serve.py").is_file():
+        raise RequestError(
+            f"side {text!r}: {side.code} holds no parity/serve.py; name a folder with this project's code"
+        )
     if side.compile and side.compile_units:
         raise RequestError(f"side {text!r} compiles the model or each of its units; leave out compile or compile_units")
     if side.compile_units and model is not None:
@@ -180,4 +197,6 @@ def _field(framework: str, setting: str) -> tuple[str, Any] | None:
         return name, value
     if framework == "jax" and name == "flags" and value:
         return name, tuple(value.split("+"))
+    if framework in COUNTS and name == "code" and value:
+        return name, os.path.expanduser(value)
     return None

@@ -11,6 +11,7 @@ to end in good order. The second one ends it at once, whatever it is doing.
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import os
 import signal
@@ -28,6 +29,15 @@ LEAVING = 60.0  # seconds for threads to end in, which finish what they read or 
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it, and a process that ends at once cannot clean up
 
 
+def collect_less() -> None:
+    """Has Python look for cycles of objects more rarely, which is what its collector does besides counting references.
+
+    While a short run of `train.py` starts, traces and compiles, it would look 850 times, among all objects the last
+    times, and that is a tenth of the processor's time.
+    """
+    gc.set_threshold(10_000, 10, 10)  # Python's own first number is 700
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Runs a command's `main` and turns what it raises into a sentence on standard error and an exit code.
 
@@ -37,6 +47,7 @@ def exit_code(main: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test may have put something else in their place
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that the terminal cannot show
+    collect_less()
     try:
         with _handling_signals():
             try:

@@ -19,6 +19,7 @@ import psutil
 
 from input_pipeline.errors import RequestError
 from input_pipeline.examples import DatasetError
+from input_pipeline.exits import collect_less
 from parity.sides.side import Side
 from parity.sides.tasks import ForwardTasks
 from parity.sides.worker import Progress
@@ -26,6 +27,7 @@ from parity.sides.worker import Progress
 
 def main() -> None:
     """Answers requests until its standard input ends."""
+    collect_less()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log instead of between the replies
     job = json.loads(sys.argv[1])

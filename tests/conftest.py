@@ -36,6 +36,7 @@ from object_store import bucket, store, url  # noqa: F401 (fixtures)
 
 from bit_jax.model.architecture import Architecture
 from input_pipeline import DatasetError, open_source
+from input_pipeline.exits import collect_less
 from parity.sides.inputs import random_arrays
 
 COMPILES_FAST = (
@@ -64,6 +65,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the directory of the pr
     atexit.register(shutil.rmtree, os.environ["BIT_JAX_CACHE"], ignore_errors=True)
 # under nohup it is ignored, in all that is started too, and the tests of what it does would wait for it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+collect_less()  # as in all that is tested
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # XLA reads its flags now, and never again
 os.environ["XLA_FLAGS"] = COMPILES_FAST  # the processes that tests start have one device, or as many as they say

@@ -1,6 +1,7 @@
 """How commands end: codes, sentences, signals at any moment, pipes that nobody reads."""
 
 import contextlib
+import gc
 import io
 import signal
 import subprocess
@@ -122,6 +123,15 @@ def test_an_exception_that_a_callback_of_the_garbage_collector_loses_is_raised_a
     with started(lose.strip()) as process:
         _, said = process.communicate()
         assert (process.returncode, said) == (143, "error: interrupted\n")
+
+
+def test_a_command_rarely_looks_for_cycles_of_objects(own_handlers):
+    def main():
+        before = gc.get_stats()[0]["collections"]
+        kept = [[] for _ in range(50_000)]
+        return gc.get_stats()[0]["collections"] - before + 0 * len(kept)
+
+    assert exit_code(main) <= 6  # Python's own thresholds make it 70
 
 
 def test_nohup_is_respected():

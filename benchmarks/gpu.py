@@ -320,7 +320,7 @@ class Record:
             path = Path(step.filled(file, self.out))
             if path.exists():
                 with contextlib.suppress(RequestError):
-                    results[name] = read_json(path, dict, "")
+                    results[name] = what_holds(step, read_json(path, dict, ""))
         self.content["steps"][step.name] = {
             "outcome": outcome,
             "seconds": time.monotonic() - running.began,
@@ -380,6 +380,13 @@ def show(record: Record, console: Console) -> None:
     console.print(table)
 
 
+def what_holds(step: Step, result: dict[str, Any]) -> dict[str, Any]:
+    """Returns a step's result without rates that were measured beside other steps, which mean nothing."""
+    if step.alone or "arms" not in result:
+        return result
+    return {"compile_cold": {arm: figures["compile_cold"] for arm, figures in result["arms"].items()}}
+
+
 def headline(result: dict[str, Any]) -> str:
     """Returns a step's result in a few words, or "" if it is of no known kind."""
     if "bytes_a_second" in result:
@@ -390,6 +397,8 @@ def headline(result: dict[str, Any]) -> str:
         return "the same bits" if result["same"] else "bits DIFFER"
     if "p_core" in result:
         return f"p_core {result['p_core']:.1f}, {result['mem_gib']:.2f} GiB"
+    if "compile_cold" in result:
+        return ", ".join(f"{arm} compiled in {seconds:.0f} s" for arm, seconds in result["compile_cold"].items())
     if "ratios" in result:
         ratios = [f"{ratio['median']:.2f} times {ratio['torch']}" for ratio in result["ratios"].values()]
         arms = ", ".join(f"{arm} {figures['images_per_s']:.0f}" for arm, figures in result["arms"].items())

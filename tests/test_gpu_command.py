@@ -124,6 +124,15 @@ def test_results_in_a_few_words(gpu):
     assert gpu.headline({}) == ""
 
 
+def test_of_arms_that_were_compiled_beside_each_other_no_rate_is_kept(gpu):
+    measured = {"arms": {"torch:compile": {"compile_cold": 80.3, "images_per_s": 1611, "mfu": 8.2}}, "ratios": {}}
+    pair = gpu.compiling(gpu.LARGE, "R50x1", "bf16", "train")[0], gpu.compiled(gpu.LARGE, "R50x1", "bf16", "train")[0]
+    beside, alone = (gpu.what_holds(step, measured) for step in pair)
+    assert beside == {"compile_cold": {"torch:compile": 80.3}}
+    assert alone == measured
+    assert gpu.headline(beside) == "torch:compile compiled in 80 s"
+
+
 @pytest.mark.slow
 def test_the_command_works_without_a_gpu(gpu, tmp_path):
     """Three kinds of steps run; test_docs_commands.py sees that every step's command is one that its program takes."""

@@ -28,7 +28,8 @@ from input_pipeline import exits
 from input_pipeline.exits import exit_code
 
 # acts.json holds, for each start, what each host does: an exit code, a negative signal, "stop" to freeze, "wait" for a
-# signal, be "deaf" to it, or what it does after it has given signs of life; and what host 0 then writes to starts.jsonl
+# signal, be "deaf" to it but note that it came, or what it does after it has given signs of life; and what host 0 then
+# writes to starts.jsonl
 STAND_IN = """
 import ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -47,7 +48,8 @@ if host == 0 and "line" in act:
     with open(workdir / "starts.jsonl", "a") as file:
         print(json.dumps({"began": time.time()} | act["line"]), file=file)
 if todo in ("wait", "deaf"):
-    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if todo == "wait" else signal.SIG_IGN)
+    deaf = lambda *_: (workdir / f"host{host}.heard").touch()
+    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if todo == "wait" else deaf)
     (workdir / f"host{host}.waits").write_text(str(os.getpid()))
     time.sleep(600)
 if todo == "stop":
@@ -414,7 +416,8 @@ def test_a_second_signal_kills_the_hosts(process, workdir):
     started = process(*words(workdir, "--restarts", 3))
     hosts = waiting(workdir)
     started.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    # two signals that a process on a busy machine has not handled yet are one
+    until(lambda: all((workdir / f"host{host}.heard").exists() for host in range(2)), 600)
     assert not any(ended(host) for host in hosts)
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=600)

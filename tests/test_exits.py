@@ -90,7 +90,7 @@ def test_each_signal_ends_a_command_with_its_code(number):
 
 
 def test_a_second_signal_ends_a_command_inside_compiled_code():
-    """As inside XLA's compiler, where Python runs no handlers for minutes."""
+    """Python runs no handlers there, which lasts minutes in XLA's compiler."""
     compiling = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     with started(f"with deferring_signals(): print('deferring', flush=True); {compiling}") as process:
         assert process.stdout.readline() == "deferring\n"

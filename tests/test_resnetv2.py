@@ -50,7 +50,7 @@ def r50x1(tmp_path_factory):
         return load(tmp_path_factory.mktemp("r50x1"), 50, 1000, 11, jnp.float64)
 
 
-@pytest.mark.parametrize(("size", "which"), [("128x128", 0), ("97x131", 1)])
+@pytest.mark.parametrize(("size", "which"), [pytest.param("128x128", 0, marks=pytest.mark.slow), ("97x131", 1)])
 def test_r50x1_logits(x64, r50x1, size, which):
     logits = logits_of(*r50x1, golden_inputs.images(11)[which])
     np.testing.assert_allclose(logits, GOLDEN[f"R50x1-1000-{size}"], rtol=0, atol=TOLERANCE)

@@ -163,9 +163,9 @@ def compiled(scale: Scale, model: str, precision: str, work: str) -> list[Step]:
     """
     arms = scale.compiled.get((model, precision), ())
     first = model == next(iter(scale.models))
-    eager = ("torch",) if first else ()
+    beside = ("torch",) if first else ()
     again = () if first or work == "forward" else ("jax:tuned,remat=norm",)
-    step = throughput("compiled", (*eager, *arms, "jax:tuned", *again), scale, model, precision, work)
+    step = throughput("compiled", (*beside, *arms, "jax:tuned", *again), scale, model, precision, work)
     return [dataclasses.replace(step, environment=COMPILED_IN)] if arms else []
 
 

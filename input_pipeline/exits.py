@@ -32,8 +32,8 @@ SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it, and a process that ends at 
 def collect_less() -> None:
     """Has Python look for cycles of objects more rarely, which is what its collector does besides counting references.
 
-    While a short run of `train.py` starts, traces and compiles, it would look 850 times, among all objects the last
-    times, and that is a tenth of the processor's time.
+    While a short run of `train.py` starts, traces and compiles, Python by itself looks 850 times, some of them among
+    all objects there are, which takes a tenth of that time.
     """
     gc.set_threshold(10_000, 10, 10)  # Python's own first number is 700
 

@@ -66,6 +66,16 @@ def test_only_some_steps(gpu, small_steps, tmp_path):
         gpu.main(tmp_path / "out", only=("nowhere",))
 
 
+def test_a_step_that_measures_time_runs_alone_and_others_together(gpu):
+    timed, judged = gpu.Step("timed", "", 1), gpu.Step("judged", "", 1, alone=False)
+    of = {step.name: gpu.Running(step, None, 0.0, 1.0) for step in (timed, judged)}
+    assert gpu._may_begin(timed, [])
+    assert not gpu._may_begin(timed, [of["judged"]])
+    assert not gpu._may_begin(judged, [of["timed"]])
+    assert gpu._may_begin(judged, (gpu.TOGETHER - 1) * [of["judged"]])
+    assert not gpu._may_begin(judged, gpu.TOGETHER * [of["judged"]])
+
+
 def test_a_step_that_will_not_end_is_killed(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print(0, flush=True); time.sleep(1000)"

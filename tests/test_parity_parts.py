@@ -239,17 +239,24 @@ def arrays_of(path):
 @pytest.mark.parametrize(("graphs", "mode"), [("", None), (",cuda_graphs", "reduce-overhead")])
 def test_a_side_compiles_the_model_or_each_of_its_units(graphs, mode, file, tmp_path, monkeypatch):
     compiled: list[tuple[nn.Module, dict[str, Any]]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compiled.append((module, how)))
     with torch._dynamo.config.patch(recompile_limit=8):
         for place, switch in enumerate(("compile", "compile_units")):
             side = parse_side(f"torch:{switch}{graphs}")
-            worker = TrainingTorch(side, "fp32", str(file), lambda *_: None, rank=0, meeting=tmp_path / str(place))
-            worker._replica(None)
+            worker = TrainingTorch(side, "fp64", str(file), lambda *_: None, rank=0, meeting=tmp_path / str(place))
+            worker._replica(None)  # on the CPU, as always in float64
         assert torch._dynamo.config.recompile_limit > 8, "PyTorch would give up on the ninth kind of unit"
     (whole, how), *units_of = compiled
     assert (type(whole), how) == (resnetv2.ResNetV2, {"mode": mode})
     assert [type(module) for module, _ in units_of] == [resnetv2.RootBlock] + 8 * [resnetv2.Unit]
     assert all(how == {"mode": mode, "dynamic": False} for _, how in units_of)
+
+
+def test_cuda_graphs_are_refused_without_a_gpu(file, tmp_path):
+    side = parse_side("torch:compile,cuda_graphs")
+    with pytest.raises(RequestError, match="needs an NVIDIA GPU, and PyTorch finds none here; leave out cuda_graphs"):
+        TrainingTorch(side, "fp32", str(file), lambda *_: None, rank=0, meeting=tmp_path)
 
 
 def test_parameters_are_told_by_the_original_codes_names():

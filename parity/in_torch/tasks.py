@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from input_pipeline.errors import RequestError
 from parity import faults
 from parity.in_torch import devices, models, names, operations, pipeline, resnetv2, script, single, units
 from parity.in_torch.arrays import HEAD_KERNEL, to_nhwc, to_numpy, to_official
@@ -53,6 +54,8 @@ class TorchSide:
         rank: int,
         meeting: Path,
     ):
+        if side.cuda_graphs and not torch.cuda.is_available():  # PyTorch would leave them out and say nothing
+            raise RequestError(f"side {side} needs an NVIDIA GPU, and PyTorch finds none here; leave out cuda_graphs")
         self.precision = choose(precision)
         if torch.are_deterministic_algorithms_enabled() != side.deterministic:  # setting it imports torch._inductor
             torch.use_deterministic_algorithms(side.deterministic)

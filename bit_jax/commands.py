@@ -5,12 +5,13 @@ Each function runs one command and returns its exit code. It imports the command
 """
 
 from bit_jax.process import hugepages
-from input_pipeline.exits import exit_code, leave
+from input_pipeline.exits import collect_less, exit_code, leave
 
 
 def train() -> int:
     """Fine-tunes a model."""
     hugepages.restart()
+    collect_less()  # the imports alone make 200,000 objects
     from bit_jax.train import main
 
     leave(exit_code(main))

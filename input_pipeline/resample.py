@@ -1,7 +1,8 @@
 """Resizes to a square, crops and mirrors in one pass, with the same bits as Pillow or TensorFlow 2 in three steps.
 
 Pillow computes whole images, one channel value at a time; this module computes only the pixels of the crop, whole rows
-at a time, and mirrors them on the way. Numba compiles it once per machine and keeps the result.
+at a time, and mirrors them on the way. Numba compiles it once per machine and keeps the result. Images of few pixels are
+left to Pillow, which resizes twenty thousand of them in the second that it takes to import Numba.
 """
 
 import functools
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 Method = Literal["pillow", "tf"]
 BITS = 22  # fractional bits of Pillow's fixed-point weights: 32, less 8 for the pixel and 2 of head-room
 HALF = np.int32(1 << (BITS - 1))
+SMALL = 64  # largest side in pixels of images, before and after, that Numba is not imported for
 KEPT = 48 << 20  # the most bytes that a thread keeps for each use: an image of 16 megapixels
 _kept = threading.local()
 _compiling = threading.Lock()
@@ -75,12 +78,17 @@ def resample(
         uint8 [window.side, window.side, 3].
     """
     shown = np.empty((window.side, window.side, 3), np.uint8) if into is None else into
+    height, width = pixels.shape[:2]
+    small = max(height, width, side) <= SMALL
+    if small and method == "pillow":
+        pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
     if pixels.shape[:2] == (side, side):  # both methods leave the pixels as they are if the size does not change
         rows = slice(window.top, window.top + window.side)
-        if window.mirrored:
+        if window.mirrored and not small:
             _mirrored(_flat(np.ascontiguousarray(pixels[rows])), window.left, _flat(shown))
         else:
-            shown[...] = pixels[rows, window.left : window.left + window.side]
+            view = pixels[rows, window.left : window.left + window.side]
+            shown[...] = view[:, ::-1] if window.mirrored else view
         return shown
     compute = _tensorflow if method == "tf" else _pillow
     compute(np.ascontiguousarray(pixels), side, *window, shown)

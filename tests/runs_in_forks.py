@@ -9,16 +9,12 @@ import os
 import sys
 
 import grain  # noqa: F401 (runs import it when they first read)
-import numpy as np
 
 from bit_jax import train
 from input_pipeline import image_file  # noqa: F401 (as grain)
 from input_pipeline.exits import exit_code
-from input_pipeline.resample import Window, resample
 
 faulthandler.enable()
-for mirrored in (False, True):  # imports Numba, and reads what that has compiled
-    resample(np.zeros((8, 8, 3), np.uint8), 36, Window(2, 2, 32, mirrored))
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -82,6 +82,19 @@ def test_an_image_as_large_as_asked_is_only_cropped(window, monkeypatch):
     np.testing.assert_array_equal(resample(pixels, 70, window, "tf"), shown(of_tensorflow, window))
 
 
+def test_small_images_are_left_to_pillow(monkeypatch):
+    """Numba takes a second to import, in every process; a run on small images is not worth that."""
+    for kernel in ("_antialiased", "_mirrored", "_along_columns", "_along_rows"):
+        monkeypatch.setattr(f"input_pipeline.resample.{kernel}", None)
+    for height, width, side in ((8, 8, 36), (64, 20, 36), (64, 64, 64)):
+        pixels = noise(height, width)
+        whole = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
+        for window in (Window(2, 3, 30), Window(2, 3, 30, mirrored=True)):
+            np.testing.assert_array_equal(resample(pixels, side, window), shown(whole, window))
+    with pytest.raises(TypeError):
+        resample(noise(65, 20), 36, Window(0, 0, 36))
+
+
 def test_which_pass_comes_first_is_this_pillows(monkeypatch):
     """Pillow 13 began to shrink columns first where that is cheaper, which rounds otherwise; another Pillow may not."""
     assert int(PIL.__version__.split(".")[0]) == 13, "see resample._vertical_first"

@@ -14,6 +14,7 @@ from bit_jax.model.precision import PRECISIONS, choose
 from bit_jax.scale import sharding
 from bit_jax.training import hyperrule
 from bit_jax.training.program import compile_program, make_steps
+from bit_jax.training.steps import TrainState
 from bit_jax.training.target import Target
 
 ROWS, SIDE = 4, 16
@@ -96,6 +97,43 @@ def test_the_run_is_the_same_however_kernels_lie(x64, small_npz, outputs_first, 
     assert {name: value.item() for name, value in sums[1].items()} == pytest.approx(
         {name: value.item() for name, value in sums[0].items()}, rel=1e-10
     )
+
+
+def compiled_since(caplog) -> int:
+    """The number of programs that JAX's log says it has compiled since it was last asked."""
+    messages = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return sum(message.startswith("Compiling ") for message in messages)
+
+
+def test_arrays_are_placed_without_a_program_for_every_shape(caplog, tmp_path):
+    mesh = sharding.make_mesh(jax.devices()[:2], fsdp=2)
+    arrays = {str(size): np.random.default_rng(size).normal(size=(size, 3, 4)) for size in range(1, 9)}
+    as_is, turned = (Layout(order, ()) for order in ((0, 1, 2), (2, 0, 1)))
+
+    def like(layout):
+        form = Format(layout, sharding.param_sharding(mesh, (1, 3, 4)))
+        return {key: jax.ShapeDtypeStruct(array.shape, np.float32, sharding=form) for key, array in arrays.items()}
+
+    with jax.log_compiles():
+        placed = {key: sharding.place(array, like(as_is)[key]) for key, array in arrays.items()}
+        same = sharding.in_layouts(placed, like(as_is))
+        assert all(same[key] is placed[key] for key in arrays)
+        step = sharding.place(np.array(3), jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(mesh)))
+        state = TrainState(step, placed, opt_state=())
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        checkpoints.save(state)
+        checkpoints.wait()
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format), state)
+        restored = checkpoints.restore(3, abstract)
+        checkpoints.close()
+        assert compiled_since(caplog) == 0
+        moved = sharding.in_layouts(restored.params | {"1": placed["1"]}, like(turned) | {"1": like(as_is)["1"]})
+        assert compiled_since(caplog) == 1
+    assert moved["1"] is placed["1"]
+    for key, array in arrays.items():
+        assert moved[key].format == like(as_is if key == "1" else turned)[key].format
+        np.testing.assert_array_equal(moved[key], array.astype(np.float32))
 
 
 def test_deterministic_changes_nothing_on_cpus():

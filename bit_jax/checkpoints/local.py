@@ -220,9 +220,8 @@ class LocalCopies:
         Raises:
             CheckpointError: a copy has changed since `newest` looked at it.
         """
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [self._restored(key, leaf) for key, leaf in keyed(like).items()]
-        )
+        leaves = [self._restored(key, leaf) for key, leaf in keyed(like).items()]
+        return sharding.in_layouts(jax.tree.unflatten(jax.tree.structure(like), leaves), like)
 
     def _restored(self, key: str, like: Any) -> jax.Array:
         wanted = tiles_by_host(like)

@@ -131,7 +131,7 @@ class Checkpoints:
                 f"checkpoint {path} is of step {int(state.step)}, as where a folder was copied under another name; "
                 "move it out of there"
             )
-        return jax.device_put(state, sharding.formats(abstract_state), donate=True)  # Orbax ignores layouts
+        return sharding.in_layouts(state, abstract_state)  # Orbax ignores layouts
 
     def close(self) -> None:
         try:

@@ -145,7 +145,8 @@ class StoredCheckpoints:
                     f"checkpoint {self._store.name}/{content.checkpoint.folder} changes while it is read ({damage}); "
                     "start again"
                 ) from None
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[key] for key in like])
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[key] for key in like])
+        return sharding.in_layouts(state, abstract_state)
 
     def close(self) -> None:
         try:

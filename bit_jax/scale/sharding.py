@@ -87,7 +87,7 @@ def laid_out(like: Any, formats: Any) -> Any:
 
 
 def formats(like: Any) -> Any:
-    """Returns sharding and layout of each array, for JAX's `out_shardings` and `device_put`."""
+    """Returns sharding and layout of each array, for JAX's `out_shardings`."""
     return jax.tree.map(lambda leaf: leaf.format, like)
 
 
@@ -139,8 +139,24 @@ def own_rows(rows: Array) -> np.ndarray:
 
 
 def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
-    """Places an array on the devices with the sharding, layout and dtype of `like`; each device gets only its part."""
-    return jax.make_array_from_callback(like.shape, like.format, lambda part: np.asarray(array[part], like.dtype))
+    """Places an array on the devices with the sharding and dtype of `like`; each device gets only its part. See
+    `in_layouts`."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda part: np.asarray(array[part], like.dtype))
+
+
+def in_layouts(tree: Any, like: Any) -> Any:
+    """Returns the arrays in the layouts of `like`; one program moves all that lie otherwise, if any do.
+
+    Given a layout, JAX's `device_put` compiles a program for every shape, even where arrays lie as they should.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = jax.tree.leaves(formats(like))
+    others = [place for place, leaf in enumerate(leaves) if leaf.format.layout != wanted[place].layout]
+    if others:
+        move = jax.jit(lambda arrays: arrays, out_shardings=[wanted[place] for place in others])
+        for place, moved in zip(others, move([leaves[place] for place in others]), strict=True):
+            leaves[place] = moved
+    return jax.tree.unflatten(structure, leaves)
 
 
 def fetch(array: Array | np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class Program:
     watch_step: Callable[[steps.TrainState, Any], dict] | None = None
 
     def initial_state(self, params: Params) -> steps.TrainState:
-        """Makes the state of step 0 with these parameters, which lie as `state_shape` says."""
+        """Makes the state of step 0 with these parameters; it lies as `state_shape` says."""
         return initial_state(params, self.optimizer, self.state_shape)
 
 

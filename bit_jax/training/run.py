@@ -155,7 +155,7 @@ class Run:
         """Makes the parameters that training starts from; each device makes its own part.
 
         Args:
-            like: the parameters' shapes, dtypes, shardings and layouts.
+            like: the parameters' shapes, dtypes and shardings.
         """
         seed = self.config.run.seed
         if self.config.model.init == "random":

@@ -1,5 +1,6 @@
 """The device mesh and the sharding of arrays: batches over all devices, parameters over the `fsdp` axis only."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -165,9 +166,14 @@ def fetch(array: Array | np.ndarray) -> np.ndarray:
         return array
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding)
-        replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda array: array, out_shardings=replicated)(array)
+        array = _gathering(array.sharding.mesh)(array)
     return np.asarray(array)
+
+
+@functools.lru_cache(maxsize=2)
+def _gathering(mesh: Mesh) -> Callable[[Array], Array]:
+    """Returns a function that gives an array whole to every device; a program is compiled once for every shape."""
+    return jax.jit(lambda array: array, out_shardings=replicated(mesh))
 
 
 def global_batch_size(mesh: Mesh, *, global_batch: int, batch_per_device: int | None, microbatches: int = 1) -> int:

@@ -139,7 +139,7 @@ def own_rows(rows: Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data) for shard in rows.addressable_shards])
 
 
-def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
+def place(array: np.ndarray, like: jax.ShapeDtypeStruct | Array) -> Array:
     """Places an array on the devices with the sharding and dtype of `like`; each device gets only its part. See
     `in_layouts`."""
     return jax.make_array_from_callback(like.shape, like.sharding, lambda part: np.asarray(array[part], like.dtype))

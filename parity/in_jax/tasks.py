@@ -312,7 +312,8 @@ class JaxSide:
         return totals | {"examples": len(source)}, saved
 
     def _param(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(jnp.asarray(array, self.dtype), sharding.param_sharding(self.mesh, array.shape))
+        split = sharding.param_sharding(self.mesh, array.shape)
+        return sharding.place(array, jax.ShapeDtypeStruct(array.shape, self.dtype, sharding=split))
 
     def _rows(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(array, self.precision.dtype), sharding.batch_sharding(self.mesh))
@@ -334,7 +335,8 @@ class JaxSide:
     def _disturbed(self, array: jax.Array, name: str, disturb: Disturb | None) -> jax.Array:
         if disturb is None:
             return array
-        return array * jax.device_put(inputs.disturbance(name, array.shape, *disturb), array.sharding)
+        # on the host, because JAX would compile a product for every shape
+        return sharding.place(np.asarray(array) * inputs.disturbance(name, array.shape, *disturb), array)
 
     def _disturbed_params(self, params: Any, disturb: Disturb | None) -> Any:
         if disturb is None:

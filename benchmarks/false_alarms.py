@@ -141,7 +141,6 @@ class Pair:
         return f"{self.candidate} against {self.reference}, {self.weights.removeprefix('random:')}, {flags}"
 
 
-RUNS_PER_WEIGHTS = 5  # runs with the same weights
 SMALLEST = {"rows": 2, "batches": 1, "disturbances": 1}
 USUAL = {"rows": 8, "batches": 3, "disturbances": 3}
 PAIRS = (
@@ -155,36 +154,43 @@ PAIRS = (
 CLIMBED = ("forward", "loss", "gradients", "curve")  # the rungs whose lines disturbances judge
 
 
-def real(runs: int = 10, only: str = "", climbed: tuple[str, ...] = CLIMBED, output: Path = RESULTS) -> None:
+def real(
+    runs: int = 10,
+    only: str = "",
+    climbed: tuple[str, ...] = CLIMBED,
+    same_weights: int = 5,
+    output: Path = RESULTS,
+) -> None:
     """Compares real pairs of correct sides on images of 32x32, which takes half an hour on two idle cores.
 
     Args:
         runs: Number of comparisons of each pair; more of them show rarer false alarms.
-            Each has other images and disturbances, and every fifth begins with other weights.
+            Each has other images and disturbances.
         only: Text that the name of a pair must contain to be compared; the others keep their records. Empty: all pairs.
         climbed: Rungs to compare on.
+        same_weights: Number of runs after which both sides start anew with other weights, which takes most of the time.
         output: JSON file that receives the counts; what else it holds is kept.
     """
     writable(output)
     kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
         if only in str(pair):
-            record = _count(pair, runs, climbed)
+            record = _count(pair, runs, climbed, same_weights)
             kept[record["pair"], record["rungs"]] = record
             print(record, file=sys.stderr, flush=True)
             _keep(output, "real", list(kept.values()))
     show(output)
 
 
-def _count(pair: Pair, runs: int, climbed: tuple[str, ...]) -> dict[str, Any]:
+def _count(pair: Pair, runs: int, climbed: tuple[str, ...], same_weights: int) -> dict[str, Any]:
     """Returns a pair's record: how many lines there were and were looked at again, and which ones failed."""
     sides = {"reference": pair.reference, "candidate": pair.candidate}
     training = {"steps": 6, "warmup_steps": 2, "decay_steps": (4,)}
     options: dict[str, Any] = {"weights": pair.weights, "size": "32", **sides, **pair.flags, **training}
     lines = []
-    for first in range(0, runs, RUNS_PER_WEIGHTS):
+    for first in range(0, runs, same_weights):
         with working_folder() as folder, Ladder(Options(seed=first, **options), folder, terminal.console()) as ladder:
-            for seed in range(first, min(first + RUNS_PER_WEIGHTS, runs)):
+            for seed in range(first, min(first + same_weights, runs)):
                 ladder.options = Options(seed=seed, **options)
                 ladder.__dict__.pop("amplitude", None)
                 lines += [line for name in climbed for line in rungs.RUNGS[name](ladder).lines]

@@ -146,7 +146,8 @@ def place(array: np.ndarray, like: jax.ShapeDtypeStruct | Array) -> Array:
 
 
 def in_layouts(tree: Any, like: Any) -> Any:
-    """Returns the arrays in the layouts of `like`; one program moves all that lie otherwise, if any do.
+    """Returns the arrays in the layouts of `like`; one program moves all that lie otherwise, if any do, for which both
+    are in memory at once.
 
     Given a layout, JAX's `device_put` compiles a program for every shape, even where arrays lie as they should.
     """

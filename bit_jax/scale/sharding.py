@@ -140,8 +140,8 @@ def own_rows(rows: Array) -> np.ndarray:
 
 
 def place(array: np.ndarray, like: jax.ShapeDtypeStruct | Array) -> Array:
-    """Places an array on the devices with the sharding and dtype of `like`; each device gets only its part. See
-    `in_layouts`."""
+    """Places an array on the devices with the sharding and dtype of `like`, in JAX's own layout; each device gets only
+    its part. CPUs may read it where it lies, so it must not be written to any more."""
     return jax.make_array_from_callback(like.shape, like.sharding, lambda part: np.asarray(array[part], like.dtype))
 
 

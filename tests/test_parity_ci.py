@@ -166,5 +166,5 @@ def rungs_as_tests(folder, *flags):
     test = "def test_rung(parity_rung):\n    assert parity_rung.verdict != 'bug', parity_rung.findings\n"
     (folder / "test_port.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-p", "parity.ci.plugin", "-v", *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}  # those are for this repository's tests
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

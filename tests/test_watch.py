@@ -138,7 +138,7 @@ def watching(monkeypatch):
 
         def end(sentence, code):
             ends.put((sentence, code))
-            watches[-1].stop()
+            watches[-1]._stopping.set()  # there would be no process any more
 
         monkeypatch.setattr("bit_jax.scale.watch.BEAT", BEAT)
         monkeypatch.setattr("bit_jax.scale.jax_internals.store", lambda: store)
@@ -190,6 +190,22 @@ def test_a_host_that_fails_by_itself_meanwhile_says_so(watching):
     watch.stop()  # as at the end of `leave`
     with pytest.raises(queue.Empty):
         ends.get(timeout=10 * BEAT)
+
+
+def test_no_thread_is_in_the_store_any_more_when_the_watch_has_stopped(watching):
+    """Python ends a thread that comes back to it at its own end, within gRPC's C++, by aborting the process."""
+    watch, store, _ = watching(1)
+    asked = threading.Event()
+
+    def answer_late(prefix):
+        asked.set()
+        time.sleep(10 * BEAT)
+        return []
+
+    store.key_value_dir_get = answer_late
+    assert asked.wait(600)
+    watch.stop()
+    assert not {"signs of life", "watch"} & {thread.name for thread in threading.enumerate()}
 
 
 def test_the_last_sentence_is_said_though_nobody_reads():

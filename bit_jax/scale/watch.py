@@ -85,8 +85,12 @@ class Watch:
         self._seen: dict[int, tuple[int, float, Sign]] = dict.fromkeys(range(self._hosts), (0, now, Sign()))
         self._heard = now  # the time at which the store last answered
         self._failed: dict[int, str] = {}
-        threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
-        threading.Thread(target=self._look, name="watch", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._beat, name="signs of life", daemon=True),
+            threading.Thread(target=self._look, name="watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def leave(self, sentence: str) -> None:
         """Tells the other hosts why this host ends, and gives them time to read it.
@@ -103,7 +107,11 @@ class Watch:
             time.sleep(TO_READ * BEAT)
 
     def stop(self) -> None:
+        """Ends the watch and waits for its threads, `timeout` seconds at most. If Python ended while one of them was
+        asking the store, it would abort the process: a run that is done would seem to have crashed."""
         self._stopping.set()
+        for thread in self._threads:
+            thread.join(self._timeout)
 
     @property
     def place(self) -> str:

@@ -11,7 +11,7 @@ from input_pipeline.exits import collect_less, exit_code, leave
 def train() -> int:
     """Fine-tunes a model."""
     hugepages.restart()
-    collect_less()  # the imports alone make 200,000 objects
+    collect_less()  # imports make many objects and hardly a cycle
     from bit_jax.train import main
 
     leave(exit_code(main))

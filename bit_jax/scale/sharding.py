@@ -153,11 +153,11 @@ def in_layouts(tree: Any, like: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     wanted = jax.tree.leaves(formats(like))
-    others = [place for place, leaf in enumerate(leaves) if leaf.format.layout != wanted[place].layout]
+    others = [number for number, leaf in enumerate(leaves) if leaf.format.layout != wanted[number].layout]
     if others:
-        move = jax.jit(lambda arrays: arrays, out_shardings=[wanted[place] for place in others])
-        for place, moved in zip(others, move([leaves[place] for place in others]), strict=True):
-            leaves[place] = moved
+        move = jax.jit(lambda arrays: arrays, out_shardings=[wanted[number] for number in others])
+        for number, moved in zip(others, move([leaves[number] for number in others]), strict=True):
+            leaves[number] = moved
     return jax.tree.unflatten(structure, leaves)
 
 

@@ -8,6 +8,7 @@ JSON file of the results.
 import dataclasses
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,34 +176,36 @@ def real(
     kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
         if only in str(pair):
-            record = _count(pair, runs, climbed, same_weights)
-            kept[record["pair"], record["rungs"]] = record
-            print(record, file=sys.stderr, flush=True)
-            _keep(output, "real", list(kept.values()))
+            for record in _counts(pair, runs, climbed, same_weights):
+                kept[record["pair"], record["rungs"]] = record
+                print(record, file=sys.stderr, flush=True)
+                _keep(output, "real", list(kept.values()))
     show(output)
 
 
-def _count(pair: Pair, runs: int, climbed: tuple[str, ...], same_weights: int) -> dict[str, Any]:
-    """Returns a pair's record: how many lines there were and were looked at again, and which ones failed."""
+def _counts(pair: Pair, runs: int, climbed: tuple[str, ...], same_weights: int) -> Iterator[dict[str, Any]]:
+    """Yields a pair's record so far, whenever its weights change: how many lines there were and were looked at again,
+    and which ones failed."""
     sides = {"reference": pair.reference, "candidate": pair.candidate}
     training = {"steps": 6, "warmup_steps": 2, "decay_steps": (4,)}
     options: dict[str, Any] = {"weights": pair.weights, "size": "32", **sides, **pair.flags, **training}
     lines = []
     for first in range(0, runs, same_weights):
+        last = min(first + same_weights, runs)
         with working_folder() as folder, Ladder(Options(seed=first, **options), folder, terminal.console()) as ladder:
-            for seed in range(first, min(first + same_weights, runs)):
+            for seed in range(first, last):
                 ladder.options = Options(seed=seed, **options)
                 ladder.__dict__.pop("amplitude", None)
                 lines += [line for name in climbed for line in rungs.RUNGS[name](ladder).lines]
-    judged = [line for line in lines if line.disturbed_error is not None]
-    return {
-        "pair": str(pair),
-        "runs": runs,
-        "rungs": ", ".join(climbed),
-        "lines": len(judged),
-        "looked at again": sum(line.looks > 1 for line in judged),
-        "failed": [line.name for line in lines if line.verdict == "bug"],
-    }
+        judged = [line for line in lines if line.disturbed_error is not None]
+        yield {
+            "pair": str(pair),
+            "runs": last,
+            "rungs": ", ".join(climbed),
+            "lines": len(judged),
+            "looked at again": sum(line.looks > 1 for line in judged),
+            "failed": [line.name for line in lines if line.verdict == "bug"],
+        }
 
 
 def show(output: Path = RESULTS) -> None:

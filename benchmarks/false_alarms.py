@@ -17,7 +17,10 @@ import tyro
 from rich.table import Table
 
 from input_pipeline import terminal
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
 from input_pipeline.files import read_json, writable, write_json
+from input_pipeline.flags import require_positive
 from parity.ladder import rungs, verdict
 from parity.ladder.ladder import Ladder, working_folder
 from parity.options import Options
@@ -172,6 +175,11 @@ def real(
         same_weights: Number of runs after which both sides start anew with other weights, which takes most of the time.
         output: JSON file that receives the counts; what else it holds is kept.
     """
+    require_positive({"--runs": runs, "--same-weights": same_weights})
+    if unknown := set(climbed) - set(CLIMBED):
+        raise RequestError(f"--climbed {' '.join(sorted(unknown))}: disturbances judge only {', '.join(CLIMBED)}")
+    if not any(only in str(pair) for pair in PAIRS):
+        raise RequestError(f"--only {only!r} is in no pair's name; there are {'; '.join(map(str, PAIRS))}")
     writable(output)
     kept = {(record["pair"], record["rungs"]): record for record in _saved(output).get("real", [])}
     for pair in PAIRS:
@@ -254,4 +262,4 @@ def _keep(output: Path, name: str, records: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     commands = {"simulate": simulate, "real": real, "show": show}
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    sys.exit(exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)))

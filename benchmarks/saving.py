@@ -17,8 +17,11 @@ from typing import Any
 
 import tyro
 
-from input_pipeline.files import write_json
-from input_pipeline.flags import UserPath
+from bit_jax.model.architecture import Architecture
+from input_pipeline.errors import RequestError
+from input_pipeline.exits import exit_code
+from input_pipeline.files import writable, write_json
+from input_pipeline.flags import UserPath, require_positive
 
 ARMS = {
     "a slice from every device that has the part": {"use_replica_parallel": True},  # Orbax's default
@@ -33,7 +36,6 @@ def measure(arm: str, model: str, fsdp: int) -> dict[str, float]:
     import numpy as np
     from orbax.checkpoint import v1 as orbax
 
-    from bit_jax.model.architecture import Architecture
     from bit_jax.scale import sharding
 
     mesh, rng = sharding.make_mesh(fsdp=fsdp), np.random.default_rng(0)
@@ -72,6 +74,12 @@ def main(
         rounds: Number of processes of each arm.
         json_path: File for all figures.
     """
+    require_positive({"--devices": devices, "--fsdp": fsdp, "--rounds": rounds})
+    if devices % fsdp:
+        raise RequestError(f"--fsdp {fsdp} does not divide --devices {devices}; give a divisor")
+    Architecture.parse(model, 1000)
+    if json_path is not None:
+        writable(json_path)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -95,4 +103,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
     else:
-        tyro.cli(main)
+        sys.exit(exit_code(lambda: tyro.cli(main)))

@@ -2,7 +2,7 @@
 
 Pillow computes whole images, one channel value at a time; this module computes only the pixels of the crop, whole rows
 at a time, and mirrors them on the way. Numba compiles it once per machine and keeps the result. Images of few pixels
-are left to Pillow, which resizes twenty thousand of them in the second that it takes to import Numba.
+are left to Pillow, which resizes thousands of them in the time that it takes to import Numba.
 """
 
 import functools

@@ -28,7 +28,7 @@ SCRIPTS = (
         f"benchmarks/{name}.py"
         for name in ("bandwidth", "cost_growth", "doors", "gpu", "load_weights", "parity_tables")
     ),
-    *(f"benchmarks/{name}.py" for name in ("overhead_watching", "photographs", "picture", "plans")),
+    *(f"benchmarks/{name}.py" for name in ("overhead_watching", "photographs", "picture", "plans", "saving")),
     *(f"benchmarks/false_alarms.py {name}" for name in ("simulate", "real", "show")),
     "examples/demo.py",
 )
